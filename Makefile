@@ -1,0 +1,56 @@
+# `make classify` and `make test` do all their own set-up: a virtual environment in .venv, the
+# compiled core, and the Python packages that each needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CXX_FILES := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
+BUILD_FILES := pyproject.toml CMakeLists.txt $(filter csrc/%,$(CXX_FILES))
+
+.PHONY: classify test check format build bundle accuracy bench clean
+
+classify: $(VENV)/.runtime
+	$(BIN)/edgeclip classify examples/*.png examples/*.jpg --labels examples/labels.txt --top-k 2
+
+test: check
+	$(BIN)/pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# After a change in csrc/.
+build: $(VENV)/.dev
+
+# The embedded bundle, from the data set: an hour or so on two cores.
+bundle: $(VENV)/.dev
+	$(BIN)/python -m train.pretrain --data fashion-mnist --download --out runs/fashion --resume
+	$(BIN)/python -m export runs/fashion -o edgeclip/bundles/fashion --force
+
+# What the embedded bundle gets right, through the exported runtime.
+accuracy: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.accuracy
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.latency
+
+clean:
+	rm -rf $(VENV) build
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: $(BUILD_FILES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[cpu]'
+	touch $@
+
+$(VENV)/.dev: $(BUILD_FILES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --config-settings=cmake.define.EDGECLIP_WERROR=ON \
+	  --editable '.[cpu,dev,export,train]'
+	touch $@ $(VENV)/.runtime

@@ -1,0 +1,199 @@
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "csrc/ops.h"
+
+namespace py = pybind11;
+
+namespace edgeclip {
+namespace {
+
+std::string type_name(const py::handle& object) {
+  return py::str(py::type::handle_of(object).attr("__name__"));
+}
+
+bool is_native(char byte_order) {
+  const uint16_t one = 1;
+  const bool little = *reinterpret_cast<const char*>(&one) == 1;
+  return byte_order != (little ? '>' : '<');
+}
+
+TensorView view_numpy(const py::array& array) {
+  const py::dtype dtype = array.dtype();
+  TensorView view;
+  view.data = const_cast<void*>(array.data());
+  view.dtype = {dtype.kind(), static_cast<int>(dtype.itemsize()), is_native(dtype.byteorder())};
+  view.shape.assign(array.shape(), array.shape() + array.ndim());
+  view.strides.assign(array.strides(), array.strides() + array.ndim());
+  view.writable = array.writeable();
+  return view;
+}
+
+// https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html
+TensorView view_cuda(const py::dict& interface) {
+  const auto typestr = interface["typestr"].cast<std::string>();
+  const auto data = interface["data"].cast<std::pair<uintptr_t, bool>>();
+  TensorView view;
+  view.device = Device::kCuda;
+  view.data = reinterpret_cast<void*>(data.first);
+  view.writable = !data.second;
+  view.dtype = {typestr.at(1), std::stoi(typestr.substr(2)), is_native(typestr.at(0))};
+  view.shape = interface["shape"].cast<std::vector<int64_t>>();
+  if (interface.contains("strides") && !interface["strides"].is_none()) {
+    view.strides = interface["strides"].cast<std::vector<int64_t>>();
+    return view;
+  }
+  int64_t stride = view.dtype.bytes;
+  view.strides.resize(view.shape.size());
+  for (size_t axis = view.shape.size(); axis-- > 0;) {
+    view.strides[axis] = stride;
+    stride *= view.shape[axis];
+  }
+  return view;
+}
+
+TensorView view_of(const char* op, const char* name, const py::object& object) {
+  if (py::isinstance<py::array>(object)) {
+    return view_numpy(py::reinterpret_borrow<py::array>(object));
+  }
+  if (py::hasattr(object, "__cuda_array_interface__")) {
+    return view_cuda(object.attr("__cuda_array_interface__").cast<py::dict>());
+  }
+  throw py::type_error("[" + std::string(op) + "] expected " + name +
+                       " to be a NumPy array or to have __cuda_array_interface__, got " +
+                       type_name(object));
+}
+
+std::optional<TensorView> optional_view_of(const char* op, const char* name,
+                                           const py::object& object) {
+  if (object.is_none()) return std::nullopt;
+  return view_of(op, name, object);
+}
+
+void preprocess_py(const py::object& image, const py::object& out, std::vector<float> mean,
+                   std::vector<float> std, const std::string& resize,
+                   const std::string& interpolation, int64_t fill, int64_t threads) {
+  const TensorView image_view = view_of("preprocess", "image", image);
+  const TensorView out_view = view_of("preprocess", "out", out);
+  const PreprocessOptions options{std::move(mean),
+                                  std::move(std),
+                                  parse_resize(resize),
+                                  parse_interpolation(interpolation),
+                                  fill,
+                                  threads};
+  py::gil_scoped_release release;
+  preprocess(image_view, out_view, options);
+}
+
+py::array_t<float> purify_cos_py(const py::object& embeddings, const py::object& null_text,
+                                 int64_t steps, double step_size) {
+  const TensorView embeddings_view = view_of("purify_cos", "embeddings", embeddings);
+  const TensorView null_text_view = view_of("purify_cos", "null_text", null_text);
+  const PurifyOptions options{steps, step_size};
+  py::array_t<float> out(check_purify_cos(embeddings_view, null_text_view, options));
+  const TensorView out_view = view_numpy(out);
+  py::gil_scoped_release release;
+  purify_cos(embeddings_view, null_text_view, out_view, options);
+  return out;
+}
+
+py::tuple classify_py(const py::object& embeddings, const py::object& classes, double logit_scale,
+                      double logit_bias, const py::object& null_text, const py::object& null_scores,
+                      int64_t steps, double step_size, int64_t top_k, bool return_logits) {
+  const char* op = "classify";
+  const ClassifyInputs inputs{view_of(op, "embeddings", embeddings),
+                              view_of(op, "classes", classes),
+                              optional_view_of(op, "null_text", null_text),
+                              optional_view_of(op, "null_scores", null_scores)};
+  const ClassifyOptions options{logit_scale, logit_bias, {steps, step_size}, top_k};
+  const ClassifySizes sizes = check_classify(inputs, options);
+  py::array_t<int32_t> indices({sizes.samples, sizes.top_k});
+  py::array_t<float> probabilities({sizes.samples, sizes.top_k});
+  std::optional<py::array_t<float>> logits;
+  ClassifyOutputs outputs{view_numpy(indices), view_numpy(probabilities), std::nullopt};
+  if (return_logits) {
+    logits.emplace(std::array<int64_t, 2>{sizes.samples, sizes.classes});
+    outputs.logits = view_numpy(*logits);
+  }
+  {
+    py::gil_scoped_release release;
+    classify(inputs, outputs, options);
+  }
+  if (logits) return py::make_tuple(indices, probabilities, *logits);
+  return py::make_tuple(indices, probabilities);
+}
+
+constexpr const char* kPreprocessDoc =
+    R"(Resizes, crops or pads, and normalises one image in a single pass.
+
+The pixels are bit for bit those of Pillow's Image.resize from version 13 on (earlier versions differ
+by a few levels on tall images), the sizes and the crop those of open_clip's
+image_transform(is_train=False).
+
+image: uint8 (H, W, 3), RGB, any strides; never copied as a whole.
+out: writable C-contiguous float32 (3, h, w), for example one row of an encoder's input.
+mean, std: 3 values each, in [0, 1] units: out = (image / 255 - mean) / std.
+resize: "shortest" (shorter edge to the target, centre crop), "longest" (longer edge to the target,
+    centre pad with `fill`) or "squash" (exactly h x w, whatever the aspect).
+interpolation: "bicubic" or "bilinear", both antialiased.
+fill: the padding's value in all three channels, 0 to 255.
+threads: 0 for about one per megapixel; the result does not depend on it.
+
+Raises ValueError for arrays and values that do not fit.)";
+
+constexpr const char* kPurifyDoc =
+    R"(Purifies image embeddings by CLIPure-Cos and keeps their norms.
+
+Zhang et al., CLIPure, ICLR 2025, arXiv 2502.18176; per sample. Every step turns an embedding by
+atan(step_size) towards the null text, past it if it is nearer than that. An embedding parallel to
+the null text has no direction to turn to and stays.
+
+embeddings: float32 (N, D), C-contiguous, any norms but 0. null_text: float32 (D,), any norm but 0.
+steps: >= 0. step_size: >= 0, eta in the paper.
+
+Returns float32 (N, D). Raises ValueError for arrays and values that do not fit.)";
+
+constexpr const char* kClassifyDoc =
+    R"(Class probabilities of image embeddings, purified on the way.
+
+logits = logit_scale * (purified embedding / its norm) . classes + logit_bias, then the softmax over
+all classes. With steps > 0 the embeddings are purified as by purify_cos, without ever being
+formed: in the plane of embedding and null text a step is the turn of two scalars.
+
+embeddings: float32 (N, D), C-contiguous, any norms but 0; N may be 0.
+classes: float32 (K, D), C-contiguous, unit rows.
+logit_scale: the factor itself, not its logarithm.
+null_text, null_scores: float32 (D,) and (K,) = classes @ unit null text; needed with steps > 0.
+steps, step_size: of the purification; 0 steps is none.
+top_k: >= 1; k = min(top_k, K).
+
+Returns (indices int32 (N, k), probabilities float32 (N, k)), most probable first and equal logits
+by the lower index; with return_logits also the logits, float32 (N, K). A sample's answer is the
+same bits in any batch. Raises ValueError for arrays and values that do not fit, for embeddings that
+are zero or not finite, and for logits that are not finite.)";
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The compiled operations of edgeclip.";
+  m.attr("__version__") = EDGECLIP_VERSION;
+  m.def("preprocess", &preprocess_py, py::arg("image"), py::arg("out"), py::kw_only(),
+        py::arg("mean"), py::arg("std"), py::arg("resize") = "shortest",
+        py::arg("interpolation") = "bicubic", py::arg("fill") = 0, py::arg("threads") = 0,
+        kPreprocessDoc);
+  m.def("purify_cos", &purify_cos_py, py::arg("embeddings"), py::arg("null_text"), py::kw_only(),
+        py::arg("steps"), py::arg("step_size"), kPurifyDoc);
+  m.def("classify", &classify_py, py::arg("embeddings"), py::arg("classes"), py::kw_only(),
+        py::arg("logit_scale"), py::arg("logit_bias") = 0.0, py::arg("null_text") = py::none(),
+        py::arg("null_scores") = py::none(), py::arg("steps") = 0, py::arg("step_size") = 0.0,
+        py::arg("top_k") = 5, py::arg("return_logits") = false, kClassifyDoc);
+  m.def("cuda_built", &cuda_built, "Whether edgeclip was built with its CUDA kernels.");
+  m.def("simd", &simd, "The instruction set that runs here: \"avx512\", \"avx2\" or \"baseline\".");
+}
+
+}  // namespace edgeclip

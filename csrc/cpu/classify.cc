@@ -1,0 +1,153 @@
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "csrc/cpu/rows.h"
+#include "csrc/cpu/scores.h"
+#include "csrc/math.h"
+#include "csrc/ops.h"
+#include "csrc/parallel.h"
+
+namespace edgeclip::cpu {
+namespace {
+
+constexpr double kProductsPerThread = 1 << 24;
+constexpr int64_t kMaxChunk = 64;  // samples that go through all classes together
+// Beyond this the purified score is a small difference of large numbers.
+constexpr double kMaxFactor = 16.0;
+
+// purified score = a * (sample . class) + b * null score.
+struct Scaling {
+  float a;
+  float b;
+};
+
+class Classifier {
+ public:
+  Classifier(const ClassifyInputs& inputs, const ClassifyOutputs& outputs,
+             const ClassifyOptions& options, const ClassifySizes& sizes)
+      : inputs_(inputs), outputs_(outputs), options_(options), sizes_(sizes) {
+    if (options.purify.steps > 0) {
+      null_text_ = inputs.null_text->as<const float>();
+      null_scores_ = inputs.null_scores->as<const float>();
+      null_norm_ = checked_norm({"classify", "null_text"}, null_text_, sizes.dim);
+    }
+  }
+
+  // The samples [begin, end), of which there are not more than kMaxChunk.
+  void run(int64_t begin, int64_t end, int64_t threads) const {
+    const int64_t count = end - begin;
+    std::vector<float> samples(count * sizes_.dim);
+    std::vector<Scaling> scalings(count);
+    for (int64_t i = 0; i < count; ++i) {
+      scalings[i] = prepare(begin + i, samples.data() + i * sizes_.dim);
+    }
+    std::vector<float> scratch;
+    float* logits = nullptr;
+    if (outputs_.logits) {
+      logits = outputs_.logits->as<float>() + begin * sizes_.classes;
+    } else {
+      scratch.resize(count * sizes_.classes);
+      logits = scratch.data();
+    }
+    parallel_for(sizes_.classes, threads, [&](int64_t first, int64_t last) {
+      class_scores(samples.data(), count, inputs_.classes.as<const float>(), first, last,
+                   sizes_.dim, logits, sizes_.classes);
+    });
+    std::vector<int32_t> all(sizes_.classes);
+    std::iota(all.begin(), all.end(), 0);
+    for (int64_t i = 0; i < count; ++i) {
+      float* row = logits + i * sizes_.classes;
+      scores_to_logits(scalings[i], row);
+      finish(begin + i, row, all);
+    }
+  }
+
+ private:
+  // Writes the unit vector whose scores the classes get, and returns what those scores still need.
+  Scaling prepare(int64_t index, float* sample) const {
+    const int64_t dim = sizes_.dim;
+    const float* z = inputs_.embeddings.as<const float>() + index * dim;
+    const double norm = checked_norm({"classify", "embedding", index}, z, dim);
+    PlaneRotation rotation;
+    if (null_text_ != nullptr) {
+      const double cosine = dot(z, null_text_, dim) / (norm * null_norm_);
+      rotation = rotate_towards_null_text(cosine, options_.purify.steps, options_.purify.step_size);
+    }
+    const double scale = 1.0 / norm;
+    if (std::fabs(rotation.a) > kMaxFactor) {
+      const double a = rotation.a / norm, b = rotation.b / null_norm_;
+      for (int64_t i = 0; i < dim; ++i) {
+        sample[i] = static_cast<float>(a * static_cast<double>(z[i]) +
+                                       b * static_cast<double>(null_text_[i]));
+      }
+      return {1.0f, 0.0f};
+    }
+    for (int64_t i = 0; i < dim; ++i) sample[i] = static_cast<float>(z[i] * scale);
+    return {static_cast<float>(rotation.a), static_cast<float>(rotation.b)};
+  }
+
+  void scores_to_logits(const Scaling& scaling, float* row) const {
+    const float scale = static_cast<float>(options_.logit_scale);
+    const float bias = static_cast<float>(options_.logit_bias);
+    if (null_scores_ == nullptr) {
+      for (int64_t c = 0; c < sizes_.classes; ++c) row[c] = scale * row[c] + bias;
+      return;
+    }
+    for (int64_t c = 0; c < sizes_.classes; ++c) {
+      row[c] = scale * (scaling.a * row[c] + scaling.b * null_scores_[c]) + bias;
+    }
+  }
+
+  // Softmax over all classes, of which the top_k are written.
+  void finish(int64_t index, const float* logits, const std::vector<int32_t>& all) const {
+    const float max = *std::max_element(logits, logits + sizes_.classes);
+    double sum = 0.0;  // of up to millions of terms
+    for (int64_t c = 0; c < sizes_.classes; ++c) sum += std::exp(logits[c] - max);
+    if (!std::isfinite(sum)) {
+      throw std::invalid_argument("[classify] the logits of embedding " + std::to_string(index) +
+                                  " contain NaN or infinity: look at classes, null_scores and "
+                                  "logit_scale");
+    }
+    int32_t* indices = outputs_.indices.as<int32_t>() + index * sizes_.top_k;
+    float* probabilities = outputs_.probabilities.as<float>() + index * sizes_.top_k;
+    std::partial_sort_copy(all.begin(), all.end(), indices, indices + sizes_.top_k,
+                           [&](int32_t x, int32_t y) {
+                             return logits[x] > logits[y] || (logits[x] == logits[y] && x < y);
+                           });
+    for (int64_t k = 0; k < sizes_.top_k; ++k) {
+      probabilities[k] = static_cast<float>(std::exp(logits[indices[k]] - max) / sum);
+    }
+  }
+
+  const ClassifyInputs& inputs_;
+  const ClassifyOutputs& outputs_;
+  const ClassifyOptions& options_;
+  const ClassifySizes& sizes_;
+  const float* null_text_ = nullptr;
+  const float* null_scores_ = nullptr;
+  double null_norm_ = 1.0;
+};
+
+}  // namespace
+
+void classify(const ClassifyInputs& inputs, const ClassifyOutputs& outputs,
+              const ClassifyOptions& options, const ClassifySizes& sizes) {
+  const Classifier classifier(inputs, outputs, options, sizes);
+  const double products = static_cast<double>(sizes.samples) * static_cast<double>(sizes.classes) *
+                          static_cast<double>(sizes.dim);
+  const int64_t threads = automatic_threads(products, kProductsPerThread);
+  const int64_t chunk = std::clamp<int64_t>((sizes.samples + threads - 1) / threads, 1, kMaxChunk);
+  const int64_t chunks = (sizes.samples + chunk - 1) / chunk;
+  parallel_for(chunks, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      classifier.run(i * chunk, std::min((i + 1) * chunk, sizes.samples),
+                     chunks == 1 ? threads : 1);
+    }
+  });
+}
+
+}  // namespace edgeclip::cpu

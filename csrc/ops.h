@@ -1,0 +1,129 @@
+#ifndef EDGECLIP_OPS_H_
+#define EDGECLIP_OPS_H_
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace edgeclip {
+
+enum class Device { kCpu, kCuda };
+
+// NumPy's kind character and the size of one element: float32 is {'f', 4}.
+struct DType {
+  char kind;
+  int bytes;
+  bool native_order = true;
+
+  bool operator==(const DType& other) const {
+    return kind == other.kind && bytes == other.bytes && native_order == other.native_order;
+  }
+  std::string name() const;
+};
+
+inline constexpr DType kUint8{'u', 1};
+inline constexpr DType kInt32{'i', 4};
+inline constexpr DType kFloat32{'f', 4};
+
+// Memory that somebody else owns. Strides are in bytes and may be negative or zero.
+struct TensorView {
+  void* data = nullptr;
+  DType dtype = kFloat32;
+  std::vector<int64_t> shape;
+  std::vector<int64_t> strides;
+  Device device = Device::kCpu;
+  bool writable = false;
+
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+};
+
+enum class Resize { kShortest, kLongest, kSquash };
+enum class Interpolation { kBicubic, kBilinear };
+
+// Throw std::invalid_argument for a name that is not known.
+Resize parse_resize(const std::string& name);
+Interpolation parse_interpolation(const std::string& name);
+
+struct PreprocessOptions {
+  std::vector<float> mean;
+  std::vector<float> std;
+  Resize resize = Resize::kShortest;
+  Interpolation interpolation = Interpolation::kBicubic;
+  int64_t fill = 0;
+  int64_t threads = 0;  // 0: as many as the work deserves
+};
+
+struct PurifyOptions {
+  int64_t steps = 0;
+  double step_size = 0.0;
+};
+
+struct ClassifyInputs {
+  TensorView embeddings;
+  TensorView classes;
+  std::optional<TensorView> null_text;
+  std::optional<TensorView> null_scores;
+};
+
+struct ClassifyOptions {
+  double logit_scale = 1.0;
+  double logit_bias = 0.0;
+  PurifyOptions purify;
+  int64_t top_k = 5;
+};
+
+struct ClassifyOutputs {
+  TensorView indices;
+  TensorView probabilities;
+  std::optional<TensorView> logits;
+};
+
+struct ClassifySizes {
+  int64_t samples;
+  int64_t dim;
+  int64_t classes;
+  int64_t top_k;
+};
+
+// Every operation checks its arguments (std::invalid_argument) and then runs where its tensors are.
+void preprocess(const TensorView& image, const TensorView& out, const PreprocessOptions& options);
+
+void purify_cos(const TensorView& embeddings, const TensorView& null_text, const TensorView& out,
+                const PurifyOptions& options);
+
+void classify(const ClassifyInputs& inputs, const ClassifyOutputs& outputs,
+              const ClassifyOptions& options);
+
+// The checks on their own, for callers that must know the sizes to allocate the outputs.
+std::array<int64_t, 2> check_purify_cos(const TensorView& embeddings, const TensorView& null_text,
+                                        const PurifyOptions& options);
+ClassifySizes check_classify(const ClassifyInputs& inputs, const ClassifyOptions& options);
+
+bool cuda_built();
+std::string simd();
+
+namespace cpu {
+void preprocess(const TensorView& image, const TensorView& out, const PreprocessOptions& options);
+void purify_cos(const TensorView& embeddings, const TensorView& null_text, const TensorView& out,
+                const PurifyOptions& options);
+void classify(const ClassifyInputs& inputs, const ClassifyOutputs& outputs,
+              const ClassifyOptions& options, const ClassifySizes& sizes);
+}  // namespace cpu
+
+namespace cuda {
+bool built();
+void preprocess(const TensorView& image, const TensorView& out, const PreprocessOptions& options);
+void purify_cos(const TensorView& embeddings, const TensorView& null_text, const TensorView& out,
+                const PurifyOptions& options);
+void classify(const ClassifyInputs& inputs, const ClassifyOutputs& outputs,
+              const ClassifyOptions& options, const ClassifySizes& sizes);
+}  // namespace cuda
+
+}  // namespace edgeclip
+
+#endif  // EDGECLIP_OPS_H_

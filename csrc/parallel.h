@@ -1,0 +1,58 @@
+#ifndef EDGECLIP_PARALLEL_H_
+#define EDGECLIP_PARALLEL_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <exception>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace edgeclip {
+
+// As many threads as the machine has, but none with less than `work_per_thread` to do.
+inline int64_t automatic_threads(double work, double work_per_thread) {
+  if (work < 2 * work_per_thread) return 1;  // asking for the machine's size is a system call
+  const double machine = std::max(1u, std::thread::hardware_concurrency());
+  return static_cast<int64_t>(std::min(work / work_per_thread, machine));
+}
+
+// Calls body(begin, end) on contiguous parts of [0, count), one part per thread, and returns when
+// all are done. The first exception of the lowest part is rethrown.
+template <typename Body>
+void parallel_for(int64_t count, int64_t threads, const Body& body) {
+  const int64_t parts = std::min(threads, count);
+  if (parts <= 1) {
+    if (count > 0) body(int64_t{0}, count);
+    return;
+  }
+  std::vector<std::exception_ptr> errors(parts);
+  const auto run = [&](int64_t part) {
+    // Not count * part / parts, which could overflow.
+    const int64_t size = count / parts, extra = count % parts;
+    const int64_t begin = part * size + std::min(part, extra);
+    try {
+      body(begin, begin + size + (part < extra ? 1 : 0));
+    } catch (...) {
+      errors[part] = std::current_exception();
+    }
+  };
+  std::vector<std::thread> workers;
+  workers.reserve(parts - 1);
+  int64_t started = 1;
+  try {
+    for (; started < parts; ++started) workers.emplace_back(run, started);
+  } catch (const std::system_error&) {
+    // The system has no thread left to give: the caller does the rest itself.
+  }
+  run(0);
+  for (int64_t part = started; part < parts; ++part) run(part);
+  for (std::thread& worker : workers) worker.join();
+  for (const std::exception_ptr& error : errors) {
+    if (error) std::rethrow_exception(error);
+  }
+}
+
+}  // namespace edgeclip
+
+#endif  // EDGECLIP_PARALLEL_H_

@@ -1,0 +1,33 @@
+"""edgeclip: adversarially robust zero-shot image classification with CLIP, without PyTorch."""
+
+try:
+    from edgeclip._core import __version__
+except ImportError as err:
+    if "_core" not in str(err):
+        raise
+    raise ImportError(
+        "edgeclip's compiled core is missing: in a checkout, run `make build` "
+        "(or `pip install -e .`) and use that environment's Python"
+    ) from err
+
+from edgeclip.bundle import Bundle
+from edgeclip.errors import BundleError, DeviceError, EdgeclipError, ImageError, LabelError
+from edgeclip.labels import Label, LabelSet, read_labels
+from edgeclip.purify import CosPurifier
+from edgeclip.runtime import Prediction, Runtime
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "CosPurifier",
+    "DeviceError",
+    "EdgeclipError",
+    "ImageError",
+    "Label",
+    "LabelError",
+    "LabelSet",
+    "Prediction",
+    "Runtime",
+    "__version__",
+    "read_labels",
+]

@@ -1,0 +1,7 @@
+"""`python -m edgeclip` is the command `edgeclip`."""
+
+import sys
+
+from edgeclip.cli import main
+
+sys.exit(main())

@@ -1,0 +1,283 @@
+"""The command line: every subcommand is a few lines that call the library.
+
+Exit status: 0 done, 1 some inputs failed, 2 wrong usage or an unusable bundle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from edgeclip import __version__, diagnose
+from edgeclip.bundle import Bundle
+from edgeclip.errors import EdgeclipError, ImageError
+from edgeclip.images import ImageSource, expand
+from edgeclip.labels import check_labels, read_labels, read_templates
+from edgeclip.output import WRITERS, Answer, show_progress, text_progress
+from edgeclip.purify import CosPurifier, Purifier
+from edgeclip.runtime import Runtime
+
+CLASSIFY_EXAMPLES = """examples:
+  edgeclip classify photo.jpg --label "a cat" --label "a dog"
+  edgeclip classify photos/ --labels labels.txt --format csv > answers.csv
+  edgeclip classify 'frames/*.png' --labels labels.txt --template "a sketch of a {}"
+  cat photo.jpg | edgeclip classify - --labels labels.txt --bundle vit-b-32/
+
+labels.txt has one class per line; `class | prompt one | prompt two` words it yourself.
+exit status: 0 done; 1 some images failed, the others were answered; 2 wrong usage or bundle.
+"""
+EMBED_EXAMPLES = """examples:
+  edgeclip embed photos/ -o embeddings.npz
+  edgeclip embed --text "a red shoe" --text "a blue shoe"
+"""
+INFO_EXAMPLES = """examples:
+  edgeclip info
+  edgeclip info vit-b-32/ --format json
+"""
+DOCTOR_EXAMPLES = """examples:
+  edgeclip doctor
+  edgeclip doctor vit-b-32/ --device cuda
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One clear line on wrong usage, rather than the whole usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return value
+
+
+def _step_size(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="edgeclip",
+        description="Zero-shot image classification with CLIP, without PyTorch.",
+        epilog='example: edgeclip classify photo.jpg --label "a cat" --label "a dog"',
+    )
+    parser.add_argument("--version", action="version", version=f"edgeclip {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    classify = _add(commands, "classify", "Name what is in images.", CLASSIFY_EXAMPLES)
+    classify.set_defaults(run=run_classify)
+    classify.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="file, directory, glob pattern, or - for stdin"
+    )
+    classify.add_argument("--labels", metavar="FILE", help="classes, one per line")
+    classify.add_argument("--label", action="append", default=[], metavar="TEXT", help="a class")
+    classify.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help="prompt with {} for the class, or a file of them (default: the bundle's)",
+    )
+    classify.add_argument(
+        "--top-k", type=_positive, default=5, metavar="K", help="labels per image (default: 5)"
+    )
+    classify.add_argument(
+        "--format", choices=sorted(WRITERS), help="default: table on a terminal, else jsonl"
+    )
+    _add_runtime_options(classify)
+
+    embed = _add(commands, "embed", "Write the embeddings of images or texts.", EMBED_EXAMPLES)
+    embed.set_defaults(run=run_embed)
+    embed.add_argument("images", nargs="*", metavar="IMAGE", help="as for classify")
+    embed.add_argument("--text", action="append", default=[], metavar="TEXT", help="embed a text")
+    embed.add_argument("-o", "--output", metavar="NPZ", help="a .npz file; default: JSON lines")
+    _add_runtime_options(embed)
+
+    info = _add(commands, "info", "Show what a bundle is.", INFO_EXAMPLES)
+    info.set_defaults(run=run_info)
+    doctor = _add(
+        commands, "doctor", "Check this installation, its devices and a bundle.", DOCTOR_EXAMPLES
+    )
+    doctor.set_defaults(run=run_doctor)
+    doctor.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "tensorrt"])
+    for command in (info, doctor):
+        command.add_argument(
+            "bundle", nargs="?", metavar="BUNDLE", help="default: the embedded demonstration"
+        )
+        command.add_argument(
+            "--format", choices=["table", "json"], help="default: table on a terminal, else json"
+        )
+    return parser
+
+
+def _add(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", metavar="DIR", help="default: the embedded demonstration")
+    parser.add_argument(
+        "--purify",
+        default="auto",
+        choices=["auto", "none", "cos", "diff"],
+        help="default: auto, what the bundle recommends",
+    )
+    parser.add_argument("--steps", type=_positive, metavar="N", help="of --purify cos (10)")
+    parser.add_argument("--step-size", type=_step_size, metavar="F", help="of --purify cos (30)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "tensorrt"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "fp16", "int8"])
+    parser.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="B", help="images at a time (8)"
+    )
+    parser.add_argument("--threads", type=_positive, metavar="T", help="default: one per core")
+
+
+def run_classify(args: argparse.Namespace) -> int:
+    if not args.labels and not args.label:
+        raise EdgeclipError("no labels: add --labels FILE, or --label TEXT for each class")
+    labels = read_labels(args.labels) if args.labels else []
+    labels = check_labels([*labels, *args.label])
+    templates = None if args.template is None else read_templates(args.template)
+    runtime = _open_runtime(args)
+    label_set = runtime.labels(labels, templates, progress=text_progress())
+    names = expand(args.images)
+    results = runtime.classify_each(_sources(names), label_set, top_k=args.top_k)
+    answers = (Answer(name, result) for name, result in zip(names, results, strict=True))
+    failures = _Failures()
+    write = WRITERS[args.format or ("table" if sys.stdout.isatty() else "jsonl")]
+    write(failures.watch(show_progress(answers, len(names), "image")), sys.stdout)
+    return failures.status
+
+
+def run_embed(args: argparse.Namespace) -> int:
+    if bool(args.images) == bool(args.text):
+        raise EdgeclipError("embed takes either images or --text TEXT")
+    runtime = _open_runtime(args)
+    kind, names = ("text", args.text) if args.text else ("image", expand(args.images))
+    results: Iterable[Any] = (
+        runtime.embed_texts(names) if args.text else runtime.embed_each(_sources(names))
+    )
+    failures = _Failures()
+    answers = (Answer(name, result) for name, result in zip(names, results, strict=True))
+    rows = failures.watch(show_progress(answers, len(names), kind))
+    if args.output:
+        good = [answer for answer in rows if not isinstance(answer.result, ImageError)]
+        shape = (len(good), runtime.bundle.manifest.embed_dim)
+        embeddings = np.array([answer.result for answer in good], np.float32).reshape(shape)
+        _save_npz(args.output, {f"{kind}s": [answer.name for answer in good]}, embeddings)
+        return failures.status
+    for answer in rows:
+        record: dict[str, Any] = {kind: answer.name}
+        if isinstance(answer.result, ImageError):
+            record["error"] = str(answer.result)
+        else:
+            record["embedding"] = answer.result.tolist()
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+    return failures.status
+
+
+def run_info(args: argparse.Namespace) -> int:
+    _show(diagnose.describe(Bundle(args.bundle)), args.format)
+    return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    report = diagnose.examine(args.bundle, args.device)
+    _show(report, args.format)
+    if report["problem"]:
+        print(f"error: {report['problem']}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _open_runtime(args: argparse.Namespace) -> Runtime:
+    purify: str | Purifier = args.purify
+    if args.steps is not None or args.step_size is not None:
+        if args.purify != "cos":
+            raise EdgeclipError("--steps and --step-size need --purify cos")
+        chosen = {"steps": args.steps, "step_size": args.step_size}
+        purify = CosPurifier(**{k: v for k, v in chosen.items() if v is not None})
+    return Runtime(
+        args.bundle,
+        device=args.device,
+        precision=args.precision,
+        purify=purify,
+        batch_size=args.batch_size,
+        threads=args.threads,
+    )
+
+
+def _sources(names: Sequence[str]) -> Iterator[ImageSource]:
+    for name in names:
+        yield sys.stdin.buffer.read() if name == "-" else name
+
+
+class _Failures:
+    """Names each failed input on stderr as it passes, and remembers that there was one."""
+
+    def __init__(self) -> None:
+        self.status = 0
+
+    def watch(self, answers: Iterable[Answer]) -> Iterator[Answer]:
+        for answer in answers:
+            if isinstance(answer.result, ImageError):
+                self.status = 1
+                print(f"error: {answer.result}", file=sys.stderr, flush=True)
+            yield answer
+
+
+def _save_npz(path: str, names: dict[str, list[str]], embeddings: np.ndarray) -> None:
+    try:
+        with open(path, "wb") as file:
+            np.savez(file, embeddings=embeddings, **names)  # type: ignore[arg-type]
+    except OSError as err:
+        raise EdgeclipError(f"{path}: {err.strerror or err}") from err
+
+
+def _show(report: dict[str, Any], form: str | None) -> None:
+    if (form or ("table" if sys.stdout.isatty() else "json")) == "json":
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    width = max(map(len, report))
+    for key, value in report.items():
+        lines = value if isinstance(value, list) else [value]
+        for i, line in enumerate(lines or ["none"]):
+            print(f"{key if i == 0 else '':{width}}  {line}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        args = build_parser().parse_args(argv)
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except EdgeclipError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130

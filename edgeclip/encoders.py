@@ -1,0 +1,120 @@
+"""Encoders: an array in, embeddings out. ONNX Runtime here; TensorRT has the same two methods."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.errors import BundleError, DeviceError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+logger = logging.getLogger(__name__)
+
+DEVICES = ("cpu", "cuda")
+
+
+class Encoder(Protocol):
+    """An image or text encoder of a bundle on one device."""
+
+    def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        """Embeddings (N, D), not normalised."""
+
+    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        """Tokens (N, prefix + P, D); only where the manifest has a TokenSpec."""
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module. Raises DeviceError where neither of its packages is installed."""
+    try:
+        import onnxruntime
+    except ImportError as err:
+        raise DeviceError(
+            "ONNX Runtime is not installed: pip install 'edgeclip[cpu]', "
+            "or 'edgeclip[gpu]' on a machine with an NVIDIA GPU (one of the two, not both)"
+        ) from err
+    return onnxruntime
+
+
+def available_devices() -> list[str]:
+    """The devices that an encoder can be asked to run on here, the best first."""
+    providers = import_onnxruntime().get_available_providers()
+    return ["cuda", "cpu"] if "CUDAExecutionProvider" in providers else ["cpu"]
+
+
+class OnnxEncoder:
+    """An encoder run by ONNX Runtime. May be shared by threads.
+
+    device is cpu or cuda; threads is the number used inside one call, None for one per core.
+    Raises DeviceError where the device does not work, BundleError where the file does not load.
+    """
+
+    def __init__(self, path: Path, *, device: str, threads: int | None = None) -> None:
+        ort = import_onnxruntime()
+        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+        if provider not in ort.get_available_providers():
+            raise DeviceError(
+                f"device {device!r} needs ONNX Runtime's {provider}, which is not installed: "
+                "pip uninstall onnxruntime, then pip install 'edgeclip[gpu]'"
+            )
+        try:
+            self._session = ort.InferenceSession(
+                str(path), _session_options(ort, threads), providers=[provider]
+            )
+        except Exception as err:  # the library has no public base class for its errors
+            raise BundleError(f"{path} does not load: {_first_line(err)}") from err
+        if self._session.get_providers()[0] != provider:  # it falls back with only a log line
+            raise DeviceError(f"device {device!r} does not work here: see edgeclip doctor")
+        self._input = self._session.get_inputs()[0].name
+        # One graph serves "embedding" and "tokens": only the path to what is asked for is run.
+        self._run_options = ort.RunOptions()
+        self._run_options.only_execute_path_to_fetches = True
+
+    def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        return self._fetch("embedding", inputs)
+
+    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        return self._fetch("tokens", inputs)
+
+    def _fetch(self, output: str, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        found: NDArray[np.float32]
+        (found,) = self._session.run([output], {self._input: inputs}, self._run_options)
+        return found
+
+
+def _session_options(ort: Any, threads: int | None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors; what matters is raised
+    options.intra_op_num_threads = threads or 0  # 0: one per core
+    options.inter_op_num_threads = 1
+    return options
+
+
+def _first_line(err: Exception) -> str:
+    return str(err).partition("\n")[0]
+
+
+def open_encoder(path: Path, device: str, threads: int | None = None) -> tuple[Encoder, str]:
+    """An encoder on `device` and the name of the device it got; auto takes the best that works.
+
+    Raises DeviceError where a named device is not available, ValueError for an unknown name.
+    """
+    if device == "tensorrt":
+        raise DeviceError("device 'tensorrt' is not supported by this version: use cuda or cpu")
+    if device not in ("auto", *DEVICES):
+        raise ValueError(f"device must be auto, cpu, cuda or tensorrt, got {device!r}")
+    if device != "auto":
+        return OnnxEncoder(path, device=device, threads=threads), device
+    best, *others = available_devices()
+    try:
+        return OnnxEncoder(path, device=best, threads=threads), best
+    except DeviceError as err:
+        if not others:
+            raise
+        logger.warning("%s; using the CPU", err)
+        return OnnxEncoder(path, device="cpu", threads=threads), "cpu"

@@ -1,0 +1,95 @@
+"""Answers as text: a table for people; JSON, JSON lines and CSV for machines."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, TextIO, TypeVar
+
+from edgeclip.errors import ImageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one input gave: its predictions or embedding, or what was wrong with it."""
+
+    name: str
+    result: Any  # list[Prediction], an embedding (D,), or an ImageError
+
+    def record(self) -> dict[str, Any]:
+        """The answer about an image as a JSON object."""
+        if isinstance(self.result, ImageError):
+            return {"image": self.name, "error": str(self.result)}
+        return {"image": self.name, "predictions": [asdict(p) for p in self.result]}
+
+
+def write_table(answers: Iterable[Answer], out: TextIO) -> None:
+    for answer in answers:
+        if isinstance(answer.result, ImageError):
+            continue  # named on stderr
+        print(answer.name, file=out)
+        for p in answer.result:
+            print(f"  {p.score:7.2%}  {p.label}", file=out)
+        out.flush()
+
+
+def write_json(answers: Iterable[Answer], out: TextIO) -> None:
+    json.dump([answer.record() for answer in answers], out, ensure_ascii=False, indent=2)
+    print(file=out)
+
+
+def write_jsonl(answers: Iterable[Answer], out: TextIO) -> None:
+    for answer in answers:
+        print(json.dumps(answer.record(), ensure_ascii=False), file=out, flush=True)
+
+
+def write_csv(answers: Iterable[Answer], out: TextIO) -> None:
+    """One row per image and rank; an image that failed has one row with its error."""
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["image", "rank", "label", "score", "index", "error"])
+    for answer in answers:
+        if isinstance(answer.result, ImageError):
+            writer.writerow([answer.name, "", "", "", "", answer.result])
+            continue
+        for rank, p in enumerate(answer.result, 1):
+            writer.writerow([answer.name, rank, p.label, p.score, p.index, ""])
+        out.flush()
+
+
+WRITERS: dict[str, Callable[[Iterable[Answer], TextIO], None]] = {
+    "table": write_table,
+    "json": write_json,
+    "jsonl": write_jsonl,
+    "csv": write_csv,
+}
+
+
+def show_progress(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
+    """The items, with a bar on stderr where a person watches and the answers go elsewhere."""
+    if total < 2 or not sys.stderr.isatty() or sys.stdout.isatty():
+        return iter(items)
+    from tqdm import tqdm
+
+    return iter(tqdm(items, total=total, unit=unit, delay=1, leave=False))
+
+
+def text_progress() -> Callable[[int, int], None] | None:
+    """A bar on stderr for the encoding of labels, where a person watches."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    bar = tqdm(desc="encoding labels", unit="prompt", delay=1, leave=False)
+
+    def update(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return update

@@ -1,0 +1,67 @@
+"""Prompts to token ids, the same as open_clip's on any text.
+
+The vocabulary is the bundle's tokenizer.json. What open_clip does to a text before its tokenizer
+sees it is done here, in Python, since no normaliser of the tokenizers library does quite the same.
+"""
+
+from __future__ import annotations
+
+import html
+import string
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from edgeclip.errors import BundleError
+
+
+def _repair(text: str) -> str:
+    """Mend wrong encodings and HTML entities, as CLIP's tokenizers do."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text.strip()  # nothing below could change it, and ftfy need not be loaded
+    import ftfy
+
+    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+
+
+def _whitespace(text: str) -> str:
+    return " ".join(_repair(text).split())
+
+
+def _lower(text: str) -> str:
+    return _whitespace(text).lower()
+
+
+_DROP_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
+
+
+def _canonicalize(text: str) -> str:
+    """SigLIP's cleaning: no punctuation, lower case, single spaces."""
+    return " ".join(_repair(text).translate(_DROP_PUNCTUATION).lower().split())
+
+
+CLEANERS: dict[str, Callable[[str], str]] = {
+    "whitespace": _whitespace,
+    "lower": _lower,
+    "canonicalize": _canonicalize,
+}
+
+
+class Tokenizer:
+    """Texts to lists of ids, with start and end marks, cut at the context length."""
+
+    def __init__(self, path: Path, *, context_length: int, clean: str) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        if clean not in CLEANERS:
+            raise BundleError(f"unknown text cleaning {clean!r}: known are {', '.join(CLEANERS)}")
+        try:
+            self._backend = Backend.from_file(str(path))
+        except Exception as err:  # the library raises nothing more precise
+            raise BundleError(f"{path} cannot be read: {err}") from err
+        self._backend.enable_truncation(context_length)
+        self._backend.no_padding()
+        self._clean = CLEANERS[clean]
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._backend.encode_batch([self._clean(text) for text in texts])
+        return [encoding.ids for encoding in encodings]

@@ -1,0 +1,67 @@
+"""Fixtures shared by the tests. No test reaches the network or the user's own cache."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+
+# Before anything imports huggingface_hub, through tokenizers or open_clip.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgeclip
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty label cache for each test."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("EDGECLIP_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def labels() -> list[str]:
+    return [label.name for label in edgeclip.read_labels(EXAMPLES / "labels.txt")]
+
+
+@pytest.fixture(scope="session")
+def rt() -> edgeclip.Runtime:
+    """The embedded bundle, without purification."""
+    return edgeclip.Runtime(purify="none")
+
+
+@pytest.fixture(scope="session")
+def fashion() -> tuple[np.ndarray, np.ndarray]:
+    """The first 200 test images of Fashion-MNIST as uint8 (N, 28, 28, 3), and their labels (N,)."""
+    with np.load(Path(__file__).parent / "vectors" / "fashion_200.npz") as arrays:
+        grey, labels = arrays["images"], arrays["labels"]
+    return np.repeat(grey[..., None], 3, axis=3), labels
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """Write a uint8 array in the MNIST family's IDX format, compressed."""
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+@pytest.fixture
+def fashion_folder(tmp_path: Path, fashion: tuple[np.ndarray, np.ndarray]) -> Path:
+    """150 training and 50 test images in the files that Fashion-MNIST is shipped in."""
+    images, labels = fashion
+    for prefix, count in (("train", 150), ("t10k", 50)):
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", images[:count, :, :, 0])
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", labels[:count].astype(np.uint8))
+    return tmp_path

@@ -1,0 +1,186 @@
+"""_core.purify_cos against the released CLIPure code's output and a float64 loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeclip import _core
+
+GOLDEN = Path(__file__).parent / "vectors" / "clipure_cos.npz"
+
+
+def purify_by_steps(
+    embeddings: np.ndarray, null_text: np.ndarray, steps: int, step_size: float
+) -> np.ndarray:
+    """The published loop over whole vectors, in float64."""
+    z, t = embeddings.astype(np.float64), null_text.astype(np.float64)
+    norms = np.linalg.norm(z, axis=1, keepdims=True)
+    u, t = z / norms, t / np.linalg.norm(t)
+    for _ in range(steps):
+        tangent = t - (u @ t)[:, None] * u
+        tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
+        u = (u + step_size * tangent) / np.hypot(1, step_size)
+        u /= np.linalg.norm(u, axis=1, keepdims=True)
+    return u * norms
+
+
+def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    error = np.linalg.norm(got - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    return float(error.max(initial=0))
+
+
+def at_angle(degrees: float, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A float32 embedding of norm 1 and a null text with that angle between them."""
+    rng = np.random.default_rng(seed)
+    t, w = np.linalg.qr(rng.standard_normal((dim, 2)))[0].T
+    z = np.cos(np.radians(degrees)) * t + np.sin(np.radians(degrees)) * w
+    return z.astype(np.float32)[None], t.astype(np.float32)
+
+
+def test_golden_values() -> None:
+    golden = np.load(GOLDEN)
+    z, t = golden["z"].astype(np.float32), golden["t"].astype(np.float32)
+    for i, steps in enumerate(golden["steps"]):
+        for j, step_size in enumerate(golden["step_sizes"]):
+            got = _core.purify_cos(z, t, steps=int(steps), step_size=float(step_size))
+            assert got.dtype == np.float32
+            assert relative_error(got, golden["purified"][i, j]) < 1e-5, (steps, step_size)
+
+
+@pytest.mark.parametrize("dim", [2, 15, 16, 33, 512, 2049])
+@pytest.mark.parametrize(("steps", "step_size"), [(1, 30), (3, 0.2), (10, 30), (7, 1), (100, 0.01)])
+def test_equals_the_loop_over_vectors(dim: int, steps: int, step_size: float) -> None:
+    rng = np.random.default_rng(dim)
+    z = (rng.standard_normal((9, dim)) * np.logspace(-6, 6, 9)[:, None]).astype(np.float32)
+    t = rng.standard_normal(dim).astype(np.float32)
+    got = _core.purify_cos(z, t, steps=steps, step_size=step_size)
+    assert relative_error(got, purify_by_steps(z, t, steps, step_size)) < 2e-6
+
+
+def test_norms_are_kept() -> None:
+    rng = np.random.default_rng(0)
+    z = (rng.standard_normal((7, 64)) * np.logspace(-30, 30, 7)[:, None]).astype(np.float32)
+    got = _core.purify_cos(z, z[0] + z[1] * np.float32(1e10), steps=3, step_size=30.0)
+    norms = [np.linalg.norm(a.astype(np.float64), axis=1) for a in (got, z)]
+    np.testing.assert_allclose(*norms, rtol=1e-6)
+
+
+@pytest.mark.parametrize("degrees", [0.1, 5.0, 45.0, 75.0, 88.0])
+@pytest.mark.parametrize("steps", [2, 10, 100])
+def test_an_even_number_of_published_steps_is_the_identity(degrees: float, steps: int) -> None:
+    z, t = at_angle(degrees, 512)
+    got = _core.purify_cos(z, t, steps=steps, step_size=30.0)
+    assert relative_error(got, z) < 1e-5
+    odd = _core.purify_cos(z, t, steps=steps + 1, step_size=30.0)
+    assert relative_error(odd, z) > 1e-3
+
+
+@pytest.mark.parametrize("factor", [1.0, -1.0, 3.0, -0.3, 1e20])
+@pytest.mark.parametrize("steps", [1, 10])
+def test_parallel_to_the_null_text_there_is_no_tangent(factor: float, steps: int) -> None:
+    _, t = at_angle(90, 96)
+    z = (t * np.float32(factor))[None]
+    np.testing.assert_array_equal(_core.purify_cos(z, t, steps=steps, step_size=30.0), z)
+
+
+def test_one_dimension_has_no_tangent() -> None:
+    z = np.array([[2.0], [-3.0]], np.float32)
+    t = np.ones(1, np.float32)
+    np.testing.assert_array_equal(_core.purify_cos(z, t, steps=5, step_size=30.0), z)
+
+
+def test_a_step_onto_the_null_text_stays_there() -> None:
+    z, t = at_angle(45, 64)
+    got = _core.purify_cos(z, t, steps=9, step_size=1.0)
+    assert relative_error(got, t[None]) < 2e-5
+
+
+@pytest.mark.parametrize(("steps", "step_size"), [(0, 30.0), (5, 0.0)])
+def test_nothing_to_do(steps: int, step_size: float) -> None:
+    z, t = at_angle(70, 33)
+    got = _core.purify_cos(z, t, steps=steps, step_size=step_size)
+    assert relative_error(got, z) < 1e-7
+
+
+def test_a_huge_step_size_turns_by_a_right_angle() -> None:
+    z, t = at_angle(100, 33)
+    got = _core.purify_cos(z, t, steps=1, step_size=1e300)
+    assert np.degrees(np.arccos(got[0] @ t)) == pytest.approx(10, abs=1e-3)
+
+
+def test_alone_and_in_a_batch() -> None:
+    rng = np.random.default_rng(2)
+    z = rng.standard_normal((9, 77)).astype(np.float32)
+    t = rng.standard_normal(77).astype(np.float32)
+    batch = _core.purify_cos(z, t, steps=3, step_size=0.5)
+    for i in range(len(z)):
+        alone = _core.purify_cos(z[i : i + 1], t, steps=3, step_size=0.5)
+        np.testing.assert_array_equal(alone[0], batch[i])
+
+
+def test_many_rows() -> None:
+    z = np.random.default_rng(0).standard_normal((20000, 512)).astype(np.float32)
+    got = _core.purify_cos(z, z[0] + z[1], steps=1, step_size=30.0)
+    np.testing.assert_array_equal(
+        got[-3:], _core.purify_cos(z[-3:], z[0] + z[1], steps=1, step_size=30.0)
+    )
+
+
+def test_no_rows_and_read_only_arrays() -> None:
+    t = np.ones(5, np.float32)
+    t.setflags(write=False)
+    empty = np.empty((0, 5), np.float32)
+    empty.setflags(write=False)
+    got = _core.purify_cos(empty, t, steps=1, step_size=1.0)
+    assert got.shape == (0, 5)
+    assert got.dtype == np.float32
+
+
+Z = np.eye(3, 4, dtype=np.float32)
+T = np.ones(4, np.float32)
+
+
+def with_value(array: np.ndarray, index: tuple[int, ...], value: float) -> np.ndarray:
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"embeddings": Z.astype(np.float16)},
+            "expected embeddings (N, D) float32, got (3, 4) float16",
+        ),
+        ({"embeddings": Z[0]}, "expected embeddings (N, D) float32, got (4,) float32"),
+        ({"embeddings": Z[:, :0]}, "expected embeddings with D >= 1, got (3, 0)"),
+        (
+            {"embeddings": np.asfortranarray(Z)},
+            "expected embeddings to be C-contiguous, got strides (4, 12) for shape (3, 4)",
+        ),
+        ({"null_text": T[:3]}, "expected null_text (4,) float32, got (3,) float32"),
+        ({"null_text": T.astype(float)}, "expected null_text (4,) float32, got (4,) float64"),
+        (
+            {"null_text": np.ones(8, np.float32)[::2]},
+            "expected null_text to be C-contiguous, got strides (8,) for shape (4,)",
+        ),
+        ({"steps": -1}, "expected steps >= 0, got -1"),
+        ({"step_size": -0.5}, "expected a finite step_size >= 0, got -0.500000"),
+        ({"step_size": float("inf")}, "expected a finite step_size >= 0, got inf"),
+        ({"step_size": float("nan")}, "expected a finite step_size >= 0, got nan"),
+        ({"embeddings": with_value(Z, (2, 3), np.nan)}, "embedding 2 contains NaN or infinity"),
+        ({"embeddings": with_value(Z, (1, 0), -np.inf)}, "embedding 1 contains NaN or infinity"),
+        ({"embeddings": with_value(Z, (1, 1), 0)}, "embedding 1 is zero"),
+        ({"null_text": T * 0}, "null_text is zero"),
+        ({"null_text": with_value(T, (0,), np.nan)}, "null_text contains NaN or infinity"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+    arguments = {"embeddings": Z, "null_text": T, "steps": 2, "step_size": 30.0, **change}
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        _core.purify_cos(arguments.pop("embeddings"), arguments.pop("null_text"), **arguments)
+    assert str(error.value) == "[purify_cos] " + message
