@@ -1,0 +1,86 @@
+"""The command `python -m export`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from edgeclip.errors import EdgeclipError
+from export import ExportError
+from export.progress import step
+
+EPILOG = """examples:
+  python -m export ViT-B-32 --pretrained laion2b_s34b_b79k -o bundles/vit-b-32
+  python -m export ViT-B-32-quickgelu --pretrained openai -o bundles/openai --template "a photo of a {}."
+  python -m export ViT-B-16 --pretrained checkpoints/epoch_32.pt -o bundles/mine
+  python -m export runs/fashion -o bundles/fashion
+"""
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m export",
+        description="Make a bundle that edgeclip runs out of an open_clip model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="name of an open_clip model, or folder of a training run")
+    add(
+        "--pretrained",
+        metavar="TAG_OR_FILE",
+        help="weights: a tag of open_clip's, a file (safetensors, state dict, TorchScript), or "
+        "random for benchmarks; a folder brings its own",
+    )
+    add("-o", "--out", metavar="BUNDLE", type=Path, required=True, help="directory to write")
+    for option, text in (
+        ("--template", "prompt with {} for the label; may be given several times"),
+        ("--null-template", "prompt whose empty form is the null text (default: the templates)"),
+    ):
+        add(option, metavar="TEXT", action="append", help=text)
+    add("--description", metavar="TEXT", help="what the model is for, in a line")
+    add("--precision", choices=["fp32"], default="fp32", help="of weights (default: fp32)")
+    add("--quickgelu", action="store_true", help="the weights were trained with QuickGELU")
+    add("--force", action="store_true", help="replace the bundle at -o")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    # Imported late: what is wrong with the arguments is said before PyTorch has loaded.
+    try:
+        with step("loading PyTorch"):
+            from export import bundle, checkpoints
+    except ImportError as err:
+        raise ExportError(f"{err}: exporting needs pip install 'edgeclip[export]'") from err
+    bundle.check_target(options.out, options.force)  # before minutes of work
+    source = checkpoints.load(options.model, options.pretrained, quick_gelu=options.quickgelu)
+    words = bundle.wording(source, options.description, options.template, options.null_template)
+    manifest = bundle.export_bundle(
+        source, options.out, words, precision=options.precision, force=options.force
+    )
+    size = sum(path.stat().st_size for path in options.out.iterdir())
+    parity = manifest.precisions[options.precision].parity
+    print(f"{options.out}: {manifest.description}, {size / 1e6:,.1f} MB")
+    print("largest difference from PyTorch, by ONNX Runtime:")
+    for name, value in parity.items():
+        print(f"  {name:24} {value:.7f}" if "cosine" in name else f"  {name:24} {value:.1e}")
+    print(f"use it: edgeclip classify IMAGE --labels FILE --bundle {options.out}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 0, or 2 after one line that says what to change."""
+    options = parse(arguments)
+    try:
+        run(options)
+    except (EdgeclipError, OSError) as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: no bundle was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

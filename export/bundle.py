@@ -1,0 +1,196 @@
+"""A model in PyTorch written as a bundle: complete and verified, or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg
+from safetensors.numpy import save
+
+from edgeclip.bundle import (
+    DEFAULT_TEMPLATES,
+    EMBEDDINGS,
+    GOLDEN,
+    MANIFEST,
+    TOKENIZER,
+    Bundle,
+    ImageSpec,
+    Manifest,
+    TextSpec,
+    Variant,
+)
+from edgeclip.labels import check_templates
+from export import ExportError, to_onnx
+from export.checkpoints import Source
+from export.progress import step
+from export.tokenizer import clean_kind, convert, pad_id
+from export.verify import golden, verify
+
+
+@dataclasses.dataclass(frozen=True)
+class Wording:
+    """What a bundle says about itself, and the prompts that its labels are put into."""
+
+    description: str
+    templates: tuple[str, ...]
+    null_templates: tuple[str, ...]
+
+
+def wording(
+    source: Source,
+    description: str | None = None,
+    templates: Sequence[str] | None = None,
+    null_templates: Sequence[str] | None = None,
+) -> Wording:
+    """The given wording; what is None is the model folder's own, or the default.
+
+    Raises LabelError for a template without a place for the label.
+    """
+    own = source.wording
+    chosen = tuple(templates or own.get("templates") or DEFAULT_TEMPLATES)
+    null = tuple(null_templates or own.get("null_templates") or chosen)
+    check_templates(chosen)
+    check_templates(null, "null templates")
+    default = f"{source.name}, weights {source.pretrained}"
+    return Wording(str(description or own.get("description") or default), chosen, null)
+
+
+def export_bundle(
+    source: Source, out: Path, words: Wording, *, precision: str = "fp32", force: bool = False
+) -> Manifest:
+    """Write the bundle of `source` to `out`, and return its manifest.
+
+    An existing bundle is replaced only with `force`, and only once the new one is verified. Raises
+    ExportError; then nothing is left behind.
+    """
+    out = out.resolve()  # a link stays, what it points to is replaced
+    check_target(out, force)
+    image = image_spec(source.model)
+    with _workshop(out) as work:
+        manifest = _write_encoders(work, source, image, words, precision)
+        with step("writing the tokenizer, the null text and the golden input"):
+            text = convert(source.tokenizer).to_str(pretty=False)
+            (work / TOKENIZER).write_text(text, encoding="utf-8")
+            vector = null_text(source, words.null_templates)
+            (work / EMBEDDINGS).write_bytes(save({"null_text": vector}))
+            np.savez(work / GOLDEN, **golden(work, source, manifest))
+        with step("comparing ONNX Runtime with PyTorch"):
+            parity = verify(work, source, manifest, precision)
+        variant = dataclasses.replace(manifest.precisions[precision], parity=parity)
+        manifest = dataclasses.replace(manifest, precisions={precision: variant})
+        Bundle.write_manifest(work, manifest)
+        Bundle(work).verify()
+        _move(work, out)
+    return Bundle(out).manifest
+
+
+def check_target(out: Path, force: bool) -> None:
+    """Raises ExportError where a bundle cannot be put at `out`."""
+    if out.is_file():
+        raise ExportError(f"{out} is a file: name a directory")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / MANIFEST).is_file():
+        raise ExportError(f"{out} is not empty and not a bundle: name another directory")
+    if not force:
+        raise ExportError(f"{out} exists: add --force to replace it, or name another directory")
+
+
+def image_spec(model: Any) -> ImageSpec:
+    """open_clip's preprocessing of `model`, as the runtime repeats it. Raises ExportError."""
+    settings = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
+    size = settings.size if isinstance(settings.size, int) else tuple(settings.size)
+    height, width = (size, size) if isinstance(size, int) else size
+    if settings.interpolation not in ("bicubic", "bilinear"):
+        raise ExportError(f"interpolation {settings.interpolation!r} is not supported")
+    if settings.resize_mode == "shortest" and height != width:
+        # open_clip takes another way here, bicubic whatever the interpolation says.
+        raise ExportError("an input that is not square needs resize_mode squash or longest")
+    mean, std = (tuple(float(v) for v in values) for values in (settings.mean, settings.std))
+    return ImageSpec(
+        (int(height), int(width)),
+        mean,
+        std,
+        settings.resize_mode,
+        settings.interpolation,
+        int(settings.fill_color),
+    )
+
+
+@torch.no_grad()
+def null_text(source: Source, templates: Sequence[str]) -> np.ndarray:
+    """The unit embedding, float32 (D,), of the mean of `templates` without a label (CLIPure)."""
+    ids = source.tokenizer([template.replace("{}", "") for template in templates])
+    mean = source.model.encode_text(ids, normalize=True).mean(dim=0)
+    return F.normalize(mean, dim=0).numpy()
+
+
+def _write_encoders(
+    work: Path, source: Source, image: ImageSpec, words: Wording, precision: str
+) -> Manifest:
+    model = source.model
+    context_length = int(source.tokenizer.context_length)
+    names = Variant(f"image_encoder.{precision}.onnx", f"text_encoder.{precision}.onnx")
+    with step("exporting the image encoder"):
+        tokens = to_onnx.export_image_encoder(model, image.size, work / names.image_encoder)
+    with step("exporting the text encoder"):
+        cut = to_onnx.export_text_encoder(model, context_length, work / names.text_encoder)
+    vector = null_text(source, words.null_templates)
+    bias = model.logit_bias
+    return Manifest(
+        description=words.description,
+        source={
+            "model": source.name,
+            "pretrained": source.pretrained,
+            "weights_sha256": source.weights_sha256,
+        },
+        embed_dim=len(vector),
+        image=image,
+        text=TextSpec(context_length, clean_kind(source.tokenizer), cut, pad_id(source.tokenizer)),
+        tokens=tokens,
+        logit_scale=model.logit_scale.exp().item(),
+        logit_bias=0.0 if bias is None else bias.item(),
+        templates=words.templates,
+        null_templates=words.null_templates,
+        purification=None,  # a recommendation is earned by a measurement, not by the export
+        precisions={precision: names},
+    )
+
+
+@contextmanager
+def _workshop(out: Path) -> Iterator[Path]:
+    """A directory beside `out` to work in, gone afterwards whatever happens."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _move(work: Path, out: Path) -> None:
+    """Put the finished `work` where `out` is; what was there stays if that fails."""
+    mask = os.umask(0)
+    os.umask(mask)
+    work.chmod(0o777 & ~mask)  # mkdtemp lets only its owner in
+    old = work.with_name(work.name + ".old")
+    if out.exists():
+        out.rename(old)
+    try:
+        work.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

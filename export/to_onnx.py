@@ -1,0 +1,269 @@
+"""The two encoders of a model as ONNX files: what goes in, what comes out, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir
+import torch
+from open_clip.model import CLIP
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import TextTransformer, VisionTransformer
+from torch import Tensor, nn
+
+from edgeclip.bundle import TokenSpec
+from export import ExportError
+from export.progress import brief, quiet
+
+OPSET = 18  # what TensorRT 10.3 (JetPack 6) builds without surprises
+SINGLE_FILE = 1_900_000_000  # bytes of weights; a protobuf ends at 2 GiB
+Shape = tuple[str | int, ...]
+
+
+class PooledImageEncoder(nn.Module):
+    """Any image tower: pixels (B, 3, H, W) -> embedding (B, D)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        return (self.model.encode_image(pixels, normalize=False),)
+
+
+class VitImageEncoder(nn.Module):
+    """open_clip's ViT: pixels -> embedding (B, D), tokens (B, prefix + P, D).
+
+    Tokens are those of the last block after ln_post and the projection. With class-token pooling
+    the class token comes first, and is the embedding.
+    """
+
+    def __init__(self, visual: VisionTransformer) -> None:
+        super().__init__()
+        self.visual = copy.copy(visual)  # shares the weights; the caller's gives no tokens
+        self.visual.output_tokens = True
+        self.prefix = int(visual.pool_type == "tok")
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        embedding, patches = self.visual(pixels)
+        tokens = patches @ self.visual.proj
+        if self.prefix:
+            tokens = torch.cat([embedding[:, None], tokens], dim=1)
+        return embedding, tokens
+
+
+class MapPoolImageEncoder(nn.Module):
+    """SigLIP's ViT from timm: pixels -> embedding (B, D), tokens (B, prefix + P, D).
+
+    Tokens are what its attention pooling reads: in the embedding's space, and without a class token.
+    """
+
+    def __init__(self, visual: TimmModel) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        tokens = self.visual.trunk.forward_features(pixels)
+        return self.visual.head(self.visual.trunk.forward_head(tokens)), tokens
+
+
+class TextEncoder(nn.Module):
+    """Any text tower: ids (B, L) -> embedding (B, D)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model.encode_text(ids, normalize=False)
+
+
+class CutTextEncoder(nn.Module):
+    """A causal text tower on ids (B, L) of any length L up to its context length.
+
+    No token sees those behind it, so ids cut after the end mark give the same embedding. open_clip
+    always adds all positions and the whole mask: both are cut to L for the call.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.encoder = TextEncoder(model)
+        self.prefix = "model." if isinstance(model, CLIP) else "model.text."
+
+    def forward(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        tower = self.encoder.get_submodule(self.prefix.rstrip("."))
+        cut = {
+            self.prefix + "positional_embedding": tower.positional_embedding[:length],
+            self.prefix + "attn_mask": tower.attn_mask[:length, :length],
+        }
+        return torch.func.functional_call(self.encoder, cut, (ids,))
+
+
+def image_encoder(model: Any) -> tuple[nn.Module, TokenSpec | None]:
+    """The module to export for `model`'s images, and what its tokens are where it has them."""
+    visual = model.visual
+    if isinstance(visual, VisionTransformer) and _has_vit_tokens(visual):
+        vit = VitImageEncoder(visual)
+        return vit, TokenSpec(tuple(visual.grid_size), vit.prefix)
+    if isinstance(visual, TimmModel) and _has_map_tokens(visual):
+        trunk = visual.trunk
+        spec = TokenSpec(tuple(trunk.patch_embed.grid_size), trunk.num_prefix_tokens)
+        return MapPoolImageEncoder(visual), spec
+    return PooledImageEncoder(model), None
+
+
+def _has_vit_tokens(visual: VisionTransformer) -> bool:
+    """Whether every token goes through ln_post and the projection, as the embedding does."""
+    return (
+        visual.attn_pool is None
+        and not visual.final_ln_after_pool
+        and visual.pool_type in ("tok", "avg")
+        and visual.proj is not None
+        and not visual.output_tokens
+    )
+
+
+def _has_map_tokens(visual: TimmModel) -> bool:
+    """Whether the tokens that attention pooling reads live in the space of the embedding."""
+    trunk = visual.trunk
+    return (
+        getattr(trunk, "global_pool", None) == "map"
+        and isinstance(getattr(trunk, "head", None), nn.Identity)
+        and len(visual.head) == 0
+    )
+
+
+def can_cut(model: Any) -> bool:
+    """Whether ids may be cut after the longest prompt without changing any embedding."""
+    if isinstance(model, CLIP):
+        return model.attn_mask is not None and model.text_pool_type in ("argmax", "eos")
+    text = model.text
+    return (
+        isinstance(text, TextTransformer)
+        and text.attn_mask is not None
+        and text.cls_emb is None
+        and text.pool_type in ("argmax", "eos")
+    )
+
+
+def export_image_encoder(model: Any, size: tuple[int, int], path: Path) -> TokenSpec | None:
+    """Write pixels ("batch", 3, H, W) -> embedding ("batch", D) [, tokens ("batch", T, D)].
+
+    Raises ExportError where PyTorch cannot export the tower, or fixes its batch size.
+    """
+    encoder, spec = image_encoder(model)
+    example = torch.zeros(2, 3, *size)  # a batch of 1 would be taken for a constant
+    names = ["embedding", "tokens"] if spec else ["embedding"]
+    _export(encoder, example, "pixels", names, {0: torch.export.Dim("batch")}, path)
+    width = _embed_dim(encoder, example[:1])
+    outputs: dict[str, Shape] = {"embedding": ("batch", width)}
+    if spec:
+        outputs["tokens"] = ("batch", spec.prefix + spec.grid[0] * spec.grid[1], width)
+    _check_shapes(path, {"pixels": ("batch", 3, *size)}, outputs)
+    return spec
+
+
+def export_text_encoder(model: Any, context_length: int, path: Path) -> bool:
+    """Write ids ("batch", "length") -> embedding ("batch", D); whether the length is symbolic.
+
+    A tower whose tokens see what is behind them keeps the full length. Raises ExportError as
+    `export_image_encoder` does.
+    """
+    cut = can_cut(model)
+    encoder = CutTextEncoder(model) if cut else TextEncoder(model)
+    length = min(8, context_length) if cut else context_length
+    example = torch.arange(2 * length).reshape(2, length) % 7 + 1
+    dims: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if cut:
+        dims[1] = torch.export.Dim("length", max=context_length)
+    _export(encoder, example, "ids", ["embedding"], dims, path)
+    ids: Shape = ("batch", "length" if cut else context_length)
+    _check_shapes(path, {"ids": ids}, {"embedding": ("batch", _embed_dim(encoder, example))})
+    return cut
+
+
+@torch.no_grad()
+def _embed_dim(encoder: nn.Module, example: Tensor) -> int:
+    found = encoder(example)
+    return int((found if isinstance(found, Tensor) else found[0]).shape[-1])
+
+
+@torch.no_grad()
+def _export(
+    encoder: nn.Module,
+    example: Tensor,
+    input_name: str,
+    output_names: list[str],
+    dims: dict[int, Any],
+    path: Path,
+) -> None:
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                encoder.eval(),
+                (example,),
+                input_names=[input_name],
+                output_names=output_names,
+                dynamic_shapes=(dims,),
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as err:
+        cause: BaseException = err
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ExportError(f"PyTorch cannot export this model to ONNX: {brief(cause)}") from err
+    if program is None:
+        raise ExportError("PyTorch returned no ONNX model")
+    _save(program.model, path)
+
+
+def _save(model: onnx_ir.Model, path: Path) -> None:
+    """Write the graph and its weights: one file, or FILE and FILE.data where they are too large."""
+    _forget_origins(model)
+    _keep_names_apart(model.graph)
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    external = f"{path.name}.data" if weights > SINGLE_FILE else None
+    onnx_ir.save(model, path, external_data=external)
+
+
+def _forget_origins(model: onnx_ir.Model) -> None:
+    """Drop what the exporter notes about source code: paths of this machine, and megabytes."""
+    model.metadata_props.clear()
+    model.doc_string = None
+    graph = model.graph
+    values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
+    for node in graph.all_nodes():
+        values += node.outputs
+    for item in (graph, *graph.all_nodes(), *values):
+        item.metadata_props.clear()
+        item.doc_string = None
+
+
+def _keep_names_apart(graph: onnx_ir.Graph) -> None:
+    """Rename inner values called like an output: aten's embedding would clash with ours."""
+    outputs = set(graph.outputs)
+    taken = {value.name for value in outputs}
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value not in outputs and value.name in taken:
+                value.name = f"inner_{value.name}"
+
+
+def _check_shapes(path: Path, inputs: dict[str, Shape], outputs: dict[str, Shape]) -> None:
+    """Raises ExportError unless the file has just these inputs and outputs, symbols included."""
+    graph = onnx.load(path, load_external_data=False).graph
+    for values, wanted in ((graph.input, inputs), (graph.output, outputs)):
+        found = {value.name: _shape(value) for value in values}
+        if found != wanted:
+            raise ExportError(f"the exported graph has the shapes {found}, not {wanted}")
+
+
+def _shape(value: onnx.ValueInfoProto) -> Shape:
+    dims = value.type.tensor_type.shape.dim
+    return tuple(dim.dim_param if dim.HasField("dim_param") else dim.dim_value for dim in dims)

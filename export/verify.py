@@ -1,0 +1,199 @@
+"""Does the bundle say what PyTorch says? The golden input, and the differences that were measured.
+
+golden.npz, all of it made by open_clip and PyTorch:
+
+    image             uint8 (H, W, 3)    a picture larger than the input, and not square
+    pixels            float32 (3, h, w)  the picture after open_clip's own preprocessing
+    embedding         float32 (D,)       its unit embedding
+    prompts           str (4,)           of different lengths
+    ids               int64 (4, L)       padded to the longest, or to the full context length
+    text_embeddings   float32 (4, D)     their unit embeddings
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from numpy.typing import NDArray
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from edgeclip.bundle import GOLDEN, TOKENIZER, Manifest
+from edgeclip.encoders import import_onnxruntime
+from edgeclip.tokenizer import Tokenizer
+from export import ExportError
+from export.checkpoints import Source
+from export.to_onnx import image_encoder
+
+LIMIT = 1e-4  # of unit embeddings, of one minus their cosine, and of tokens relative to their norm
+CUT_LIMIT = 1e-5  # of unit text embeddings, between ids cut at their end and ids of full length
+BATCHES = (1, 2, 5)
+
+GOLDEN_PROMPTS = (
+    "a dog",
+    "a photo of a café.",
+    "a close-up photo of two small red bicycles",
+    "a black and white photo of an old bridge over a river, seen from far away.",
+)
+PROBES = (
+    "",
+    "a dog",
+    "A photo of a CAFÉ.",
+    "Ünïcödé — “quotes”, it's 50% &amp;amp; 10 €",
+    "schÃ¶n, 日本語 العربية 👩‍👩‍👧‍👦",
+    "!<start_of_text> <end_of_text> <|endoftext|> </s>",
+    "many words " * 100,
+)
+
+Array = NDArray[np.float32]
+
+
+def picture(height: int, width: int) -> NDArray[np.uint8]:
+    """A picture, uint8 (height, width, 3), with smooth areas, edges, fine lines and some noise."""
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    rgb = np.stack([0.2 + 0.6 * x, 0.3 + 0.5 * y, 0.7 - 0.4 * x * y], axis=2)
+    rgb[np.hypot(x - 0.35, y - 0.4) < 0.22] = (0.85, 0.2, 0.15)
+    rgb[(abs(x - 0.7) < 0.15) & (abs(y - 0.65) < 0.2)] = (0.1, 0.35, 0.8)
+    rgb += 0.1 * np.sin(60 * np.pi * (x + 0.5 * y))[:, :, np.newaxis] * (y[:, :, np.newaxis] > 0.8)
+    rgb += np.random.default_rng(0).normal(0, 0.02, rgb.shape)
+    return np.round(255 * rgb.clip(0, 1)).astype(np.uint8)
+
+
+@torch.no_grad()
+def golden(directory: Path, source: Source, manifest: Manifest) -> dict[str, NDArray[Any]]:
+    """What golden.npz holds; the tokenizer has been written to `directory`. Raises ExportError."""
+    height, width = manifest.image.size
+    image = picture(3 * height // 2, 9 * width // 5)
+    settings = PreprocessCfg(**open_clip.get_model_preprocess_cfg(source.model))
+    pixels = image_transform_v2(settings, is_train=False)(Image.fromarray(image))
+    ids, lengths = _tokenize(directory, source, manifest, GOLDEN_PROMPTS)
+    used = max(lengths) if manifest.text.dynamic_length else manifest.text.context_length
+    return {
+        "image": image,
+        "pixels": pixels.numpy(),
+        "embedding": source.model.encode_image(pixels[None], normalize=True)[0].numpy(),
+        "prompts": np.array(GOLDEN_PROMPTS),
+        "ids": ids.numpy()[:, :used],
+        "text_embeddings": source.model.encode_text(ids, normalize=True).numpy(),
+    }
+
+
+def verify(directory: Path, source: Source, manifest: Manifest, precision: str) -> dict[str, float]:
+    """Run the exported encoders with ONNX Runtime and compare them with PyTorch.
+
+    Returns the differences measured, for `Variant.parity`. Raises ExportError where one is above
+    its limit (or not a number), or where tokenizer.json gives other ids than open_clip.
+    """
+    variant = manifest.precisions[precision]
+    image = _session(directory / variant.image_encoder)
+    text = _session(directory / variant.text_encoder)
+    parity = {
+        **_image_parity(image, source, manifest),
+        **_text_parity(text, directory, source, manifest),
+        **_golden_parity(image, text, directory),
+    }
+    for name, value in parity.items():
+        error = 1 - value if name.endswith("cosine") else value
+        limit = CUT_LIMIT if "cut" in name else LIMIT
+        if not error <= limit:
+            raise ExportError(
+                f"the exported model is not the same as PyTorch's: {name} is {value:.3g} "
+                f"(limit {limit:g}); no bundle was written"
+            )
+    return parity
+
+
+@torch.no_grad()
+def _image_parity(session: Any, source: Source, manifest: Manifest) -> dict[str, float]:
+    wrapper, spec = image_encoder(source.model)
+    generator = torch.Generator().manual_seed(0)
+    wanted, found, wanted_tokens, found_tokens = [], [], [], []
+    for size in BATCHES:
+        pixels = torch.randn(size, 3, *manifest.image.size, generator=generator)
+        wanted.append(source.model.encode_image(pixels, normalize=True).numpy())
+        embedding, *tokens = session.run(None, {"pixels": pixels.numpy()})
+        found.append(embedding)
+        if spec:
+            wanted_tokens.append(wrapper(pixels)[1].numpy())
+            found_tokens.append(tokens[0])
+    parity = _compare("image", np.concatenate(found), np.concatenate(wanted))
+    if spec:
+        difference = np.concatenate(found_tokens) - np.concatenate(wanted_tokens)
+        norms = np.linalg.norm(np.concatenate(wanted_tokens), axis=2)
+        parity["tokens_max_rel_diff"] = float((np.linalg.norm(difference, axis=2) / norms).max())
+    return parity
+
+
+@torch.no_grad()
+def _text_parity(
+    session: Any, directory: Path, source: Source, manifest: Manifest
+) -> dict[str, float]:
+    ids, lengths = _tokenize(directory, source, manifest, PROBES)
+    wanted = source.model.encode_text(ids, normalize=True).numpy()
+    (whole,) = session.run(None, {"ids": ids.numpy()})
+    if not manifest.text.dynamic_length:
+        return _compare("text", whole, wanted)
+    cut = [
+        session.run(None, {"ids": row[None, :length]})[0]
+        for row, length in zip(ids.numpy(), lengths, strict=True)
+    ]
+    parity = _compare("text", np.concatenate([whole, *cut]), np.concatenate([wanted, wanted]))
+    difference = _unit(np.concatenate(cut)) - _unit(whole)
+    return parity | {"text_cut_max_abs_diff": float(abs(difference).max())}
+
+
+def _golden_parity(image: Any, text: Any, directory: Path) -> dict[str, float]:
+    with np.load(directory / GOLDEN, allow_pickle=False) as arrays:
+        (embedding,) = image.run(["embedding"], {"pixels": arrays["pixels"][None]})
+        (texts,) = text.run(["embedding"], {"ids": arrays["ids"]})
+        image_diff = abs(_unit(embedding)[0] - arrays["embedding"]).max()
+        text_diff = abs(_unit(texts) - arrays["text_embeddings"]).max()
+    return {"golden_max_abs_diff": float(np.maximum(image_diff, text_diff))}  # keeps a NaN
+
+
+def _tokenize(
+    directory: Path, source: Source, manifest: Manifest, prompts: Sequence[str]
+) -> tuple[torch.Tensor, list[int]]:
+    """open_clip's ids (N, context length), and how many of each row are not padding.
+
+    Raises ExportError where the bundle's tokenizer gives others.
+    """
+    text = manifest.text
+    ids = source.tokenizer(list(prompts))
+    tokenizer = Tokenizer(
+        directory / TOKENIZER, context_length=text.context_length, clean=text.clean
+    )
+    ours = tokenizer(prompts)
+    for prompt, found, row in zip(prompts, ours, ids.tolist(), strict=True):
+        if found + [text.pad_id] * (text.context_length - len(found)) != row:
+            raise ExportError(f"{TOKENIZER} gives other ids than open_clip for {prompt[:40]!r}")
+    return ids, [len(found) for found in ours]
+
+
+def _compare(name: str, found: Array, wanted: Array) -> dict[str, float]:
+    """The largest difference of unit embeddings, and the smallest cosine; both (N, D)."""
+    found, wanted = _unit(found), _unit(wanted)
+    return {
+        f"{name}_max_abs_diff": float(abs(found - wanted).max()),
+        f"{name}_min_cosine": float((found * wanted).sum(axis=1).min()),
+    }
+
+
+def _unit(rows: Array) -> NDArray[np.float64]:
+    rows = rows.astype(np.float64)  # so that a cosine of 1 is 1
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def _session(path: Path) -> Any:
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as err:  # the library has no public base class for its errors
+        raise ExportError(f"ONNX Runtime does not load {path.name}: {str(err)[:200]}") from err

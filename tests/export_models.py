@@ -1,0 +1,220 @@
+"""Tiny models of every family in open_clip's folder form, each exported once per test session."""
+
+from __future__ import annotations
+
+import atexit
+import gzip
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnx
+import open_clip
+import pytest
+import timm
+import torch
+from open_clip.tokenizer import default_bpe
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+from edgeclip.bundle import Bundle, Manifest
+from export import bundle
+from export.bundle import export_bundle, wording
+from export.checkpoints import Source, load
+from export.progress import quiet
+
+MERGES = 300
+VOCABULARY = 512 + MERGES + 2
+ROOT = Path(tempfile.mkdtemp(prefix="edgeclip-export-tests-"))
+atexit.register(shutil.rmtree, ROOT, ignore_errors=True)
+
+TEXT = {
+    "context_length": 24,
+    "vocab_size": VOCABULARY,
+    "width": 32,
+    "heads": 2,
+    "layers": 2,
+    "tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"},
+}
+VIT = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
+SHORT_TEXT = TEXT | {"layers": 1}  # most of an export's time goes into tracing blocks
+SIGLIP_TEXT = {
+    "context_length": 16,
+    "vocab_size": 200,
+    "hf_tokenizer_name": "any/name",
+    "tokenizer_kwargs": {"clean": "canonicalize"},
+    "width": 96,
+    "heads": 3,
+    "layers": 1,
+    "no_causal_mask": True,
+    "proj_bias": True,
+    "pool_type": "last",
+    "norm_kwargs": {"eps": 1e-6},
+}
+
+# Every family that open_clip has an image tower for, as small as it gets.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "vit": {"embed_dim": 48, "vision_cfg": VIT, "text_cfg": TEXT},
+    "vit-avg": {
+        "embed_dim": 48,
+        "vision_cfg": VIT
+        | {"layers": 1}
+        | {"image_size": [32, 48], "pool_type": "avg", "no_ln_pre": True},
+        "text_cfg": SHORT_TEXT,
+        "custom_text": True,
+    },
+    "vit-quickgelu": {  # and all else that changes what can be exported
+        "embed_dim": 48,
+        "quick_gelu": True,
+        "vision_cfg": VIT | {"layers": 1} | {"final_ln_after_pool": True, "pool_type": "avg"},
+        "text_cfg": SHORT_TEXT | {"no_causal_mask": True},
+        "custom_text": True,
+    },
+    "resnet": {
+        "embed_dim": 48,
+        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
+        "text_cfg": SHORT_TEXT,
+    },
+    "convnext": {
+        "embed_dim": 48,
+        "vision_cfg": {
+            "timm_model_name": "tiny_convnext",
+            "timm_pool": "",
+            "timm_proj": "linear",
+            "image_size": 64,
+        },
+        "text_cfg": SHORT_TEXT,
+    },
+    "siglip": {
+        "embed_dim": 96,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": {
+            "image_size": 64,
+            "timm_model_name": "tiny_siglip",
+            "timm_pool": "map",
+            "timm_proj": "none",
+        },
+        "text_cfg": SIGLIP_TEXT,
+    },
+}
+PREPROCESSING = {
+    "mean": [0.4, 0.5, 0.6],
+    "std": [0.2, 0.25, 0.3],
+    "interpolation": "bilinear",
+    "resize_mode": "squash",
+}
+WORDING = {
+    "description": "a tiny model",
+    "templates": ["a {}.", "the {}."],
+    "null_templates": ["a {}."],
+}
+
+
+@timm.models.register_model
+def tiny_siglip(pretrained: bool = False, **settings: Any) -> torch.nn.Module:
+    """timm's smallest ViT with attention pooling, cut to two blocks."""
+    return timm.create_model("test_vit3", depth=2, img_size=64, reg_tokens=0, **settings)
+
+
+@timm.models.register_model
+def tiny_convnext(pretrained: bool = False, **settings: Any) -> torch.nn.Module:
+    return timm.create_model("test_convnext", depths=(1, 1, 1, 1), **settings)
+
+
+def write_bpe(path: Path, merges: int = MERGES) -> None:
+    """The first merges of CLIP's byte-pair encoding, in open_clip's form."""
+    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[: merges + 1]
+    path.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
+
+
+def write_sentencepiece_like(folder: Path) -> None:
+    """A tokenizer as SigLIP's: unigram, an end mark and no start mark, padded with the end mark."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    text = "a photo of a small dog and two red cats, the quick brown fox jumps 0123456789"
+    backend.train_from_iterator([text] * 20, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "</s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_folder(folder: Path, family: str) -> Path:
+    """A folder as a training run leaves it, with random weights of which none is zero."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_cfg": CONFIGS[family],
+        "preprocess_cfg": PREPROCESSING,
+        "edgeclip": WORDING,
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    write_bpe(folder / "bpe.txt.gz")
+    if family == "siglip":
+        write_sentencepiece_like(folder)
+    torch.manual_seed(1)
+    with quiet():
+        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for value in state.values():
+        if value.is_floating_point() and value.ndim:
+            value += 0.02 * torch.randn_like(value).abs()  # variances of batch norm stay positive
+    save_file(state, folder / "open_clip_model.safetensors")
+    return folder
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model in PyTorch and the bundle that was made of it."""
+
+    folder: Path
+    source: Source
+    bundle: Bundle
+
+
+@cache
+def exported(family: str) -> Exported:
+    folder = write_folder(ROOT / family, family)
+    source = load(str(folder), None)
+    out = ROOT / f"{family}-bundle"
+    export_bundle(source, out, wording(source))
+    return Exported(folder, source, Bundle(out))
+
+
+def reuse_encoders(patch: pytest.MonkeyPatch, made: Exported, spoil: str = "") -> None:
+    """Let an export take the files made before: what comes after them is tested in no time.
+
+    In the file called `spoil` the weights are changed by a tenth.
+    """
+
+    def copied(work: Path, *_: object) -> Manifest:
+        for path in made.bundle.path.iterdir():
+            shutil.copy(path, work)
+        if spoil:
+            model = onnx.load(work / spoil)
+            for weights in model.graph.initializer:
+                if weights.data_type == onnx.TensorProto.FLOAT and len(weights.dims) > 1:
+                    array = 1.1 * onnx.numpy_helper.to_array(weights)
+                    weights.CopyFrom(onnx.numpy_helper.from_array(array, weights.name))
+            onnx.save(model, work / spoil)
+        return made.bundle.manifest
+
+    patch.setattr(bundle, "_write_encoders", copied)

@@ -1,0 +1,336 @@
+"""Bundles of every family of models: what is in them, and that they say what PyTorch says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import open_clip
+import pytest
+import torch
+from export_models import CONFIGS, Exported, exported, reuse_encoders, write_folder
+from numpy.typing import NDArray
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from edgeclip.encoders import OnnxEncoder
+from edgeclip.errors import LabelError
+from edgeclip.tokenizer import Tokenizer
+from export import ExportError, to_onnx, verify
+from export.bundle import export_bundle, image_spec, wording
+from export.checkpoints import load
+
+FAMILIES = sorted(CONFIGS)
+PROMPTS = ["", "a dog", "two cafés — “x”", "a much longer prompt about many small red things " * 9]
+
+
+@pytest.fixture(params=FAMILIES)
+def made(request: pytest.FixtureRequest) -> Exported:
+    return exported(request.param)
+
+
+def encoder(made: Exported, kind: str) -> OnnxEncoder:
+    return OnnxEncoder(made.bundle.encoder(kind, "fp32"), device="cpu", threads=1)
+
+
+def images(made: Exported, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, 3, *made.bundle.manifest.image.size, generator=generator)
+
+
+def cosines(found: NDArray[np.float32], wanted: torch.Tensor) -> NDArray[np.float64]:
+    a, b = found.astype(np.float64), wanted.numpy().astype(np.float64)
+    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_image_embeddings_are_open_clips(made: Exported, batch: int) -> None:
+    pixels = images(made, batch)
+    with torch.no_grad():
+        wanted = made.source.model.encode_image(pixels)
+    found = encoder(made, "image_encoder").embed(pixels.numpy())
+    assert found.dtype == np.float32
+    assert cosines(found, wanted).min() > 1 - 1e-9
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)  # the norms as well
+
+
+def test_text_embeddings_are_open_clips(made: Exported) -> None:
+    text = made.bundle.manifest.text
+    with torch.no_grad():
+        wanted = made.source.model.encode_text(made.source.tokenizer(PROMPTS))
+    assert cosines(wanted[:1].numpy(), wanted[1:2])[0] < 1 - 1e-5  # prompts do make a difference
+    tokenizer = Tokenizer(
+        made.bundle.file("tokenizer.json"), context_length=text.context_length, clean=text.clean
+    )
+    run = encoder(made, "text_encoder")
+    for count in (1, 2, 4):  # padded to the longest of each batch
+        ids = tokenizer(PROMPTS[:count])
+        length = max(map(len, ids)) if text.dynamic_length else text.context_length
+        padded = np.array([row + [text.pad_id] * (length - len(row)) for row in ids])
+        found = run.embed(padded)
+        assert cosines(found, wanted[:count]).min() > 1 - 1e-9
+        np.testing.assert_allclose(found, wanted[:count], rtol=1e-4, atol=1e-5)
+
+
+def test_vit_tokens_are_the_last_blocks_after_ln_post_and_projection() -> None:
+    made = exported("vit")
+    visual, pixels = made.source.model.visual, images(made, 2)
+    with torch.no_grad():
+        blocks = visual.forward_intermediates(
+            pixels,
+            indices=1,
+            normalize_intermediates=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        parts = [blocks["image_intermediates_prefix"][0], blocks["image_intermediates"][0]]
+        wanted = torch.cat(parts, dim=1) @ visual.proj
+    run = encoder(made, "image_encoder")
+    found = run.tokens(pixels.numpy())
+    assert made.bundle.manifest.tokens == to_onnx.TokenSpec((2, 2), 1)
+    assert found.shape == (2, 5, 48)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[:, 0], run.embed(pixels.numpy()), rtol=1e-5, atol=1e-6)
+
+
+def test_average_pooled_vit_gives_its_patches_only() -> None:
+    made = exported("vit-avg")
+    pixels = images(made, 2).numpy()
+    run = encoder(made, "image_encoder")
+    assert made.bundle.manifest.tokens == to_onnx.TokenSpec((2, 3), 0)
+    np.testing.assert_allclose(
+        run.tokens(pixels).mean(axis=1), run.embed(pixels), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_siglip_gives_the_tokens_that_its_pooling_reads() -> None:
+    made = exported("siglip")
+    trunk, pixels = made.source.model.visual.trunk, images(made, 2)
+    with torch.no_grad():
+        wanted = trunk.forward_features(pixels)
+    found = encoder(made, "image_encoder").tokens(pixels.numpy())
+    assert made.bundle.manifest.tokens == to_onnx.TokenSpec((4, 4), 0)
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["resnet", "convnext", "vit-quickgelu"])
+def test_towers_without_tokens_say_so(family: str) -> None:
+    made = exported(family)
+    assert made.bundle.manifest.tokens is None
+    graph = onnx.load(made.bundle.encoder("image_encoder", "fp32")).graph
+    assert [value.name for value in graph.output] == ["embedding"]
+
+
+def test_dimensions_are_symbolic(made: Exported) -> None:
+    manifest = made.bundle.manifest
+    session = onnxruntime.InferenceSession(made.bundle.encoder("image_encoder", "fp32"))
+    shapes = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
+    wanted = {
+        "pixels": ["batch", 3, *manifest.image.size],
+        "embedding": ["batch", manifest.embed_dim],
+    }
+    if manifest.tokens:
+        rows, columns = manifest.tokens.grid
+        count = manifest.tokens.prefix + rows * columns
+        wanted["tokens"] = ["batch", count, manifest.embed_dim]
+    assert shapes == wanted
+    session = onnxruntime.InferenceSession(made.bundle.encoder("text_encoder", "fp32"))
+    length = "length" if manifest.text.dynamic_length else manifest.text.context_length
+    assert session.get_inputs()[0].shape == ["batch", length]
+    assert session.get_outputs()[0].shape == ["batch", manifest.embed_dim]
+
+
+def test_only_causal_text_towers_are_cut() -> None:
+    assert {f: exported(f).bundle.manifest.text.dynamic_length for f in FAMILIES} == {
+        "vit": True,
+        "vit-avg": True,  # a tower of its own (custom_text), causal
+        "vit-quickgelu": False,
+        "resnet": True,
+        "convnext": True,
+        "siglip": False,
+    }
+
+
+def test_files_hold_no_paths_of_this_machine(made: Exported) -> None:
+    for name in made.bundle.manifest.files:
+        contents = (made.bundle.path / name).read_bytes()
+        for trace in (
+            b"/work/",
+            b"site-packages",
+            b"torch/nn",
+            b".py",
+            b"pkg.torch",
+            str(Path.home()).encode() + b"/",
+        ):
+            assert trace not in contents, (name, trace)
+    model = onnx.load(made.bundle.encoder("image_encoder", "fp32"))
+    assert model.opset_import[0].version == 18
+    assert not model.functions
+
+
+def test_a_bundle_is_complete(made: Exported) -> None:
+    manifest = made.bundle.manifest
+    made.bundle.verify()
+    assert sorted(manifest.files) == sorted(
+        path.name for path in made.bundle.path.iterdir() if path.name != "manifest.json"
+    )
+    assert len(manifest.files) == 5
+    parity = manifest.precisions["fp32"].parity
+    wanted = {"image_max_abs_diff", "image_min_cosine", "text_max_abs_diff", "text_min_cosine"}
+    wanted |= {"golden_max_abs_diff"}
+    wanted |= {"tokens_max_rel_diff"} if manifest.tokens else set()
+    wanted |= {"text_cut_max_abs_diff"} if manifest.text.dynamic_length else set()
+    assert parity.keys() == wanted
+    assert all(value < 1e-5 for name, value in parity.items() if "cosine" not in name)
+    assert manifest.source["weights_sha256"] == made.source.weights_sha256
+    assert manifest.purification is None
+    assert manifest.robustness == ()
+
+
+def test_logit_scale_and_bias() -> None:
+    manifest = exported("siglip").bundle.manifest
+    model = exported("siglip").source.model
+    assert manifest.logit_bias == model.logit_bias.item() == -10
+    assert manifest.logit_scale == pytest.approx(float(model.logit_scale.exp()))
+    assert exported("vit").bundle.manifest.logit_bias == 0
+
+
+def test_wording_and_preprocessing_come_from_the_folder() -> None:
+    manifest = exported("vit-avg").bundle.manifest
+    assert manifest.description == "a tiny model"
+    assert manifest.templates == ("a {}.", "the {}.")
+    assert manifest.null_templates == ("a {}.",)
+    image = manifest.image
+    assert image.size == (32, 48)
+    assert image.mean == (0.4, 0.5, 0.6)
+    assert image.std == (0.2, 0.25, 0.3)
+    assert (image.resize, image.interpolation, image.fill) == ("squash", "bilinear", 0)
+
+
+def test_wording_of_the_command_line_comes_first() -> None:
+    source = exported("vit").source
+    words = wording(source, "mine", ["one {}", "two {}"])
+    assert words.templates == ("one {}", "two {}")
+    assert words.null_templates == ("a {}.",)
+    assert words.description == "mine"
+    for bad in ("no place", "{0} {1}", "{name}", "{"):
+        with pytest.raises(LabelError, match=r"has no \{\} for the class name"):
+            wording(source, templates=[bad])
+
+
+def test_null_text_is_the_mean_of_the_empty_prompts() -> None:
+    made = exported("vit")
+    with torch.no_grad():
+        rows = made.source.model.encode_text(made.source.tokenizer(["a ."]), normalize=True)
+    np.testing.assert_allclose(made.bundle.null_text, rows[0], atol=1e-6)
+    assert np.linalg.norm(made.bundle.null_text) == pytest.approx(1, abs=1e-6)
+
+
+def test_golden_is_open_clips_and_the_bundle_agrees(made: Exported) -> None:
+    golden, manifest = made.bundle.golden(), made.bundle.manifest
+    model = made.source.model
+    height, width = manifest.image.size
+    assert golden["image"].dtype == np.uint8
+    assert golden["image"].shape == (3 * height // 2, 9 * width // 5, 3)
+    settings = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
+    pixels = image_transform_v2(settings, is_train=False)(Image.fromarray(golden["image"]))
+    np.testing.assert_array_equal(golden["pixels"], pixels)
+    prompts = golden["prompts"].tolist()
+    assert len(prompts) == 4
+    assert any(not prompt.isascii() for prompt in prompts)
+    ids = made.source.tokenizer(prompts).numpy()
+    length = golden["ids"].shape[1]
+    np.testing.assert_array_equal(golden["ids"], ids[:, :length])
+    assert (ids[:, length:] == manifest.text.pad_id).all()
+    with torch.no_grad():
+        image = model.encode_image(pixels[None], normalize=True)[0]
+        text = model.encode_text(torch.from_numpy(ids), normalize=True)
+    np.testing.assert_allclose(golden["embedding"], image, atol=1e-6)
+    np.testing.assert_allclose(golden["text_embeddings"], text, atol=1e-6)
+    run = encoder(made, "text_encoder").embed(golden["ids"])
+    assert cosines(run, text).min() > 1 - 1e-9
+
+
+def test_golden_picture_is_always_the_same() -> None:
+    first, second = verify.picture(48, 57), verify.picture(48, 57)
+    np.testing.assert_array_equal(first, second)
+    assert first.std() > 30  # levels: there is something to see
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    visual = exported("vit").source.model.visual
+    assert visual.output_tokens is False
+
+
+def test_a_difference_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = exported("vit")
+    reuse_encoders(monkeypatch, made, spoil="image_encoder.fp32.onnx")
+    (tmp_path / "out").mkdir()  # an empty directory is no obstacle
+    with pytest.raises(ExportError, match=r"image_max_abs_diff is .* no bundle was written"):
+        export_bundle(made.source, tmp_path / "out", wording(made.source))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_weights_too_large_for_one_file_lie_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = exported("vit")
+    monkeypatch.setattr(to_onnx, "SINGLE_FILE", 1000)
+    to_onnx.export_image_encoder(made.source.model, (32, 32), tmp_path / "image.onnx")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["image.onnx", "image.onnx.data"]
+    pixels = images(made, 2).numpy()
+    found = OnnxEncoder(tmp_path / "image.onnx", device="cpu", threads=1).embed(pixels)
+    np.testing.assert_array_equal(found, encoder(made, "image_encoder").embed(pixels))
+
+
+def export_by_itself(encoder: torch.nn.Module, path: Path) -> None:
+    dims = {0: torch.export.Dim("batch")}
+    to_onnx._export(encoder, torch.zeros(2, 3, 4, 4), "pixels", ["embedding"], dims, path)
+
+
+def test_a_fixed_batch_is_noticed(tmp_path: Path) -> None:
+    class Fixed(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels + torch.ones(2, 3, 4, 4)
+
+    path = tmp_path / "fixed.onnx"
+    export_by_itself(Fixed(), path)  # PyTorch does not mind
+    wanted = ("batch", 3, 4, 4)
+    with pytest.raises(ExportError, match="has the shapes"):
+        to_onnx._check_shapes(path, {"pixels": wanted}, {"embedding": wanted})
+
+
+def test_a_model_that_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
+    class Odd(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            raise ValueError("this layer is too odd")
+
+    with pytest.raises(ExportError, match="cannot export this model") as caught:
+        export_by_itself(Odd(), tmp_path / "odd.onnx")
+    assert "too odd" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"interpolation": "random"}, "interpolation 'random'"),
+        ({"resize_mode": "shortest"}, "not square"),
+    ],
+)
+def test_preprocessing_that_the_runtime_does_not_know(
+    tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    folder = write_folder(tmp_path, "vit-avg")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] |= change
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match=message):
+        image_spec(load(str(folder), None).model)

@@ -1,0 +1,270 @@
+"""Weights from every kind of file, and what is said about those that do not fit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from export_models import WORDING, write_folder
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from edgeclip.bundle import sha256
+from export import ExportError
+from export.checkpoints import load, read_weights, state_sha256
+
+OPENAI_BUFFERS = {"input_resolution": 32, "context_length": 24, "vocab_size": 814}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("models") / "vit", "vit")
+
+
+@pytest.fixture(scope="module")
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "open_clip_model.safetensors")
+
+
+class Archive(nn.Module):
+    """What OpenAI's archives are to a reader: parameters by name in float16, and three buffers."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for key, value in weights.items():
+            *path, name = key.split(".")
+            place: nn.Module = self
+            for part in path:
+                if not hasattr(place, part):
+                    place.add_module(part, nn.Module())
+                place = getattr(place, part)
+            place.register_parameter(name, nn.Parameter(value.half(), requires_grad=False))
+        for name, number in OPENAI_BUFFERS.items():
+            self.register_buffer(name, torch.tensor(number))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def save_torchscript(weights: dict[str, torch.Tensor], path: Path) -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; OpenAI's files are still there
+        torch.jit.save(torch.jit.trace(Archive(weights), torch.zeros(1)), str(path))
+
+
+def save_as(kind: str, weights: dict[str, torch.Tensor], folder: Path) -> Path:
+    path = folder / ("weights.safetensors" if kind == "safetensors" else "weights.pt")
+    if kind == "safetensors":
+        save_file(weights, path)
+    elif kind == "state dict":
+        torch.save(weights, path)
+    elif kind == "open_clip checkpoint":
+        state = {f"module.{key}": value for key, value in weights.items()}
+        torch.save({"epoch": 3, "name": "x", "state_dict": state, "optimizer": {}}, path)
+    elif kind == "training run":
+        torch.save({"model": weights, "epoch": 3}, path)
+    elif kind == "OpenAI archive":
+        save_torchscript(weights, path)
+    elif kind == "OpenAI state dict":
+        half = {key: value.half() for key, value in weights.items()}
+        torch.save(half | {k: torch.tensor(v) for k, v in OPENAI_BUFFERS.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "safetensors",
+        "state dict",
+        "open_clip checkpoint",
+        "training run",
+        "OpenAI archive",
+        "OpenAI state dict",
+    ],
+)
+def test_weights_of_every_form(
+    kind: str,
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = save_as(kind, weights, tmp_path)
+    source = load(str(folder), str(path))
+    found = source.model.state_dict()
+    tolerance = 1e-3 if kind.startswith("OpenAI") else 0  # float16
+    for key, value in weights.items():
+        assert found[key].dtype == torch.float32
+        torch.testing.assert_close(found[key], value, rtol=tolerance, atol=tolerance)
+    assert source.weights_sha256 == sha256(path)
+    assert source.pretrained == path.name
+    quick = any(type(m).__name__ == "QuickGELU" for m in source.model.modules())
+    assert quick == kind.startswith("OpenAI")
+    assert ("trained with QuickGELU" in capsys.readouterr().err) == quick
+
+
+def test_a_folder_brings_weights_and_wording(folder: Path) -> None:
+    source = load(str(folder), None)
+    assert (source.name, source.pretrained) == ("vit", "open_clip_model.safetensors")
+    assert source.wording == WORDING
+    assert not source.model.training
+    assert source.tokenizer.vocab_size == source.model.vocab_size  # bpe_path is the folder's
+
+
+def test_random_weights_are_the_same_each_time(folder: Path) -> None:
+    first, second = (load(str(folder), "random") for _ in range(2))
+    assert first.pretrained == "random"
+    assert first.weights_sha256 == second.weights_sha256
+    assert first.weights_sha256 == state_sha256(first.model.state_dict())
+
+
+def test_quick_gelu_can_be_asked_for(folder: Path) -> None:
+    source = load(str(folder), None, quick_gelu=True)
+    assert any(type(m).__name__ == "QuickGELU" for m in source.model.modules())
+
+
+def test_half_float_weights_raise_a_question(
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mixed = {k: v.half() if v.ndim > 1 else v for k, v in weights.items()}
+    torch.save(mixed, tmp_path / "w.pt")
+    load(str(folder), str(tmp_path / "w.pt"))
+    assert "--quickgelu" in capsys.readouterr().err
+
+
+def test_scalars_of_another_shape_fit(
+    folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    save_file(weights | {"logit_scale": torch.tensor([3.0])}, tmp_path / "w.safetensors")
+    assert load(str(folder), str(tmp_path / "w.safetensors")).model.logit_scale.item() == 3
+
+
+def test_weights_of_another_model(
+    folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "w.safetensors"
+    wrong = {key: value for key, value in weights.items() if key != "visual.proj"}
+    save_file(wrong | {"ln_final.bias": torch.zeros(7), "extra": torch.zeros(1)}, path)
+    with pytest.raises(ExportError) as caught:
+        load(str(folder), str(path))
+    message = str(caught.value)
+    assert "missing: visual.proj" in message
+    assert "unknown: extra" in message
+    assert "of another shape: ln_final.bias is (7,), not (32,)" in message
+    assert "\n" not in message
+
+
+class Code:
+    """Pickles as a call, which must not be made."""
+
+    def __reduce__(self) -> tuple:
+        return (pytest.fail, ("pickled code was run",))
+
+
+def test_pickled_code_is_not_run(tmp_path: Path) -> None:
+    torch.save({"state_dict": Code()}, tmp_path / "zip.pt")
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Code()))
+    for name in ("zip.pt", "bare.pt"):
+        with pytest.raises(ExportError, match="pickled code") as caught:
+            read_weights(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [
+        ("w.safetensors", b"not safetensors at all"),
+        ("w.safetensors", b""),
+        ("w.pt", b""),
+        ("w.pt", b"random bytes, and many of them"),
+        ("w.pt", b"PK\x03\x04 the beginning of an archive"),
+    ],
+)
+def test_broken_files(tmp_path: Path, name: str, contents: bytes) -> None:
+    (tmp_path / name).write_bytes(contents)
+    with pytest.raises(ExportError, match=name) as caught:
+        read_weights(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [[1, 2], {}, {"epoch": 3}, {"state_dict": {"a": 1}}])
+def test_files_without_a_state_dict(tmp_path: Path, value: object) -> None:
+    torch.save(value, tmp_path / "w.pt")
+    with pytest.raises(ExportError, match="holds no state dict"):
+        read_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "message"),
+    [
+        ("ViT-B-23", "openai", "did you mean .*ViT-B-32"),
+        ("zzzzzzzz", "openai", "list_models"),
+        ("ViT-B-32", None, "--pretrained is missing.*laion2b_s34b_b79k"),
+        ("ViT-B/32", "no_such_tag", "neither a file nor a tag.*laion2b_s34b_b79k"),
+        ("ViT-S-16", "no_such_tag", "ViT-S-16 has no tags"),
+        ("roberta-ViT-B-32", "random", "text tower of Hugging Face's"),
+        ("tests", None, "no open_clip_config.json"),
+    ],
+)
+def test_models_that_are_not_there(model: str, pretrained: str | None, message: str) -> None:
+    if model == "tests":
+        model = str(Path(__file__).parent)
+    with pytest.raises(ExportError, match=message):
+        load(model, pretrained)
+
+
+def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import open_clip
+
+    def offline(config: object) -> str:
+        raise OSError("no network\nand a long story")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", offline)
+    with pytest.raises(
+        ExportError, match=r"cannot fetch the weights 'openai' of RN50: no network$"
+    ):
+        load("RN50", "openai")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("not json", "no configuration of open_clip's"),
+        ("[]", "no configuration of open_clip's"),
+        ({"model_cfg": {}}, "no configuration of open_clip's"),
+        ({"model_cfg": {"embed_dim": 8, "vision_cfg": {"widht": 1}, "text_cfg": {}}}, "be built"),
+    ],
+)
+def test_configurations_that_are_wrong(tmp_path: Path, change: object, message: str) -> None:
+    text = change if isinstance(change, str) else json.dumps(change)
+    (tmp_path / "open_clip_config.json").write_text(text)
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
+    with pytest.raises(ExportError, match=message) as caught:
+        load(str(tmp_path), "random")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_another_vocabulary(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    del config["model_cfg"]["text_cfg"]["tokenizer_kwargs"]
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="has 814 text tokens, its tokenizer 49408"):
+        load(str(tmp_path), "random")
+
+
+def test_folders_that_lack_a_file(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text((folder / "open_clip_config.json").read_text())
+    with pytest.raises(ExportError, match=r"holds no open_clip_model.safetensors"):
+        load(str(tmp_path), None)
+    with pytest.raises(ExportError, match=r"nothing.pt does not exist"):
+        load(str(tmp_path), "nothing.pt")
+    with pytest.raises(ExportError, match=r"the tokenizer of .* cannot be loaded"):
+        load(str(tmp_path), "random")

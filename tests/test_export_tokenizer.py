@@ -1,0 +1,174 @@
+"""tokenizer.json gives open_clip's ids, on any text."""
+
+# ruff: noqa: RUF001 - characters that look like others are the point
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from export_models import write_bpe, write_sentencepiece_like
+from open_clip.tokenizer import HFTokenizer, SigLipTokenizer, SimpleTokenizer
+
+from edgeclip.tokenizer import CLEANERS, Tokenizer
+from export import ExportError
+from export.tokenizer import clean_kind, convert, pad_id
+
+AWKWARD = [
+    "",
+    " ",
+    "   \t \n ",
+    "a photo of a café",
+    "cafe\u0301 e\u0301\u0323 z\u0310\u030f",
+    "\u00c5ngstr\u00f6m \u212b \u0130stanbul \u212a \u017f \u0345 \u1e9e",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 ❤️ 🇩🇪",
+    "&amp;lt; &lt;b&gt; &EACUTE; &eacute; &nbsp; &#x27; &#0; &#1; &amp;amp;amp; &notanentity; &",
+    "schÃ¶n â€œquotedâ€\x9d l’humanitÃ©",
+    "ﬁne ﬂow oﬃce ﬆ ﬅ Ĳ",
+    "“curly” ‘quotes’ «guillemets» — – … ‹›",
+    "ＦＵＬＬ　ｗｉｄｔｈ １２３",
+    "日本語のテキスト 中文 한국어 ภาษาไทย हिन्दी",
+    "العربية עברית \u200fright-to-left\u200e",
+    "0123 4567 ½ Ⅷ ² ٣ 一 1,000.50 3e-4",
+    "it's don't we'll I'm you've they're he'd 'S 'LL 'Re rock'n'roll 's' ''s",
+    "'\u017f <\u017ftart_of_text> <\ufb06art_of_text> <&#xfb06;art_of_text>",
+    "<start_of_text> a dog <end_of_text> behind",
+    "<START_OF_TEXT> <End_Of_Text>",
+    "!<start_of_text> x<end_of_text>y !<end_of_text><start_of_text> <<end_of_text>>",
+    "snake_case __init__ _a_ a_1",
+    "\x00\x01\x02 \x1b[31mred\x1b[0m \x7f \x85 \ufeff \ufffd \ufff9",
+    "tab\tnew\nline\r\nform\x0cfeed\x0bvertical\x1cfile",
+    "no\u00a0break em\u2003space zero\u200bwidth soft\u00adhyphen",
+    "\u0558 \u058b \u088f \u0c5c \u1c89 \U00010d4a \U0002ebf1 \U00011de0 \U0003134f",
+    "\ue000 \U000f0000 \U0010ffff",
+    "word " * 200,
+    "x" * 1000,
+    "!" * 1000,
+    "éé" * 500,
+    "C++ / C# & R&D @home #tag $5 100% ^_^ ~/.config \\ | {} []",
+]
+
+
+def random_text(rng: random.Random) -> str:
+    """Up to forty characters of all planes, among fragments that tokenizers treat specially."""
+    fragments = ["<start_of_text>", "<end_of_text>", "<START_of_text>", "'s", "'LL", " ", "&amp;"]
+    ranges = [(32, 127), (0, 0x250), (0x250, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
+
+    def piece() -> str:
+        low, high = rng.choice(ranges)
+        return chr(rng.randrange(low, high)) if rng.random() < 0.85 else rng.choice(fragments)
+
+    return "".join(piece() for _ in range(rng.randrange(40)))
+
+
+def texts() -> list[str]:
+    rng = random.Random(0)
+    return AWKWARD + [random_text(rng) for _ in range(2000)]
+
+
+def runtime(tokenizer: object, folder: Path) -> Tokenizer:
+    """What a device makes of the converted tokenizer."""
+    path = folder / "converted.json"
+    convert(tokenizer).save(str(path))
+    return Tokenizer(path, context_length=tokenizer.context_length, clean=clean_kind(tokenizer))
+
+
+def differing(tokenizer: object, folder: Path) -> list[str]:
+    """The texts whose padded ids are not open_clip's."""
+    prompts = texts()
+    pad, length = pad_id(tokenizer), tokenizer.context_length
+    ours = runtime(tokenizer, folder)(prompts)
+    theirs = tokenizer(prompts).tolist()
+    return [
+        prompt
+        for prompt, found, wanted in zip(prompts, ours, theirs, strict=True)
+        if found + [pad] * (length - len(found)) != wanted
+    ]
+
+
+def test_clip_tokenizer_gives_open_clips_ids(tmp_path: Path) -> None:
+    assert differing(SimpleTokenizer(), tmp_path) == []
+
+
+@pytest.mark.parametrize(("merges", "length"), [(0, 16), (300, 77)])
+def test_reduced_vocabularies_give_open_clips_ids(tmp_path: Path, merges: int, length: int) -> None:
+    write_bpe(tmp_path / "bpe.txt.gz", merges)
+    tokenizer = SimpleTokenizer(str(tmp_path / "bpe.txt.gz"), context_length=length)
+    assert differing(tokenizer, tmp_path) == []
+    used = {i for row in runtime(tokenizer, tmp_path)(texts()) for i in row}
+    assert max(used) < tokenizer.vocab_size
+
+
+def test_a_trailing_newline_in_the_merges_is_harmless(tmp_path: Path) -> None:
+    import gzip
+
+    path = tmp_path / "bpe.txt.gz"
+    write_bpe(path)
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + b"\n"))
+    assert differing(SimpleTokenizer(str(path)), tmp_path) == []
+
+
+def test_canonicalized_text_gives_open_clips_ids(tmp_path: Path) -> None:
+    assert differing(SimpleTokenizer(clean="canonicalize"), tmp_path) == []
+
+
+def test_case_is_kept_where_open_clip_keeps_it(tmp_path: Path) -> None:
+    tokenizer = SimpleTokenizer(clean="whitespace")
+    with_marks = [text for text in texts() if "_of_text>" in text.lower()]
+    assert set(differing(tokenizer, tmp_path)) <= set(with_marks)
+    used = {i for row in runtime(tokenizer, tmp_path)(texts()) for i in row}
+    assert max(used) < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("clean", sorted(CLEANERS))
+def test_transformers_tokenizer_gives_open_clips_ids(tmp_path: Path, clean: str) -> None:
+    write_sentencepiece_like(tmp_path)
+    tokenizer = HFTokenizer(str(tmp_path), context_length=16, clean=clean)
+    assert pad_id(tokenizer) == 1
+    assert differing(tokenizer, tmp_path) == []
+
+
+def test_the_start_mark_is_not_looked_for_inside_punctuation(tmp_path: Path) -> None:
+    tokenizer = SimpleTokenizer()
+    start = tokenizer.sot_token_id
+    found = runtime(tokenizer, tmp_path)(["a <start_of_text> b", "a !<start_of_text> b"])
+    assert [row.count(start) for row in found] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reduction_mask": "simple"}, "reduction_mask"),
+        ({"additional_special_tokens": ["<x>"]}, "additional_special_tokens"),
+    ],
+)
+def test_simple_tokenizers_that_cannot_be_repeated(settings: dict, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        convert(SimpleTokenizer(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokenizer_mode": "clips"}, "tokenizer_mode 'clips'"),
+        ({"strip_sep_token": True}, "strip_sep_token"),
+        ({"padding_side": "left"}, "on the left"),
+        ({"truncation_side": "left"}, "on the left"),
+    ],
+)
+def test_transformers_tokenizers_that_cannot_be_repeated(
+    tmp_path: Path, settings: dict, message: str
+) -> None:
+    write_sentencepiece_like(tmp_path)
+    with pytest.raises(ExportError, match=message):
+        convert(HFTokenizer(str(tmp_path), context_length=16, **settings))
+
+
+def test_other_tokenizers_are_refused() -> None:
+    with pytest.raises(ExportError, match="SigLipTokenizer is not supported"):
+        convert(object.__new__(SigLipTokenizer))
+    tokenizer = SimpleTokenizer()
+    tokenizer.clean_fn = str.upper
+    with pytest.raises(ExportError, match="cleans text in a way of its own"):
+        clean_kind(tokenizer)
