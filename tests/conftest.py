@@ -9,6 +9,7 @@ import struct
 # Before anything imports huggingface_hub, through tokenizers or open_clip.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,14 @@ import pytest
 import edgeclip
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fixtures of the whole session come before `cache`, and have a cache of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGECLIP_CACHE", str(tmp_path_factory.mktemp("session-cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,38 @@
+"""How the images here were made, from Fashion-MNIST (MIT): the first test image of each class.
+
+    python -m examples.make_images
+
+PNG: the data set's own 28 x 28 pixels. JPEG: three of them, enlarged and in colour on white or
+light grounds, as a shop would show them.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from train import data
+
+HERE = Path(__file__).parent
+COLOURED = {"ankle boot": 1, "trousers": 2, "dress": 3}  # class -> seed of its colours
+
+
+def main() -> None:
+    split = data.load("fashion-mnist", train=False)
+    for index, name in enumerate(split.classes):
+        first = int((split.labels == index).nonzero()[0])
+        grey = split.images[first]
+        stem = name.replace(" ", "-")
+        Image.fromarray(grey.numpy()).save(HERE / f"{stem}.png")
+        if name in COLOURED:
+            rng = torch.Generator().manual_seed(COLOURED[name])
+            picture = data.recolour(grey[None], rng)[0].permute(1, 2, 0).numpy()
+            image = Image.fromarray((picture * 255).round().astype(np.uint8))
+            image.resize((336, 336), Image.Resampling.BICUBIC).save(
+                HERE / f"coloured-{stem}.jpg", quality=90
+            )
+
+
+if __name__ == "__main__":
+    main()

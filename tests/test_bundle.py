@@ -1,0 +1,143 @@
+"""Bundles: what is refused, and that nothing altered is ever run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import edgeclip
+from edgeclip import Bundle, BundleError, golden
+from edgeclip.bundle import EMBEDDED, Manifest, sha256
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the embedded bundle that a test may spoil."""
+    return Path(shutil.copytree(EMBEDDED, tmp_path / "bundle"))
+
+
+def edit(bundle: Path, change: Callable[[dict], object]) -> None:
+    path = bundle / "manifest.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def test_embedded_bundle_is_intact_and_small() -> None:
+    bundle = Bundle()
+    bundle.verify()
+    assert sum(path.stat().st_size for path in EMBEDDED.iterdir()) <= 12_000_000
+    assert {path.name for path in EMBEDDED.iterdir()} == {"manifest.json", *bundle.manifest.files}
+
+
+def test_manifest_survives_a_round_trip() -> None:
+    manifest = Bundle().manifest
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_unknown_entries_are_ignored(copy: Path) -> None:
+    edit(copy, lambda data: data.update(later_idea=1))
+    assert Bundle(copy).manifest == Bundle().manifest
+
+
+def test_golden_outputs_hold(rt: edgeclip.Runtime) -> None:
+    found = golden.check(rt)
+    assert found["pixels"] <= 1e-3
+    assert found["image"] < 1e-5
+    assert found["text"] < 1e-5
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"is not a bundle.*python -m export"):
+        Bundle(tmp_path / "none")
+    with pytest.raises(BundleError, match="is not a bundle"):
+        Bundle(tmp_path)
+
+
+@pytest.mark.parametrize("version", [2, 0, None, "1"])
+def test_other_schema_versions(copy: Path, version: object) -> None:
+    edit(copy, lambda data: data.update(schema_version=version))
+    with pytest.raises(BundleError, match=f"schema version {version} is not supported"):
+        Bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.pop("embed_dim"), "entry 'embed_dim' is missing"),
+        (lambda data: data["image"].pop("size"), "entry 'size' is missing"),
+        (lambda data: data.update(precisions=[]), "malformed"),
+        (lambda data: data.update(purification={"steps": -1, "step_size": 1}), "malformed"),
+        (lambda data: data["files"].pop("tokenizer.json"), "no sha256 for tokenizer.json"),
+        (lambda data: data["files"].update({"../x": "0"}), "'../x' is not a plain file name"),
+    ],
+)
+def test_broken_manifests(copy: Path, change: Callable[[dict], object], message: str) -> None:
+    edit(copy, change)
+    with pytest.raises(BundleError, match=message) as caught:
+        Bundle(copy)
+    assert "manifest.json" in str(caught.value)
+
+
+def test_manifest_that_is_no_json(copy: Path) -> None:
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(BundleError, match="not valid JSON"):
+        Bundle(copy)
+    (copy / "manifest.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(BundleError, match="cannot read manifest"):
+        Bundle(copy)
+
+
+@pytest.mark.parametrize("name", sorted(Bundle().manifest.files))
+def test_missing_and_altered_files_are_named(copy: Path, name: str) -> None:
+    path = copy / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    bundle = Bundle(copy)
+    with pytest.raises(BundleError, match=f"{name} was altered"):
+        bundle.verify()
+    with pytest.raises(BundleError, match=f"{name} was altered"):
+        bundle.file(name)
+    path.unlink()
+    with pytest.raises(BundleError, match=f"{name} is missing"):
+        Bundle(copy)
+
+
+def test_altered_encoder_is_never_run(copy: Path) -> None:
+    path = copy / "image_encoder.fp32.onnx"
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(BundleError, match=r"image_encoder\.fp32\.onnx was altered"):
+        edgeclip.Runtime(copy)
+
+
+def test_null_text_of_the_wrong_kind(copy: Path) -> None:
+    path = copy / "embeddings.safetensors"
+    for arrays, message in (
+        ({"other": np.zeros(128, np.float32)}, "holds no null_text"),
+        ({"null_text": np.zeros(3, np.float32)}, "is not float32"),
+    ):
+        save_file(arrays, path)
+        edit(copy, lambda data: data["files"].update({path.name: sha256(path)}))
+        with pytest.raises(BundleError, match=message):
+            _ = Bundle(copy).null_text
+
+
+def test_golden_check_notices_another_model(copy: Path) -> None:
+    arrays = dict(np.load(copy / "golden.npz"))
+    for name, change, message in (
+        ("embedding", arrays["embedding"][::-1], "golden image differ"),
+        ("text_embeddings", -arrays["text_embeddings"], "golden text differ"),
+        ("pixels", arrays["pixels"] + 0.05, "golden pixels differ"),
+        ("ids", arrays["ids"] + 1, "token ids differ"),
+    ):
+        np.savez(copy / "golden.npz", **(arrays | {name: change}))
+        edit(copy, lambda data: data["files"].update({"golden.npz": sha256(copy / "golden.npz")}))
+        with pytest.raises(BundleError, match=message):
+            golden.check(edgeclip.Runtime(copy, purify="none"))
