@@ -1,0 +1,1 @@
+"""Measurements: speed as ratios against a peer in the same run, accuracy on real data."""

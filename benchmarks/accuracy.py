@@ -1,0 +1,63 @@
+"""Accuracy of a bundle on Fashion-MNIST's test images, as the runtime on a device answers.
+
+Two rows: the images as they are, and recoloured on random light backgrounds (train.data.recolour,
+seed 0). Every image goes through edgeclip.Runtime: preprocessing, encoder and classification.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+import torch
+
+import edgeclip
+from train import data
+
+EPILOG = """examples:
+  python -m benchmarks.accuracy
+  python -m benchmarks.accuracy --bundle runs/fashion-bundle --purify cos
+"""
+
+
+def accuracy(rt: edgeclip.Runtime, images: np.ndarray, labels: np.ndarray) -> float:
+    """Share of uint8 (N, H, W, 3) images whose most probable label is their own."""
+    answers = rt.classify_each(images, top_k=1)
+    return float(np.mean([answer[0].index == y for answer, y in zip(answers, labels, strict=True)]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", help="default: the embedded one")
+    parser.add_argument("--purify", default="auto", choices=["auto", "none", "cos"])
+    parser.add_argument("--data", default="fashion-mnist", help="as name[:folder]")
+    parser.add_argument("-n", type=int, help="only the first N images")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+
+    split = data.load(args.data, train=False)
+    rt = edgeclip.Runtime(
+        args.bundle, purify=args.purify, labels=data.FASHION_CLASSES, batch_size=100
+    )
+    grey, labels = split.images[: args.n], split.labels[: args.n].numpy()
+    light = data.recolour(grey, torch.Generator().manual_seed(0))
+    pictures = {
+        "as they are": data.to_rgb(grey),
+        "recoloured on light backgrounds": light,
+    }
+    figures = {}
+    for name, images in pictures.items():
+        pixels = (images * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+        figures[name] = accuracy(rt, pixels, labels)
+    if args.json:
+        print(json.dumps({"n": len(labels), "accuracy": figures}, indent=2))
+        return
+    for name, figure in figures.items():
+        print(f"{figure:7.2%}  {len(labels)} test images, {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Timing of competitors in one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROUNDS = 4
+WARM_UP = 3
+
+# A process of its own, since a child's peak memory is never below that of the process it was
+# started from.
+LAUNCHER = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(json.loads(sys.argv[1]), capture_output=True, text=True)
+seconds = time.perf_counter() - start
+if done.returncode:
+    sys.exit(done.stderr)
+print(1e3 * seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3)
+"""
+
+
+def medians_ms(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The median time of each call in milliseconds.
+
+    The competitors take turns in rounds, so that both meet the same machine; within a round each
+    runs alone after a warm-up, since the threads of one library spin for a while after its call
+    and would slow the other down.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            for _ in range(WARM_UP):
+                call()
+            for _ in range(-(-repeats // ROUNDS)):
+                start = time.perf_counter()
+                call()
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def process(command: Sequence[str], repeats: int) -> tuple[float, float]:
+    """Median wall time in milliseconds and largest peak memory in MB of a whole process.
+
+    Raises RuntimeError with its stderr where it fails.
+    """
+    times, peaks = [], []
+    for _ in range(repeats):
+        launcher = [sys.executable, "-S", "-c", LAUNCHER, json.dumps(list(command))]
+        done = subprocess.run(launcher, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr}")
+        elapsed, peak = map(float, done.stdout.split())
+        times.append(elapsed)
+        peaks.append(peak)
+    return statistics.median(times), max(peaks)
+
+
+def machine() -> str:
+    """The processor and the number of its cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    return f"{model}, {cores} cores"
