@@ -9,7 +9,8 @@ BUILD_FILES := pyproject.toml CMakeLists.txt $(filter csrc/%,$(CXX_FILES))
 .PHONY: classify test check format build bundle accuracy bench clean
 
 classify: $(VENV)/.runtime
-	$(BIN)/edgeclip classify examples/*.png examples/*.jpg --labels examples/labels.txt --top-k 2
+	$(BIN)/edgeclip classify examples/ankle-boot.png examples/dress.png examples/coloured-trousers.jpg \
+	  --labels examples/labels.txt --top-k 2 --format table
 
 test: check
 	$(BIN)/pytest
