@@ -263,8 +263,8 @@ def _show(report: dict[str, Any], form: str | None) -> None:
     width = max(map(len, report))
     for key, value in report.items():
         lines = value if isinstance(value, list) else [value]
-        for i, line in enumerate(lines or ["none"]):
-            print(f"{key if i == 0 else '':{width}}  {line}")
+        for i, line in enumerate(lines or [""]):
+            print(f"{key if i == 0 else '':{width}}  {line if line != '' else 'none'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

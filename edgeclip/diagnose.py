@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 from edgeclip import __version__, _core, golden
-from edgeclip.bundle import Bundle
+from edgeclip.bundle import Bundle, TokenSpec
 from edgeclip.encoders import available_devices
 from edgeclip.errors import EdgeclipError
 from edgeclip.runtime import Runtime
@@ -29,12 +29,13 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "input": f"{height} x {width}, resize {manifest.image.resize}, "
         f"{manifest.image.interpolation}",
         "embedding": manifest.embed_dim,
-        "tokens": "none" if manifest.tokens is None else asdict(manifest.tokens),
+        "tokens": _describe_tokens(manifest.tokens),
         "context length": manifest.text.context_length,
         "templates": list(manifest.templates),
         "precisions": [
-            f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in variant.parity.items())
+            f"{name}: {key} {value:.3g}"
             for name, variant in manifest.precisions.items()
+            for key, value in variant.parity.items()
         ],
         "purification": "none" if cos is None else asdict(cos),
         "robustness": [dict(row) for row in manifest.robustness] or "not measured",
@@ -54,6 +55,7 @@ def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
         "packages": [f"{name} {_installed(name)}" for name in PACKAGES],
         "devices": [],
         "bundle": str(path or "embedded demonstration"),
+        "device used": "",
         "golden": [],
         "problem": "",
     }
@@ -70,6 +72,13 @@ def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
     except EdgeclipError as err:
         report["problem"] = str(err)
     return report
+
+
+def _describe_tokens(tokens: TokenSpec | None) -> str:
+    if tokens is None:
+        return ""
+    rows, columns = tokens.grid
+    return f"{rows} x {columns} patches, after {tokens.prefix} others"
 
 
 def _installed(package: str) -> str:
