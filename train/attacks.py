@@ -1,0 +1,144 @@
+"""Gradient attacks on images in [0, 1], as pure functions of a logits function.
+
+Gradients are taken with respect to the image alone: the weights' .grad stays as it was. Attacks
+run in the dtype of the images, which must not be float16: its gradients underflow, the attack
+stops moving, and that looks like robustness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of PGD (Madry et al., ICLR 2018), (B,)."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How far the best wrong class is ahead (Carlini and Wagner, 2017), (B,); above 0 is a success."""
+    own = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(own, -torch.inf).amax(1) - logits[own]
+
+
+LOSSES = {"ce": cross_entropy, "cw": margin}
+
+
+def pgd(
+    logits_fn: Logits,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    norm: str = "linf",
+    loss: str = "ce",
+    restarts: int = 1,
+    random_start: bool = True,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Images within `eps` of `images` that are meant to be classified wrongly.
+
+    logits_fn: images (B, 3, H, W) in [0, 1] -> logits (B, K). eps and step_size are in units of
+    [0, 1]: 8/255, not 8. norm is linf or l2 (over the whole image). Of several restarts each image
+    keeps the one with the highest margin. Raises ValueError for settings that make no sense.
+    """
+    _check(images, eps, step_size, steps, restarts, norm, loss)
+    best = images.detach().clone()
+    best_margin = torch.full((len(images),), -torch.inf, device=images.device)
+    for _ in range(restarts):
+        found = _ascend(
+            logits_fn, images.detach(), labels, eps, step_size, steps, norm,
+            LOSSES[loss], random_start, generator,
+        )  # fmt: skip
+        if restarts == 1:
+            return found
+        with torch.no_grad():
+            ahead = margin(logits_fn(found).float(), labels)
+        better = ahead > best_margin
+        best[better], best_margin[better] = found[better], ahead[better]
+    return best
+
+
+def _ascend(
+    logits_fn: Logits,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    eps: float,
+    step_size: float,
+    steps: int,
+    norm: str,
+    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    random_start: bool,
+    generator: torch.Generator | None,
+) -> torch.Tensor:
+    delta = torch.zeros_like(images)
+    if random_start:
+        delta = _project(_random(images, norm, eps, generator), images, norm, eps)
+    for _ in range(steps):
+        delta.requires_grad_()
+        loss = loss_fn(logits_fn(images + delta).float(), labels).sum()
+        (gradient,) = torch.autograd.grad(loss, delta)
+        delta = _project(delta.detach() + step_size * _direction(gradient, norm), images, norm, eps)
+    return images + delta
+
+
+def _random(
+    images: torch.Tensor, norm: str, eps: float, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Uniform in the ball of radius eps; `generator` may be on the CPU whatever the images' device."""
+    device = images.device if generator is None else generator.device
+    if norm == "linf":
+        noise = torch.rand(images.shape, generator=generator, device=device) * 2 - 1
+        return (eps * noise).to(images)
+    noise = torch.randn(images.shape, generator=generator, device=device)
+    radius = torch.rand(len(images), generator=generator, device=device)
+    radius = radius ** (1 / images[0].numel())
+    return (eps * radius[:, None, None, None] * _direction(noise, "l2")).to(images)
+
+
+def _direction(gradient: torch.Tensor, norm: str) -> torch.Tensor:
+    if norm == "linf":
+        return gradient.sign()
+    length = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
+    return gradient / length[:, None, None, None]
+
+
+def _project(delta: torch.Tensor, images: torch.Tensor, norm: str, eps: float) -> torch.Tensor:
+    """The nearest perturbation within eps; then the image is cut to [0, 1], which only shortens it."""
+    if norm == "linf":
+        delta = delta.clamp(-eps, eps)
+    else:
+        length = delta.flatten(1).norm(dim=1).clamp(min=1e-12)
+        delta = delta * (eps / length).clamp(max=1)[:, None, None, None]
+    return (images + delta).clamp(0, 1) - images
+
+
+def _check(
+    images: torch.Tensor,
+    eps: float,
+    step_size: float,
+    steps: int,
+    restarts: int,
+    norm: str,
+    loss: str,
+) -> None:
+    if images.dtype == torch.float16:
+        raise ValueError("attacks do not work in float16, whose gradients underflow: use float32")
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm must be linf or l2, got {norm!r}")
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    if norm == "linf" and not 0 <= eps <= 1:
+        raise ValueError(f"eps is in units of [0, 1], got {eps}: for {eps} of 255 give {eps}/255")
+    if eps < 0 or step_size < 0 or steps < 0 or restarts < 1:
+        raise ValueError(
+            f"eps, step_size and steps must be 0 or more and restarts 1 or more, "
+            f"got {eps}, {step_size}, {steps} and {restarts}"
+        )
