@@ -59,11 +59,10 @@ def picture(width: int, height: int) -> Image.Image:
 
 
 def bundle_for(model: str) -> Path:
-    """A bundle of the model with random weights, exported once into build/benchmarks."""
+    """A bundle of the model with random weights, exported anew into build/benchmarks."""
     folder = Path("build/benchmarks") / model
-    if not (folder / "manifest.json").is_file():
-        command = [sys.executable, "-m", "export", model, "--pretrained", "random", "-o"]
-        subprocess.run([*command, str(folder), "--force"], check=True)
+    command = [sys.executable, "-m", "export", model, "--pretrained", "random", "-o"]
+    subprocess.run([*command, str(folder), "--force"], check=True, stdout=subprocess.DEVNULL)
     return folder
 
 
@@ -74,7 +73,10 @@ def measure_image(rt: edgeclip.Runtime, model: Any, transform: Any, jpeg: bytes,
     classes = rng.standard_normal((args.labels, len(null_text)), np.float32)
     classes /= np.linalg.norm(classes, axis=1, keepdims=True)
     label_set = edgeclip.LabelSet(
-        tuple(map(str, range(args.labels))), classes, classes @ rt.bundle.null_text
+        tuple(map(str, range(args.labels))),
+        classes,
+        classes @ rt.bundle.null_text,
+        rt.text_identity(),
     )
     weights = torch.from_numpy(classes)
     scale = model.logit_scale.exp()

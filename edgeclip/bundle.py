@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import zipfile
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -25,125 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.errors import BundleError
-from edgeclip.purify import CosPurifier, Purifier
+from edgeclip.manifest import Manifest
 
-SCHEMA_VERSION = 1
 EMBEDDED = Path(__file__).parent / "bundles" / "fashion"
-DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 EMBEDDINGS = "embeddings.safetensors"
 GOLDEN = "golden.npz"
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """How an image becomes the encoder's input."""
-
-    size: tuple[int, int]  # height, width in pixels
-    mean: tuple[float, float, float]  # of pixels in [0, 1]
-    std: tuple[float, float, float]
-    resize: str = "shortest"  # shortest, longest or squash, as open_clip means them
-    interpolation: str = "bicubic"  # or bilinear
-    fill: int = 0  # border of resize "longest", 0..255
-
-
-@dataclass(frozen=True)
-class TextSpec:
-    """How a prompt becomes the text encoder's input."""
-
-    context_length: int
-    clean: str  # lower, whitespace or canonicalize: see edgeclip.tokenizer
-    dynamic_length: bool  # ids may be cut at the longest prompt of the batch
-    pad_id: int = 0
-
-
-@dataclass(frozen=True)
-class TokenSpec:
-    """The image encoder's `tokens` output (N, prefix + rows * columns, D)."""
-
-    grid: tuple[int, int]  # rows, columns of patches
-    prefix: int  # class and register tokens before the patches
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One precision: its two encoders, and how far they are from the source model."""
-
-    image_encoder: str
-    text_encoder: str
-    parity: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The contents of manifest.json."""
-
-    description: str
-    source: Mapping[str, str]  # model, pretrained, weights_sha256
-    embed_dim: int
-    image: ImageSpec
-    text: TextSpec
-    tokens: TokenSpec | None
-    logit_scale: float  # multiplies cosines: already exponentiated
-    logit_bias: float
-    templates: tuple[str, ...]
-    null_templates: tuple[str, ...]
-    purification: Purifier
-    precisions: Mapping[str, Variant]
-    robustness: tuple[Mapping[str, Any], ...] = ()  # measured rows; empty: not measured
-    files: Mapping[str, str] = field(default_factory=dict)  # name -> sha256
-    schema_version: int = SCHEMA_VERSION
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        """Raises BundleError, saying which entry is wrong; entries that are not known are ignored."""
-        try:
-            data = json.loads(text)
-        except ValueError as err:
-            raise BundleError(f"not valid JSON: {err}") from err
-        if not isinstance(data, dict):
-            raise BundleError("expected a JSON object")
-        version = data.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise BundleError(
-                f"schema version {version} is not supported, this edgeclip reads version "
-                f"{SCHEMA_VERSION}: update edgeclip, or export the bundle again"
-            )
-        try:
-            nested: dict[str, Any] = {
-                "image": _record(ImageSpec, data["image"]),
-                "text": _record(TextSpec, data["text"]),
-                "tokens": None if data["tokens"] is None else _record(TokenSpec, data["tokens"]),
-                "purification": _purifier(data["purification"]),
-                "precisions": {k: _record(Variant, v) for k, v in data["precisions"].items()},
-            }
-            manifest: Manifest = _record(cls, data | nested)
-        except KeyError as err:
-            raise BundleError(f"entry {err} is missing") from err
-        except (AttributeError, TypeError, ValueError) as err:
-            raise BundleError(f"an entry is malformed: {err}") from err
-        return manifest
-
-
-def _record(cls: type[Any], data: Mapping[str, Any]) -> Any:
-    """A dataclass from a JSON object; lists become tuples."""
-    values = {}
-    for entry in dataclasses.fields(cls):
-        if entry.name in data:
-            value = data[entry.name]
-            values[entry.name] = tuple(value) if isinstance(value, list) else value
-        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
-            raise KeyError(entry.name)
-    return cls(**values)
-
-
-def _purifier(data: Mapping[str, Any] | None) -> Purifier:
-    return None if data is None else CosPurifier(int(data["steps"]), float(data["step_size"]))
 
 
 def sha256(path: Path) -> str:
@@ -181,8 +68,6 @@ class Bundle:
             if name not in self.manifest.files:
                 raise BundleError(f"{manifest}: no sha256 for {name}")
         for name in self.manifest.files:
-            if Path(name).name != name:  # a bundle never reaches outside its directory
-                raise BundleError(f"{manifest}: {name!r} is not a plain file name")
             if not (self.path / name).is_file():
                 raise BundleError(f"{self.path / name} is missing: copy the bundle again")
         self._checked: set[str] = set()
@@ -241,15 +126,16 @@ class Bundle:
             raise BundleError(f"{path} holds no null_text embedding") from err
         if vector.shape != (self.manifest.embed_dim,) or vector.dtype != np.float32:
             raise BundleError(f"{path}: null_text is not float32 ({self.manifest.embed_dim},)")
+        vector.flags.writeable = False  # shared by threads
         return vector
 
     def golden(self) -> dict[str, NDArray[Any]]:
-        """The golden input and outputs; see export/verify.py for what they are."""
+        """The golden input and outputs, by name: see edgeclip.golden."""
         path = self.file(GOLDEN)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
-        except (OSError, ValueError) as err:
+        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as err:
             raise BundleError(f"{path} cannot be read: {err}") from err
 
     @staticmethod

@@ -6,12 +6,16 @@ Exit status: 0 done, 1 some inputs failed, 2 wrong usage or an unusable bundle.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import IO, Any, NoReturn
 
 import numpy as np
 
@@ -21,8 +25,8 @@ from edgeclip.errors import EdgeclipError, ImageError
 from edgeclip.images import ImageSource, expand
 from edgeclip.labels import check_labels, read_labels, read_templates
 from edgeclip.output import WRITERS, Answer, show_progress, text_progress
-from edgeclip.purify import CosPurifier, Purifier
-from edgeclip.runtime import Runtime
+from edgeclip.purify import MAX_STEPS, CosPurifier, Purifier
+from edgeclip.runtime import MAX_BATCH, MAX_THREADS, Runtime
 
 CLASSIFY_EXAMPLES = """examples:
   edgeclip classify photo.jpg --label "a cat" --label "a dog"
@@ -55,10 +59,20 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
+    value = int(text) if text.isdecimal() and len(text) < 10 else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
     return value
+
+
+def _up_to(limit: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = _positive(text)
+        if value > limit:
+            raise argparse.ArgumentTypeError(f"expected a whole number up to {limit}, got {value}")
+        return value
+
+    return parse
 
 
 def _step_size(text: str) -> float:
@@ -144,20 +158,26 @@ def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "none", "cos", "diff"],
         help="default: auto, what the bundle recommends",
     )
-    parser.add_argument("--steps", type=_positive, metavar="N", help="of --purify cos (10)")
-    parser.add_argument("--step-size", type=_step_size, metavar="F", help="of --purify cos (30)")
+    parser.add_argument(
+        "--steps", type=_up_to(MAX_STEPS), metavar="N", help="of --purify cos (the bundle's, or 10)"
+    )
+    parser.add_argument(
+        "--step-size", type=_step_size, metavar="F", help="of --purify cos (the bundle's, or 30)"
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "tensorrt"])
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "fp16", "int8"])
     parser.add_argument(
-        "--batch-size", type=_positive, default=8, metavar="B", help="images at a time (8)"
+        "--batch-size", type=_up_to(MAX_BATCH), default=8, metavar="B", help="images at a time (8)"
     )
-    parser.add_argument("--threads", type=_positive, metavar="T", help="default: one per core")
+    parser.add_argument(
+        "--threads", type=_up_to(MAX_THREADS), metavar="T", help="default: one per core"
+    )
 
 
 def run_classify(args: argparse.Namespace) -> int:
-    if not args.labels and not args.label:
+    if args.labels is None and not args.label:
         raise EdgeclipError("no labels: add --labels FILE, or --label TEXT for each class")
-    labels = read_labels(args.labels) if args.labels else []
+    labels = [] if args.labels is None else read_labels(args.labels)
     labels = check_labels([*labels, *args.label])
     templates = None if args.template is None else read_templates(args.template)
     runtime = _open_runtime(args)
@@ -182,11 +202,14 @@ def run_embed(args: argparse.Namespace) -> int:
     failures = _Failures()
     answers = (Answer(name, result) for name, result in zip(names, results, strict=True))
     rows = failures.watch(show_progress(answers, len(names), kind))
-    if args.output:
-        good = [answer for answer in rows if not isinstance(answer.result, ImageError)]
-        shape = (len(good), runtime.bundle.manifest.embed_dim)
-        embeddings = np.array([answer.result for answer in good], np.float32).reshape(shape)
-        _save_npz(args.output, {f"{kind}s": [answer.name for answer in good]}, embeddings)
+    if args.output is not None:
+        with _writing(args.output) as file:  # opened before the work, which may take hours
+            good = [answer for answer in rows if not isinstance(answer.result, ImageError)]
+            shape = (len(good), runtime.bundle.manifest.embed_dim)
+            embeddings = np.array([answer.result for answer in good], np.float32).reshape(shape)
+            names = [answer.name for answer in good]
+            arrays: dict[str, Any] = {"embeddings": embeddings, f"{kind}s": np.array(names, str)}
+            np.savez(file, **arrays)
         return failures.status
     for answer in rows:
         record: dict[str, Any] = {kind: answer.name}
@@ -213,14 +236,16 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def _open_runtime(args: argparse.Namespace) -> Runtime:
+    bundle = Bundle(args.bundle)
     purify: str | Purifier = args.purify
-    if args.steps is not None or args.step_size is not None:
+    chosen = {"steps": args.steps, "step_size": args.step_size}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if given:
         if args.purify != "cos":
             raise EdgeclipError("--steps and --step-size need --purify cos")
-        chosen = {"steps": args.steps, "step_size": args.step_size}
-        purify = CosPurifier(**{k: v for k, v in chosen.items() if v is not None})
+        purify = replace(bundle.manifest.purification or CosPurifier(), **given)
     return Runtime(
-        args.bundle,
+        bundle,
         device=args.device,
         precision=args.precision,
         purify=purify,
@@ -248,12 +273,19 @@ class _Failures:
             yield answer
 
 
-def _save_npz(path: str, names: dict[str, list[str]], embeddings: np.ndarray) -> None:
+@contextmanager
+def _writing(path: str) -> Iterator[IO[bytes]]:
+    """A file that takes its place at `path` once it is complete. Raises EdgeclipError."""
+    part = f"{path}.part"
     try:
-        with open(path, "wb") as file:
-            np.savez(file, embeddings=embeddings, **names)  # type: ignore[arg-type]
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
     except OSError as err:
         raise EdgeclipError(f"{path}: {err.strerror or err}") from err
+    finally:
+        with suppress(OSError):
+            os.unlink(part)
 
 
 def _show(report: dict[str, Any], form: str | None) -> None:
@@ -268,6 +300,8 @@ def _show(report: dict[str, Any], form: str | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    _prepare_streams()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about an image is an error
     try:
         args = build_parser().parse_args(argv)
         status: int = args.run(args)
@@ -277,7 +311,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {err}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
         return 0
+    except OSError as err:
+        _abandon_stdout()
+        print(f"error: {err.strerror or err}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _prepare_streams() -> None:
+    """Streams that exist, and that take file names which are not valid text."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for the process's life)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # in JSON, too, a valid escape
+
+
+def _abandon_stdout() -> None:
+    """Let what is still buffered vanish, rather than fail again at exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

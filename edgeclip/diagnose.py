@@ -9,9 +9,10 @@ from os import PathLike
 from typing import Any
 
 from edgeclip import __version__, _core, golden
-from edgeclip.bundle import Bundle, TokenSpec
+from edgeclip.bundle import Bundle
 from edgeclip.encoders import available_devices
 from edgeclip.errors import EdgeclipError
+from edgeclip.manifest import TokenSpec
 from edgeclip.runtime import Runtime
 
 PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "tensorrt")
@@ -44,7 +45,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 
 
 def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
-    """This installation, its devices, and a bundle against its golden outputs.
+    """This installation, and a bundle against its golden outputs on each device (or on `device`).
 
     The entry "problem" is empty where all is well; otherwise it says what is wrong.
     """
@@ -53,24 +54,31 @@ def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
         f"CUDA {'built in' if _core.cuda_built() else 'not built in'}",
         "python": f"{platform.python_version()} on {platform.platform()}",
         "packages": [f"{name} {_installed(name)}" for name in PACKAGES],
-        "devices": [],
         "bundle": str(path or "embedded demonstration"),
+        "devices": [],
         "device used": "",
-        "golden": [],
         "problem": "",
     }
     try:
-        report["devices"] = available_devices()
-        runtime = Runtime(path, device=device, purify="none")
-        report["bundle"] = f"{runtime.bundle.path}: {runtime.bundle.manifest.description}"
-        runtime.bundle.verify()
-        report["device used"] = f"{runtime.device}, {runtime.precision}"
-        report["golden"] = [
-            f"{name}: largest difference {difference:.2g}"
-            for name, difference in golden.check(runtime).items()
-        ]
+        bundle = Bundle(path)
+        report["bundle"] = f"{bundle.path}: {bundle.manifest.description}"
+        bundle.verify()
+        names = available_devices() if device == "auto" else [device]
     except EdgeclipError as err:
-        report["problem"] = str(err)
+        return report | {"problem": str(err)}
+    problems = []
+    for name in names:
+        try:
+            found = golden.check(Runtime(bundle, device=name, purify="none"))
+        except EdgeclipError as err:
+            report["devices"].append(f"{name}: {err}")
+            problems.append(str(err))
+            continue
+        report["device used"] = report["device used"] or name
+        differences = ", ".join(f"{key} {value:.2g}" for key, value in found.items())
+        report["devices"].append(f"{name}: works; largest golden differences: {differences}")
+    if not report["device used"]:
+        report["problem"] = problems[0]
     return report
 
 

@@ -22,6 +22,9 @@ DEVICES = ("cpu", "cuda")
 class Encoder(Protocol):
     """An image or text encoder of a bundle on one device."""
 
+    def check_shapes(self, inputs: tuple[int, ...], embed_dim: int) -> None:
+        """Raises BundleError where the encoder is not made for inputs (N, *inputs) or embed_dim."""
+
     def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
         """Embeddings (N, D), not normalised."""
 
@@ -64,16 +67,32 @@ class OnnxEncoder:
             )
         try:
             self._session = ort.InferenceSession(
-                str(path), _session_options(ort, threads), providers=[provider]
+                str(path), _session_options(ort, threads), providers=[provider], enable_fallback=0
             )
         except Exception as err:  # the library has no public base class for its errors
-            raise BundleError(f"{path} does not load: {_first_line(err)}") from err
+            error = BundleError if device == "cpu" else DeviceError
+            raise error(f"{path} does not load on {device}: {_first_line(err)}") from err
         if self._session.get_providers()[0] != provider:  # it falls back with only a log line
             raise DeviceError(f"device {device!r} does not work here: see edgeclip doctor")
+        self._session.disable_fallback()  # it would go on elsewhere, and say so on stdout
+        self._path, self._device = path, device
         self._input = self._session.get_inputs()[0].name
         # One graph serves "embedding" and "tokens": only the path to what is asked for is run.
         self._run_options = ort.RunOptions()
         self._run_options.only_execute_path_to_fetches = True
+
+    def check_shapes(self, inputs: tuple[int, ...], embed_dim: int) -> None:
+        """Raises BundleError where the graph is not made for inputs (N, *inputs), or for embed_dim.
+
+        Sizes that are symbolic in the graph fit all.
+        """
+        (taken,) = (node.shape for node in self._session.get_inputs())
+        given = self._session.get_outputs()[0].shape
+        pairs = [*zip(taken[1:], inputs, strict=False), (given[-1], embed_dim)]
+        if len(taken) != len(inputs) + 1 or any(isinstance(a, int) and a != b for a, b in pairs):
+            raise BundleError(
+                f"{self._path} takes {taken} and gives {given}, which is not what the manifest says"
+            )
 
     def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
         return self._fetch("embedding", inputs)
@@ -83,7 +102,12 @@ class OnnxEncoder:
 
     def _fetch(self, output: str, inputs: NDArray[Any]) -> NDArray[np.float32]:
         found: NDArray[np.float32]
-        (found,) = self._session.run([output], {self._input: inputs}, self._run_options)
+        try:
+            (found,) = self._session.run([output], {self._input: inputs}, self._run_options)
+        except Exception as err:  # the library has no public base class for its errors
+            raise DeviceError(
+                f"{self._path.name} failed on {self._device}: {_first_line(err)}"
+            ) from err
         return found
 
 

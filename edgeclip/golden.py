@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.bundle import GOLDEN
 from edgeclip.errors import BundleError
+from edgeclip.labels import Label
 from edgeclip.runtime import Runtime
 
-# Largest difference between unit embeddings, by precision. Of pixels: one step of 8 bits, since
-# the export's reference is Pillow, which is also what `preprocess` is tested to equal.
+# Largest difference between unit embeddings, by precision.
 TOLERANCE = {"fp32": 1e-4}
+PIXEL_TOLERANCE = 1.0  # steps of 8 bits: Pillow resized the golden image, of whatever version
+SCORE_TOLERANCE = 1e-2  # of probabilities, whose logits are embeddings times a scale of up to 100
 
 
 def check(runtime: Runtime) -> dict[str, float]:
-    """The largest differences of pixels (in 1/255), image and text embeddings from the golden ones.
+    """The largest differences from the golden pixels (in 1/255), embeddings and scores.
 
-    Raises BundleError where one is above its tolerance, or token ids differ.
+    golden.npz is what PyTorch computed at export: `image` uint8 (H, W, 3), its `pixels`
+    (3, h, w) and unit `embedding` (D,); `prompts` (P,), their `ids` (P, L) and unit
+    `text_embeddings` (P, D). Raises BundleError where a difference is above its tolerance, token
+    ids differ, or an array is not as said.
     """
     manifest = runtime.bundle.manifest
-    golden = runtime.bundle.golden()
-    pixels = runtime.preprocess([golden["image"]])
-    std = np.asarray(manifest.image.std, np.float32)[:, None, None]
-    texts = [str(text) for text in golden["prompts"]]
-    found = {
-        "pixels": float(np.abs((pixels[0] - golden["pixels"]) * std).max() * 255),
-        "image": _distance(runtime.encode(pixels)[0], golden["embedding"]),
-        "text": _distance(runtime.embed_texts(texts), golden["text_embeddings"]),
-    }
-    if not np.array_equal(runtime.tokenize(texts), golden["ids"]):
+    arrays = _Arrays(runtime)
+    texts = [str(text) for text in arrays.get("prompts", 1)]
+    image = arrays.get("image", 3)
+    expected_pixels = arrays.get("pixels", 3, manifest.image.size)
+    embedding = arrays.get("embedding", 1, (manifest.embed_dim,))
+    text_embeddings = arrays.get("text_embeddings", 2, (len(texts), manifest.embed_dim))
+    if not np.array_equal(runtime.tokenize(texts), arrays.get("ids", 2)):
         raise BundleError(f"{runtime.bundle.path}: token ids differ from the golden ones")
-    limits = {"pixels": 1.0, "image": TOLERANCE[runtime.precision]}
-    limits["text"] = limits["image"]
+
+    pixels = runtime.preprocess([image])
+    std = np.asarray(manifest.image.std, np.float32)[:, None, None]
+    found = {
+        "pixels": _distance(pixels[0] * std * 255, expected_pixels * std * 255),
+        "image": _distance(runtime.encode(pixels)[0], embedding),
+        "text": _distance(runtime.embed_texts(texts), text_embeddings),
+        "scores": _score_distance(runtime, image, texts, embedding, text_embeddings),
+    }
+    limits = dict.fromkeys(("image", "text"), TOLERANCE[runtime.precision])
+    limits |= {"pixels": PIXEL_TOLERANCE, "scores": SCORE_TOLERANCE}
     for name, difference in found.items():
         if not difference <= limits[name]:
             raise BundleError(
@@ -39,6 +53,37 @@ def check(runtime: Runtime) -> dict[str, float]:
                 f"{runtime.device}, more than {limits[name]:.3g}: do not use this bundle here"
             )
     return found
+
+
+class _Arrays:
+    def __init__(self, runtime: Runtime) -> None:
+        self._arrays = runtime.bundle.golden()
+        self._path = runtime.bundle.path / GOLDEN
+
+    def get(self, name: str, ndim: int, ending: tuple[int, ...] = ()) -> NDArray[Any]:
+        """One array, whose last sizes are `ending`. Raises BundleError."""
+        array = self._arrays.get(name)
+        if array is None or array.ndim != ndim or array.shape[ndim - len(ending) :] != ending:
+            raise BundleError(f"{self._path} has no array {name!r} of the right shape")
+        return array
+
+
+def _score_distance(
+    runtime: Runtime,
+    image: NDArray[np.uint8],
+    texts: list[str],
+    embedding: NDArray[np.float32],
+    text_embeddings: NDArray[np.float32],
+) -> float:
+    """How far `classify` without purification is from the softmax of the golden embeddings."""
+    logits = runtime.bundle.manifest.logit_scale * text_embeddings @ embedding
+    expected = np.exp(logits - logits.max())
+    expected /= expected.sum()
+    labels = [Label(text, (text,)) for text in texts]
+    found = np.empty_like(expected)
+    for prediction in runtime.classify(image, labels, top_k=len(labels)):
+        found[prediction.index] = prediction.score
+    return _distance(found, expected)
 
 
 def _distance(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:

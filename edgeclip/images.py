@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import glob
 import io
+import os
 from collections.abc import Callable, Iterable
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -17,7 +17,9 @@ from edgeclip.errors import ImageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ImageSource: TypeAlias = "str | PathLike[str] | bytes | Image | NDArray[np.uint8]"
+ImageSource: TypeAlias = (
+    "str | PathLike[str] | bytes | bytearray | memoryview | Image | NDArray[np.uint8]"
+)
 
 # Pillow's own limit against decompression bombs, in pixels: above any camera of today.
 MAX_PIXELS = 178_956_970
@@ -42,7 +44,7 @@ def decode(source: ImageSource) -> NDArray[np.uint8]:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode_file(io.BytesIO(source), "the image data")
     if isinstance(source, (str, PathLike)):
-        return _decode_file(Path(source), str(source))
+        return _decode_file(os.fspath(source), os.fspath(source))
     if hasattr(source, "convert") and hasattr(source, "getexif"):
         return _guard(lambda: to_rgb(source), "the image")
     raise TypeError(
@@ -51,7 +53,7 @@ def decode(source: ImageSource) -> NDArray[np.uint8]:
     )
 
 
-def _decode_file(file: Path | io.BytesIO, name: str) -> NDArray[np.uint8]:
+def _decode_file(file: str | io.BytesIO, name: str) -> NDArray[np.uint8]:
     from PIL import Image
 
     def read() -> NDArray[np.uint8]:
@@ -70,8 +72,8 @@ def _guard(read: Callable[[], NDArray[np.uint8]], name: str) -> NDArray[np.uint8
 
     try:
         return read()
-    except ImageError:
-        raise
+    except ImageError as err:
+        raise ImageError(f"{name}: {err}") from err
     except UnidentifiedImageError as err:
         raise ImageError(f"{name}: not an image of a known kind ({', '.join(FORMATS)})") from err
     except IsADirectoryError as err:
@@ -111,18 +113,32 @@ def to_rgb(image: Image) -> NDArray[np.uint8]:
 def expand(arguments: Iterable[str]) -> list[str]:
     """Image files named by paths, directories (recursive, sorted) and glob patterns.
 
-    An argument that names no image stays as it is, so that `decode` says what is wrong with it.
+    An argument that names no image, and a directory that cannot be read, stays as it is, so that
+    `decode` says what is wrong with it.
     """
     files: list[str] = []
     for argument in arguments:
-        path, found = Path(argument), []
-        if path.is_dir():
-            found = sorted(str(p) for p in path.rglob("*") if _is_image(p))
-        elif not path.exists() and glob.has_magic(argument):
-            found = sorted(p for p in glob.glob(argument, recursive=True) if Path(p).is_file())
+        found: list[str] = []
+        if os.path.isdir(argument):
+            found = _images_below(argument)
+        elif glob.has_magic(argument) and not os.path.lexists(argument):
+            found = sorted(filter(os.path.isfile, glob.glob(argument, recursive=True)))
         files += found or [argument]
     return files
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+def _images_below(folder: str) -> list[str]:
+    found: list[str] = []
+
+    def refused(err: OSError) -> None:
+        found.append(str(err.filename))
+
+    for parent, _, names in os.walk(folder, onerror=refused):
+        paths = [os.path.join(parent, name) for name in names if _has_image_suffix(name)]
+        # A link that leads nowhere is named, a pipe or a device is not waited for.
+        found += [path for path in paths if os.path.isfile(path) or os.path.islink(path)]
+    return sorted(found)
+
+
+def _has_image_suffix(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES

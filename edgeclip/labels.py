@@ -34,11 +34,21 @@ class Label:
 
 @dataclass(frozen=True, eq=False)
 class LabelSet:
-    """Labels with their text embeddings, ready to classify with."""
+    """Labels with their text embeddings, ready to classify with, on the bundle that made them."""
 
     names: tuple[str, ...]
     embeddings: NDArray[np.float32]  # (K, D), unit rows
     null_scores: NDArray[np.float32]  # (K,): embeddings @ null_text
+    encoder: str  # Runtime.text_identity of the bundle
+
+    def __post_init__(self) -> None:
+        if not len(self.names) == len(self.embeddings) == len(self.null_scores):
+            raise ValueError(
+                f"[LabelSet] expected as many rows as names, got {len(self.names)} names, "
+                f"{self.embeddings.shape} embeddings and {self.null_scores.shape} null scores"
+            )
+        self.embeddings.flags.writeable = False  # shared by threads
+        self.null_scores.flags.writeable = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -73,17 +83,39 @@ def check_labels(names: Iterable[str | Label]) -> list[Label]:
     """Labels from names. Raises LabelError for none, an empty one, or one that is there twice."""
     if isinstance(names, str):
         raise TypeError("labels must be a list of names; for a label file use edgeclip.read_labels")
-    labels = [name if isinstance(name, Label) else Label(name.strip()) for name in names]
+    labels = [_check_label(name) for name in names]
     if not labels:
         raise LabelError("no labels: name at least one class")
     seen: set[str] = set()
     for label in labels:
-        if not label.name:
-            raise LabelError("a label is empty")
         if label.name in seen:
             raise LabelError(f"label {label.name!r} is there twice; remove one of them")
         seen.add(label.name)
     return labels
+
+
+def _check_label(given: str | Label) -> Label:
+    label = given if isinstance(given, Label) else Label(given)
+    if isinstance(label.prompts, str):
+        raise TypeError(f"the prompts of a label must be a tuple of texts, got {label.prompts!r}")
+    texts = (label.name, *label.prompts)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"labels must be names or Label objects, got {given!r}")
+    name, *prompts = (text.strip() for text in texts)
+    if not (name and all(prompts)):
+        raise LabelError("a label, or one of its prompts, is empty")
+    if not all(map(_is_text, texts)):
+        raise LabelError(f"label {name!r} is not valid text; write it in UTF-8")
+    return Label(name, tuple(prompts))
+
+
+def _is_text(text: str) -> bool:
+    """Not so for what the command line held in another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_templates(arguments: Iterable[str]) -> list[str]:
@@ -96,7 +128,7 @@ def read_templates(arguments: Iterable[str]) -> list[str]:
         if "{}" in argument:
             templates.append(argument)
             continue
-        if not Path(argument).is_file():
+        if not os.path.isfile(argument):
             raise LabelError(
                 f"template {argument!r} has no {{}} for the class name, and is not a file"
             )
@@ -107,19 +139,23 @@ def read_templates(arguments: Iterable[str]) -> list[str]:
     return templates
 
 
-def check_templates(templates: Sequence[str], where: str = "templates") -> list[str]:
+def check_templates(templates: Iterable[str], where: str = "templates") -> list[str]:
     """Raises LabelError where there is no template, or one without `{}`."""
+    if isinstance(templates, str):
+        raise TypeError(f"{where} must be a list of templates, got {templates!r}")
+    templates = list(templates)
     if not templates:
         raise LabelError(f"{where}: no template; write one per line, {{}} for the class name")
     for template in templates:
         if "{}" not in template:
             raise LabelError(f"{where}: template {template!r} has no {{}} for the class name")
-    return list(templates)
+    return templates
 
 
 def _read_text(path: str | PathLike[str]) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
     except OSError as err:
         raise LabelError(f"{path}: {err.strerror or err}") from err
     except UnicodeDecodeError as err:
@@ -145,9 +181,12 @@ class EmbeddingCache:
 
     def load(self, key: str, shape: tuple[int, int]) -> NDArray[np.float32] | None:
         """The array kept under `key`, or None where there is none of this shape."""
+        if self._folder is None:
+            return None
         path = self._folder / f"{key}.npy"
         try:
-            array = np.load(path, allow_pickle=False)
+            with open(path, "rb") as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, EOFError) as err:
@@ -160,16 +199,27 @@ class EmbeddingCache:
 
     def store(self, key: str, array: NDArray[np.float32]) -> None:
         """Keep an array; readers see all of it or nothing."""
+        if self._folder is None:
+            return
+        part = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+                part = file.name
                 np.save(file, array, allow_pickle=False)
-            os.replace(file.name, self._folder / f"{key}.npy")
+            os.replace(part, self._folder / f"{key}.npy")
         except OSError as err:
             logger.warning("label cache: cannot write to %s (%s)", self._folder, err)
+            if part is not None:
+                Path(part).unlink(missing_ok=True)
 
 
-def default_cache_folder() -> Path:
-    if folder := os.environ.get("EDGECLIP_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeclip"
+def default_cache_folder() -> Path | None:
+    """Where text embeddings are kept; None, with a warning, for a user without a home."""
+    try:
+        if folder := os.environ.get("EDGECLIP_CACHE"):
+            return Path(folder).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeclip"
+    except RuntimeError:
+        logger.warning("label cache: no home directory; set EDGECLIP_CACHE to keep embeddings")
+        return None

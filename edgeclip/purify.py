@@ -1,6 +1,6 @@
 """What a purification is: its parameters and their validation.
 
-The arithmetic is in `_core`; how much it protects is in docs/ROBUSTNESS.md, not in its name.
+The arithmetic is in `_core`. How much it protects has to be measured; its name promises nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 
 from edgeclip.errors import BundleError
+
+MAX_STEPS = 10_000  # far beyond any use, and still answered at once
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class CosPurifier:
     step_size: float = 30.0
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"purification steps must be 0 or more, got {self.steps}")
+        if not (isinstance(self.steps, int) and 0 <= self.steps <= MAX_STEPS):
+            raise ValueError(f"purification steps must be 0 to {MAX_STEPS}, got {self.steps}")
         if not (math.isfinite(self.step_size) and self.step_size >= 0):
             raise ValueError(f"purification step size must be 0 or more, got {self.step_size}")
 

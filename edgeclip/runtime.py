@@ -28,6 +28,9 @@ Progress = Callable[[int, int], object]
 
 TEXT_BATCH = 64  # prompts in one run of the text encoder
 LABEL_SETS_KEPT = 8  # in memory; on disk all are
+SINGLE = (str, bytes, bytearray, memoryview)  # sequences in Python, one thing here
+MAX_BATCH = 4096
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,9 @@ class Runtime:
         batch_size: int = 8,
         threads: int | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        check_count("batch_size", batch_size, MAX_BATCH)
+        if threads is not None:
+            check_count("threads", threads, MAX_THREADS)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         if self.bundle.path == EMBEDDED:
             logger.warning(
@@ -77,6 +81,8 @@ class Runtime:
         self._threads = threads
         path = self.bundle.encoder("image_encoder", self.precision)
         self._image_encoder, self.device = open_encoder(path, device, threads)
+        manifest = self.bundle.manifest
+        self._image_encoder.check_shapes((3, *manifest.image.size), manifest.embed_dim)
         self._text_lock = threading.Lock()
         self._text: tuple[Tokenizer, Encoder] | None = None
         self._label_lock = threading.Lock()
@@ -116,6 +122,7 @@ class Runtime:
         labels: names, or a LabelSet from `labels()`; None for the Runtime's own.
         Raises ImageError for an image that cannot be read, ValueError for arguments.
         """
+        check_count("top_k", top_k)
         label_set = self._label_set(labels)
         many, single = _as_list(images)
         answers: list[list[Prediction]] = []
@@ -130,6 +137,7 @@ class Runtime:
 
         An image that cannot be read gives its ImageError, and the others their predictions.
         """
+        check_count("top_k", top_k)
         label_set = self._label_set(labels)
         for batch, errors in self._batches(images):
             answers = iter(self._classify(batch, label_set, top_k) if len(batch) else [])
@@ -160,8 +168,7 @@ class Runtime:
 
         progress is called with the number of texts done so far and their total.
         """
-        if isinstance(texts, str):
-            raise TypeError("embed_texts takes a list of texts")
+        _refuse_single("embed_texts", texts)
         tokenizer, encoder = self._text_encoder()
         ids = tokenizer(texts)
         found = np.empty((len(ids), self.bundle.manifest.embed_dim), np.float32)
@@ -187,26 +194,36 @@ class Runtime:
         Raises LabelError.
         """
         if isinstance(names, LabelSet):
-            return names
+            return self._own(names, templates)
         checked = tuple(check_labels(names))
         worded = check_templates(self.bundle.manifest.templates if templates is None else templates)
         key = checked, tuple(worded)
         with self._label_lock:
-            if key not in self._label_sets:
-                embeddings = self._class_embeddings(
-                    [label.worded(worded) for label in checked], progress
-                )
-                if len(self._label_sets) == LABEL_SETS_KEPT:
-                    del self._label_sets[next(iter(self._label_sets))]  # the oldest
-                self._label_sets[key] = LabelSet(
-                    tuple(label.name for label in checked),
-                    embeddings,
-                    embeddings @ self.bundle.null_text,
-                )
-            return self._label_sets[key]
+            found = self._label_sets.get(key)
+        if found is not None:
+            return found
+        # Without the lock, which others need for labels that are there: at worst two threads
+        # encode the same ones at once.
+        embeddings = self._class_embeddings([label.worded(worded) for label in checked], progress)
+        names = tuple(label.name for label in checked)
+        made = LabelSet(names, embeddings, embeddings @ self.bundle.null_text, self.text_identity())
+        with self._label_lock:
+            while len(self._label_sets) >= LABEL_SETS_KEPT:
+                del self._label_sets[next(iter(self._label_sets))]  # the oldest
+            return self._label_sets.setdefault(key, made)
+
+    def _own(self, labels: LabelSet, templates: object) -> LabelSet:
+        if templates is not None:
+            raise ValueError("a LabelSet has its prompts already: templates go with names")
+        if labels.encoder != self.text_identity():
+            raise ValueError(
+                "the LabelSet was made with another bundle: use this Runtime's labels()"
+            )
+        return labels
 
     def preprocess(self, images: Sequence[ImageSource]) -> NDArray[np.float32]:
         """Images as the encoder's input, float32 (N, 3, H, W), resized and normalised."""
+        _refuse_single("preprocess", images)
         spec = self.bundle.manifest.image
         batch = np.empty((len(images), 3, *spec.size), np.float32)
         for image, out in zip(images, batch, strict=True):
@@ -219,6 +236,7 @@ class Runtime:
 
     def tokenize(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Token ids (N, L) of texts, padded to the longest (or to the context length)."""
+        _refuse_single("tokenize", texts)
         tokenizer, _ = self._text_encoder()
         return self._pad(tokenizer(texts))
 
@@ -239,6 +257,7 @@ class Runtime:
         self, images: Iterable[ImageSource]
     ) -> Iterator[tuple[NDArray[np.float32], list[ImageError | None]]]:
         """Encoder inputs of up to `batch_size` readable images, and for each image its error."""
+        _refuse_single("this method", images)
         spec = self.bundle.manifest.image
         batch = np.empty((self.batch_size, 3, *spec.size), np.float32)
         errors: list[ImageError | None] = []
@@ -269,7 +288,7 @@ class Runtime:
             null_scores=labels.null_scores if self.purifier else None,
             steps=self.purifier.steps if self.purifier else 0,
             step_size=self.purifier.step_size if self.purifier else 0.0,
-            top_k=top_k,
+            top_k=min(top_k, len(labels)),
         )
         return [
             [
@@ -300,7 +319,7 @@ class Runtime:
     def _class_embeddings(
         self, prompts: list[list[str]], progress: Progress | None
     ) -> NDArray[np.float32]:
-        key = EmbeddingCache.key(self._text_identity(), prompts)
+        key = EmbeddingCache.key(self.text_identity(), prompts)
         shape = (len(prompts), self.bundle.manifest.embed_dim)
         cached = self._cache.load(key, shape)
         if cached is not None:
@@ -326,11 +345,12 @@ class Runtime:
                 )
                 path = self.bundle.encoder("text_encoder", self.precision)
                 encoder, _ = open_encoder(path, self.device, self._threads)
+                encoder.check_shapes((spec.context_length,), self.bundle.manifest.embed_dim)
                 self._text = tokenizer, encoder
             return self._text
 
-    def _text_identity(self) -> str:
-        """What the text embeddings depend on besides the prompts."""
+    def text_identity(self) -> str:
+        """What text embeddings depend on besides the prompts: two equal ones may share them."""
         manifest = self.bundle.manifest
         files = manifest.files
         encoder = manifest.precisions[self.precision].text_encoder
@@ -338,18 +358,30 @@ class Runtime:
 
     def _pad(self, ids: list[list[int]]) -> NDArray[np.int64]:
         spec = self.bundle.manifest.text
-        length = max(map(len, ids)) if spec.dynamic_length else spec.context_length
+        length = max(map(len, ids), default=1) if spec.dynamic_length else spec.context_length
         batch = np.full((len(ids), length), spec.pad_id, np.int64)
         for row, prompt in zip(batch, ids, strict=True):
             row[: len(prompt)] = prompt
         return batch
 
 
+def check_count(name: str, value: int, high: int | None = None) -> None:
+    """Raises ValueError for what is no whole number from 1 to `high`."""
+    if not isinstance(value, int) or value < 1 or (high is not None and value > high):
+        limit = "from 1" if high is None else f"from 1 to {high}"
+        raise ValueError(f"{name} must be a whole number {limit}, got {value!r}")
+
+
+def _refuse_single(method: str, given: object) -> None:
+    if isinstance(given, SINGLE):
+        raise TypeError(f"{method} takes a list, got one {type(given).__name__}")
+
+
 def _as_list(
     images: ImageSource | Sequence[ImageSource],
 ) -> tuple[Sequence[ImageSource], bool]:
     """The images as a sequence, and whether it was a single one."""
-    if isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray)):
+    if isinstance(images, Sequence) and not isinstance(images, SINGLE):
         return images, False
     return [images], True
 

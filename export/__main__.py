@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from edgeclip.encoders import import_onnxruntime
 from edgeclip.errors import EdgeclipError
 from export import ExportError
 from export.progress import step
@@ -47,6 +48,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
+    import_onnxruntime()  # which verifies; better missed now than after the export
     # Imported late: what is wrong with the arguments is said before PyTorch has loaded.
     try:
         with step("loading PyTorch"):

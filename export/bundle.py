@@ -18,19 +18,9 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
 from safetensors.numpy import save
 
-from edgeclip.bundle import (
-    DEFAULT_TEMPLATES,
-    EMBEDDINGS,
-    GOLDEN,
-    MANIFEST,
-    TOKENIZER,
-    Bundle,
-    ImageSpec,
-    Manifest,
-    TextSpec,
-    Variant,
-)
+from edgeclip.bundle import EMBEDDINGS, GOLDEN, MANIFEST, TOKENIZER, Bundle
 from edgeclip.labels import check_templates
+from edgeclip.manifest import DEFAULT_TEMPLATES, ImageSpec, Manifest, TextSpec, Variant
 from export import ExportError, to_onnx
 from export.checkpoints import Source
 from export.progress import step

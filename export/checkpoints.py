@@ -84,12 +84,18 @@ def _from_folder(folder: Path, pretrained: str | None, quick_gelu: bool) -> Sour
     try:
         whole = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         config = whole["model_cfg"]
-        config["vision_cfg"], config["text_cfg"]  # said here, where the file is known
+        wording = whole.get("edgeclip", {})
+        if not all(
+            isinstance(x, dict) for x in (config["vision_cfg"], config["text_cfg"], wording)
+        ):
+            raise TypeError("vision_cfg, text_cfg and edgeclip must be objects")
+        for name in ("templates", "null_templates"):
+            if not isinstance(wording.get(name, []), list):
+                raise TypeError(f"{name} must be a list")
     except (OSError, ValueError, TypeError, KeyError) as err:
         raise ExportError(f"{folder / CONFIG} is no configuration of open_clip's: {err!r}") from err
     path = Path(pretrained) if pretrained else _weights_in(folder)
     name = folder.resolve().name
-    wording = whole.get("edgeclip", {})
     if pretrained == RANDOM:
         path = None
     elif not path.is_file():
@@ -199,8 +205,9 @@ def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
 def read_weights(path: Path) -> tuple[StateDict, bool]:
     """The tensors of a file by name, and whether they are known to be OpenAI's.
 
-    safetensors, TorchScript archives and what torch.save wrote; no code in them is run. Raises
-    ExportError for any other file.
+    safetensors, TorchScript archives and what torch.save wrote. No Python code in them is run; a
+    TorchScript archive may run TorchScript of its own, so open only those whose origin you trust.
+    Raises ExportError for any other file.
     """
     try:
         with quiet():  # torch.jit.load is deprecated, and the only reader of OpenAI's archives

@@ -14,7 +14,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from edgeclip.bundle import TokenSpec
+from edgeclip.manifest import TokenSpec
 from export import ExportError
 from export.progress import brief, quiet
 

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from edgeclip.bundle import GOLDEN, TOKENIZER, Manifest
+from edgeclip.bundle import GOLDEN, TOKENIZER
 from edgeclip.encoders import import_onnxruntime
+from edgeclip.manifest import Manifest
 from edgeclip.tokenizer import Tokenizer
 from export import ExportError
 from export.checkpoints import Source

@@ -21,7 +21,8 @@ from open_clip.tokenizer import default_bpe
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from edgeclip.bundle import Bundle, Manifest
+from edgeclip.bundle import Bundle
+from edgeclip.manifest import Manifest
 from export import bundle
 from export.bundle import export_bundle, wording
 from export.checkpoints import Source, load

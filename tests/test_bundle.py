@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 import edgeclip
 from edgeclip import Bundle, BundleError, golden
-from edgeclip.bundle import EMBEDDED, Manifest, sha256
+from edgeclip.bundle import EMBEDDED, sha256
+from edgeclip.manifest import Manifest
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_other_schema_versions(copy: Path, version: object) -> None:
         (lambda data: data.update(precisions=[]), "malformed"),
         (lambda data: data.update(purification={"steps": -1, "step_size": 1}), "malformed"),
         (lambda data: data["files"].pop("tokenizer.json"), "no sha256 for tokenizer.json"),
-        (lambda data: data["files"].update({"../x": "0"}), "'../x' is not a plain file name"),
+        (lambda data: data["files"].update({"../x": "0"}), "plain file names, got '../x'"),
     ],
 )
 def test_broken_manifests(copy: Path, change: Callable[[dict], object], message: str) -> None:
@@ -83,6 +84,63 @@ def test_broken_manifests(copy: Path, change: Callable[[dict], object], message:
     with pytest.raises(BundleError, match=message) as caught:
         Bundle(copy)
     assert "manifest.json" in str(caught.value)
+
+
+def put(*path: str, value: object) -> Callable[[dict], object]:
+    """A change of one entry of the manifest."""
+
+    def change(data: dict) -> None:
+        for key in path[:-1]:
+            data = data[key]
+        data[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("precisions", {}),
+        ("precisions", {"fp4": {"image_encoder": "a", "text_encoder": "b"}}),
+        ("files", None),
+        ("files", 5),
+        ("image.size", "28"),
+        ("image.size", [28, 28, 28]),
+        ("image.size", [28, -28]),
+        ("image.size", [10**6, 10**6]),
+        ("image.mean", None),
+        ("image.std", [1, 0, 1]),
+        ("image.resize", "foo"),
+        ("image.fill", 300),
+        ("embed_dim", "128"),
+        ("logit_scale", "x"),
+        ("logit_scale", float("nan")),
+        ("logit_bias", None),
+        ("purification", {"steps": 10**30, "step_size": 1.0}),
+        ("text.context_length", 0),
+        ("text.clean", "none"),
+        ("templates", []),
+        ("templates", "a {}"),
+        ("templates", ["a photo"]),
+        ("source", None),
+        ("tokens.grid", 7),
+        ("precisions.fp32.parity", {"a": "b"}),
+        ("precisions.fp32.image_encoder", 3),
+        ("robustness", None),
+    ],
+)
+def test_wrong_entries_of_the_manifest(copy: Path, entry: str, value: object) -> None:
+    edit(copy, put(*entry.split("."), value=value))
+    with pytest.raises(BundleError, match=r"manifest\.json: ") as caught:
+        Bundle(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("entry", "value"), [("embed_dim", 64), ("image.size", [32, 32])])
+def test_encoder_that_is_not_the_manifests(copy: Path, entry: str, value: object) -> None:
+    edit(copy, put(*entry.split("."), value=value))
+    with pytest.raises(BundleError, match="not what the manifest says"):
+        edgeclip.Runtime(copy)
 
 
 def test_manifest_that_is_no_json(copy: Path) -> None:
@@ -127,6 +185,24 @@ def test_null_text_of_the_wrong_kind(copy: Path) -> None:
         edit(copy, lambda data: data["files"].update({path.name: sha256(path)}))
         with pytest.raises(BundleError, match=message):
             _ = Bundle(copy).null_text
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "key", "shape"])
+def test_damaged_golden_file(copy: Path, damage: str) -> None:
+    path = copy / "golden.npz"
+    arrays = dict(np.load(path))
+    if damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "key":
+        del arrays["ids"]
+        np.savez(path, **arrays)
+    else:
+        np.savez(path, **(arrays | {"embedding": arrays["embedding"][:1]}))
+    edit(copy, lambda data: data["files"].update({path.name: sha256(path)}))
+    with pytest.raises(BundleError, match=r"golden\.npz"):
+        golden.check(edgeclip.Runtime(copy, purify="none"))
 
 
 def test_golden_check_notices_another_model(copy: Path) -> None:

@@ -65,6 +65,10 @@ def test_label_lists() -> None:
             check_labels(names)
     with pytest.raises(TypeError, match="a list of names"):
         check_labels("labels.txt")
+    with pytest.raises(TypeError, match="must be a tuple of texts"):
+        check_labels([Label("a", "prompt")])
+    with pytest.raises(LabelError, match="there twice"):
+        check_labels([Label(" a "), "a"])
 
 
 def test_wording() -> None:
@@ -130,3 +134,15 @@ def test_cache_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureF
     blocked.touch()
     EmbeddingCache(blocked / "cache").store("key", np.zeros((1, 4), np.float32))
     assert "cannot write" in caplog.text
+
+
+def test_failed_write_leaves_nothing_behind(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    EmbeddingCache().store("key", np.zeros((1, 4), np.float32))
+    assert "No space left" in caplog.text
+    assert list(cache.iterdir()) == []

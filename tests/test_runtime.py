@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from conftest import EXAMPLES
 
 import edgeclip
 from edgeclip import CosPurifier, ImageError, LabelError, Prediction, Runtime
+from edgeclip.encoders import available_devices
 
 
 def test_examples_are_named_rightly(rt: Runtime, labels: list[str]) -> None:
@@ -179,6 +182,47 @@ def test_many_labels_and_one(rt: Runtime) -> None:
     assert rt.classify(EXAMPLES / "bag.png", ["bag"]) == [Prediction("bag", 1.0, 0)]
 
 
+def test_label_set_belongs_to_its_bundle(rt: Runtime, labels: list[str], tmp_path: Path) -> None:
+    mine = rt.labels(labels)
+    assert rt.labels(mine) is mine
+    with pytest.raises(ValueError, match="has its prompts already"):
+        rt.labels(mine, ["a {}"])
+    foreign = dataclasses.replace(mine, encoder="another")
+    with pytest.raises(ValueError, match="was made with another bundle"):
+        rt.classify(EXAMPLES / "bag.png", foreign)
+    with pytest.raises(ValueError, match="expected as many rows as names"):
+        dataclasses.replace(mine, names=("one",))
+    with pytest.raises(ValueError, match="read-only"):
+        mine.embeddings[0] = 0
+
+
+def test_cached_labels_do_not_wait_for_new_ones(
+    labels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rt = Runtime(labels=labels)
+    encoding, done = threading.Event(), threading.Event()
+    embed = rt.embed_texts
+
+    def slow(texts: list[str], progress: object = None) -> np.ndarray:
+        encoding.set()
+        assert done.wait(30)
+        return embed(texts)
+
+    monkeypatch.setattr(rt, "embed_texts", slow)
+    with ThreadPoolExecutor(1) as pool:
+        new = pool.submit(rt.labels, ["something new"])
+        assert encoding.wait(30)
+        assert rt.classify(EXAMPLES / "bag.png", labels)[0].label == "bag"  # while the other waits
+        assert not new.done()
+        done.set()
+        assert len(new.result()) == 1
+
+
+def test_failing_encoder_is_a_device_error(rt: Runtime) -> None:
+    with pytest.raises(edgeclip.DeviceError, match=r"image_encoder\.fp32\.onnx failed on cpu"):
+        rt.encode(np.zeros((1, 3, 5, 5), np.float32))
+
+
 def test_default_labels() -> None:
     rt = Runtime(labels=["bag", "coat"])
     assert rt.classify(EXAMPLES / "bag.png")[0].label == "bag"
@@ -189,20 +233,29 @@ def test_default_labels() -> None:
 def test_bad_options(rt: Runtime, labels: list[str]) -> None:
     with pytest.raises(edgeclip.DeviceError, match="tensorrt"):
         Runtime(device="tensorrt")
-    with pytest.raises(edgeclip.DeviceError, match="CUDAExecutionProvider"):
-        Runtime(device="cuda")
+    if "cuda" not in available_devices():
+        with pytest.raises(edgeclip.DeviceError, match="CUDAExecutionProvider"):
+            Runtime(device="cuda")
     with pytest.raises(edgeclip.DeviceError, match="has no int8 encoders; it has fp32"):
         Runtime(precision="int8")
     with pytest.raises(ValueError, match="device must be"):
         Runtime(device="tpu")
     with pytest.raises(ValueError, match="batch_size"):
         Runtime(batch_size=0)
-    with pytest.raises(ValueError, match="top_k"):
-        rt.classify(EXAMPLES / "bag.png", labels, top_k=0)
     with pytest.raises(LabelError, match="there twice"):
         rt.classify(EXAMPLES / "bag.png", ["a", "a"])
-    with pytest.raises(TypeError, match="list of texts"):
-        rt.embed_texts("a coat")
+    for method in (rt.embed_texts, rt.tokenize, rt.preprocess):
+        with pytest.raises(TypeError, match="takes a list, got one str"):
+            method("a coat")
+    with pytest.raises(TypeError, match="takes a list, got one str"):
+        next(rt.classify_each("a.png", labels))
+    for bad in (None, 1.5, 0):
+        with pytest.raises(ValueError, match="top_k must be a whole number from 1"):
+            rt.classify(EXAMPLES / "bag.png", labels, top_k=bad)
+    with pytest.raises(TypeError, match="labels must be names or Label objects"):
+        rt.labels([1, 2])
+    with pytest.raises(TypeError, match="must be a list of templates"):
+        rt.labels(["bag"], "a {}")
 
 
 def test_embedded_bundle_says_what_it_is_for(caplog: pytest.LogCaptureFixture) -> None:

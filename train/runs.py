@@ -4,7 +4,7 @@ RUN/open_clip_config.json        model, preprocessing, vocabulary (open_clip's l
 RUN/open_clip_model.safetensors  the weights
 RUN/bpe.txt.gz                   the tokenizer's merges, where they are not open_clip's own
 RUN/checkpoint.pt                everything needed to go on (weights_only; no pickled code)
-RUN/metrics.jsonl                one line per logging interval
+RUN/metrics.jsonl                one line per epoch
 """
 
 from __future__ import annotations

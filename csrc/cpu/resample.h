@@ -18,8 +18,7 @@ struct Axis {
 
 // For each wanted pixel, the input pixels [begin, begin + length) and their weights. The arithmetic
 // is that of Pillow's 8-bit resampling, fixed point with 22 fractional bits, so that the pixels are
-// equal to Pillow's bit for bit. Rows are always resampled before columns: Pillow 13 swaps the two
-// for tall images, which earlier versions, and with them the training of CLIP models, did not.
+// equal to Pillow's bit for bit.
 struct Filter {
   std::vector<int64_t> begin;
   std::vector<int64_t> length;
