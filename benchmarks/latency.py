@@ -68,7 +68,7 @@ def bundle_for(model: str) -> Path:
 
 def measure_image(rt: edgeclip.Runtime, model: Any, transform: Any, jpeg: bytes, args: Any) -> dict:
     """Stage by stage and end to end for one JPEG: {stage: {"edgeclip": ms, "open_clip": ms}}."""
-    null_text = torch.from_numpy(rt.bundle.null_text)
+    null_text = torch.from_numpy(rt.bundle.null_text.copy())
     rng = np.random.default_rng(0)
     classes = rng.standard_normal((args.labels, len(null_text)), np.float32)
     classes /= np.linalg.norm(classes, axis=1, keepdims=True)
@@ -78,7 +78,7 @@ def measure_image(rt: edgeclip.Runtime, model: Any, transform: Any, jpeg: bytes,
         classes @ rt.bundle.null_text,
         rt.text_identity(),
     )
-    weights = torch.from_numpy(classes)
+    weights = torch.from_numpy(classes.copy())
     scale = model.logit_scale.exp()
 
     def peer_classify(z: torch.Tensor) -> torch.Tensor:
