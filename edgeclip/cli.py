@@ -41,6 +41,14 @@ EMBED_EXAMPLES = """examples:
   edgeclip embed photos/ -o embeddings.npz
   edgeclip embed --text "a red shoe" --text "a blue shoe"
 """
+EXPLAIN_EXAMPLES = """examples:
+  edgeclip explain photo.jpg --label "a red shoe" -o attention.png
+  edgeclip explain clean.png attacked.png --label "ankle boot" -o pair.png
+  cat photo.jpg | edgeclip explain - --label "a cat" -o cat.png --bundle vit-b-32/
+
+Bright patches speak for the label the most (TGA-ZSR, arXiv 2410.21802, section 3.2); the numbers
+are cosines of embeddings. Two images are compared: l2 is the distance of their maps.
+"""
 INFO_EXAMPLES = """examples:
   edgeclip info
   edgeclip info vit-b-32/ --format json
@@ -101,12 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     classify.add_argument("--labels", metavar="FILE", help="classes, one per line")
     classify.add_argument("--label", action="append", default=[], metavar="TEXT", help="a class")
-    classify.add_argument(
-        "--template",
-        action="append",
-        metavar="TEXT",
-        help="prompt with {} for the class, or a file of them (default: the bundle's)",
-    )
+    _add_template(classify)
     classify.add_argument(
         "--top-k", type=_positive, default=5, metavar="K", help="labels per image (default: 5)"
     )
@@ -122,6 +125,21 @@ def build_parser() -> argparse.ArgumentParser:
     embed.add_argument("-o", "--output", metavar="NPZ", help="a .npz file; default: JSON lines")
     _add_runtime_options(embed)
 
+    explain = _add(commands, "explain", "Draw where an image speaks for a label.", EXPLAIN_EXAMPLES)
+    # Not offered: purification does not touch the tokens, and there are two images at most.
+    explain.set_defaults(run=run_explain, purify="none", steps=None, step_size=None, batch_size=1)
+    explain.add_argument("image", metavar="IMAGE", help="file, or - for stdin")
+    explain.add_argument("attacked", nargs="?", metavar="ATTACKED", help="to compare with IMAGE")
+    explain.add_argument(
+        "--label", action="append", required=True, metavar="TEXT", help="the class to look for"
+    )
+    _add_template(explain)
+    explain.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="a .png, or another kind of image"
+    )
+    _add_format(explain)
+    _add_device_options(explain)
+
     info = _add(commands, "info", "Show what a bundle is.", INFO_EXAMPLES)
     info.set_defaults(run=run_info)
     doctor = _add(
@@ -133,9 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "bundle", nargs="?", metavar="BUNDLE", help="default: the embedded demonstration"
         )
-        command.add_argument(
-            "--format", choices=["table", "json"], help="default: table on a terminal, else json"
-        )
+        _add_format(command)
     return parser
 
 
@@ -150,8 +166,32 @@ def _add(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentP
     return parser
 
 
-def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
+def _add_template(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help="prompt with {} for the class, or a file of them (default: the bundle's)",
+    )
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", choices=["table", "json"], help="default: table on a terminal, else json"
+    )
+
+
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", metavar="DIR", help="default: the embedded demonstration")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "tensorrt"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "fp16", "int8"])
+    parser.add_argument(
+        "--threads", type=_up_to(MAX_THREADS), metavar="T", help="default: one per core"
+    )
+
+
+def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
+    _add_device_options(parser)
     parser.add_argument(
         "--purify",
         default="auto",
@@ -164,13 +204,8 @@ def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step-size", type=_step_size, metavar="F", help="of --purify cos (the bundle's, or 30)"
     )
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "tensorrt"])
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "fp16", "int8"])
     parser.add_argument(
         "--batch-size", type=_up_to(MAX_BATCH), default=8, metavar="B", help="images at a time (8)"
-    )
-    parser.add_argument(
-        "--threads", type=_up_to(MAX_THREADS), metavar="T", help="default: one per core"
     )
 
 
@@ -219,6 +254,26 @@ def run_embed(args: argparse.Namespace) -> int:
             record["embedding"] = answer.result.tolist()
         print(json.dumps(record, ensure_ascii=False), flush=True)
     return failures.status
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    from edgeclip import explain  # loads Pillow's fonts, which the other commands do not need
+
+    if len(args.label) > 1:
+        raise EdgeclipError("explain takes one --label; draw another picture for each of them")
+    kind = explain.picture_format(args.output)
+    templates = None if args.template is None else read_templates(args.template)
+    names = [name for name in (args.image, args.attacked) if name is not None]
+    runtime = _open_runtime(args)
+    with _writing(args.output) as file:
+        found = [runtime.explain(s, args.label[0], templates=templates) for s in _sources(names)]
+        explain.render(found).save(file, kind, quality=95)
+    report: dict[str, Any] = {"label": found[0].label, "images": names}
+    report["similarities"] = [round(one.similarity, 6) for one in found]
+    if len(found) == 2:
+        report["map distance"] = round(explain.distance(*found), 6)
+    _show(report | {"output": args.output}, args.format)
+    return 0
 
 
 def run_info(args: argparse.Namespace) -> int:

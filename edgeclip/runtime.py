@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from edgeclip.images import ImageSource, decode
 from edgeclip.labels import EmbeddingCache, Label, LabelSet, check_labels, check_templates
 from edgeclip.purify import Purifier, resolve
 from edgeclip.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgeclip.explain import Explanation
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +183,18 @@ class Runtime:
             if progress is not None:
                 progress(start + len(chosen), len(order))
         return _unit(found)
+
+    def explain(
+        self, image: ImageSource, label: str | Label, *, templates: Sequence[str] | None = None
+    ) -> Explanation:
+        """Where one image speaks for one label: attention in [0, 1] over what the encoder sees.
+
+        templates: as for `labels`. `edgeclip.explain.render` makes a picture of it.
+        Raises BundleError where the image encoder gives no tokens, ImageError, LabelError.
+        """
+        from edgeclip.explain import explain  # loads Pillow's fonts, which nothing else needs
+
+        return explain(self, self._image_encoder, image, label, templates)
 
     def labels(
         self,

@@ -240,6 +240,16 @@ def test_empty_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["embed", BAG, "--text", "x"], "either images or --text"),
         (["embed", BAG, "-o", "/nowhere/x.npz"], "/nowhere/x.npz: No such file"),
         (["embed", BAG, "-o", ""], "error: "),
+        (["explain"], "required: IMAGE, --label, -o/--output"),
+        (["explain", BAG, "--label", "x"], "required: -o/--output"),
+        (["explain", BAG, "--label", "x", "-o", "x"], "cannot write images of the kind ''"),
+        (["explain", BAG, "--label", "x", "-o", "x.psd"], "the kind '.psd'; try .png"),
+        (["explain", BAG, "--label", "x", "-o", "/nowhere/x.png"], "/nowhere/x.png: No such file"),
+        (["explain", BAG, "--label", "", "-o", "/tmp/x.png"], "a label, or one of its prompts"),
+        (["explain", BAG, "--label", "x", "--label", "y", "-o", "x.png"], "takes one --label"),
+        (["explain", BAG, "--label", "x", "--template", "y", "-o", "x.png"], "has no {}"),
+        (["explain", BAG, BAG, BAG, "--label", "x", "-o", "x.png"], "unrecognized arguments"),
+        (["explain", BAG, "--label", "x", "-o", "x.png", "--purify", "cos"], "unrecognized arg"),
         (["info", "none"], "none is not a bundle"),
     ],
 )
@@ -336,7 +346,66 @@ def test_info_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert any(line.startswith("onnxruntime ") for line in report["packages"])
 
 
-@pytest.mark.parametrize("command", ["classify", "embed", "info", "doctor"])
+def test_explain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.PNG"
+    arguments = ["explain", BAG, "--label", " bag ", "--template", "my {}", "-o", str(path)]
+    status, out, err = run(capsys, *arguments)
+    assert status == 0
+    assert errors(err) == []
+    report = json.loads(out)
+    assert list(report) == ["label", "images", "similarities", "output"]
+    assert (report["label"], report["images"], report["output"]) == ("bag", [BAG], str(path))
+    assert 0.2 < report["similarities"][0] <= 1
+    assert [p.name for p in tmp_path.iterdir()] == ["out.PNG"]
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 3 * 320
+
+
+def test_explain_a_pair(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "pair.jpg"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(BAG).read_bytes())))
+    arguments = ["--label", "bag", "-o", str(path)]
+    status, out, _ = run(capsys, "explain", BAG, "-", *arguments)
+    assert status == 0
+    report = json.loads(out)
+    assert report["images"] == [BAG, "-"]
+    assert report["similarities"][0] == report["similarities"][1]
+    assert report["map distance"] == 0
+    other = str(EXAMPLES / "coloured-dress.jpg")
+    status, out, _ = run(capsys, "explain", BAG, other, *arguments, "--format", "table")
+    assert status == 0
+    assert re.search(r"^map distance +[1-9]", out, re.MULTILINE)
+    with Image.open(path) as picture:
+        assert picture.format == "JPEG"
+        assert picture.width > 4 * 320
+
+
+def test_explain_leaves_what_was_there_where_it_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.png"
+    path.write_text("before")
+    bundle = Path(shutil.copytree(EMBEDDED, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"tokens": None}))
+    for arguments, message in (
+        ([BAG, "missing.png"], "missing.png: no such file"),
+        ([str(EXAMPLES)], f"{EXAMPLES}: no images in this directory"),
+        ([BAG, "--bundle", str(bundle)], "has no patch tokens: export a ViT"),
+    ):
+        status, out, err = run(capsys, "explain", *arguments, "--label", "bag", "-o", str(path))
+        assert status == 2
+        assert out == ""
+        (line,) = errors(err)
+        assert line.endswith(message)
+    assert path.read_text() == "before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "out.png"]
+
+
+@pytest.mark.parametrize("command", ["classify", "embed", "explain", "info", "doctor"])
 def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
