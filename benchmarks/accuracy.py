@@ -1,6 +1,6 @@
 """Accuracy of a bundle on Fashion-MNIST's test images, as the runtime on a device answers.
 
-Two rows: the images as they are, and recoloured on random light backgrounds (train.data.recolour,
+Two rows: the images as they are, and recoloured on random light backgrounds (train.fashion.recolour,
 seed 0). Every image goes through edgeclip.Runtime: preprocessing, encoder and classification.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import edgeclip
-from train import data
+from train import fashion
 
 EPILOG = """examples:
   python -m benchmarks.accuracy
@@ -38,14 +38,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
 
-    split = data.load(args.data, train=False)
+    split = fashion.load_split(args.data, train=False)
     rt = edgeclip.Runtime(
-        args.bundle, purify=args.purify, labels=data.FASHION_CLASSES, batch_size=100
+        args.bundle, purify=args.purify, labels=fashion.FASHION_CLASSES, batch_size=100
     )
     grey, labels = split.images[: args.n], split.labels[: args.n].numpy()
-    light = data.recolour(grey, torch.Generator().manual_seed(0))
+    light = fashion.recolour(grey, torch.Generator().manual_seed(0))
     pictures = {
-        "as they are": data.to_rgb(grey),
+        "as they are": fashion.to_rgb(grey),
         "recoloured on light backgrounds": light,
     }
     figures = {}

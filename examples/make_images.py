@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from train import data
+from train import fashion
 
 HERE = Path(__file__).parent
 COLOURED = {"ankle boot": 1, "trousers": 2, "dress": 3}  # class -> seed of its colours
 
 
 def main() -> None:
-    split = data.load("fashion-mnist", train=False)
+    split = fashion.load_split("fashion-mnist", train=False)
     for index, name in enumerate(split.classes):
         first = int((split.labels == index).nonzero()[0])
         grey = split.images[first]
@@ -27,7 +27,7 @@ def main() -> None:
         Image.fromarray(grey.numpy()).save(HERE / f"{stem}.png")
         if name in COLOURED:
             rng = torch.Generator().manual_seed(COLOURED[name])
-            picture = data.recolour(grey[None], rng)[0].permute(1, 2, 0).numpy()
+            picture = fashion.recolour(grey[None], rng)[0].permute(1, 2, 0).numpy()
             image = Image.fromarray((picture * 255).round().astype(np.uint8))
             image.resize((336, 336), Image.Resampling.BICUBIC).save(
                 HERE / f"coloured-{stem}.jpg", quality=90

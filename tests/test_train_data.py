@@ -1,74 +1,357 @@
-"""Data sets and the pictures made of them."""
+"""Data sets in the formats that they are shipped in."""
 
 from __future__ import annotations
 
-import gzip
+import io
+import os
+import pickle
+import sys
+import types
+import urllib.error
+import urllib.request
 from pathlib import Path
 
+import data_sets
 import numpy as np
 import pytest
 import torch
-from conftest import write_idx
+from data_sets import WRITERS, put
+from PIL import Image
+from torch.utils.data import ConcatDataset, DataLoader
 
-from train import data
+from train import class_names, data
+from train.data import DataError
+from train.sources import SOURCES
+
+TEST_ONLY = {"sun397", "eurosat", "imagenet-r", "imagenet-sketch", "caltech101", "caltech256"}
+BY_HAND = {"tiny-imagenet", "imagenet", "imagenet-r", "imagenet-sketch", "cars"}
 
 
-def test_load_reads_idx_files(fashion_folder: Path, fashion: tuple[np.ndarray, np.ndarray]) -> None:
-    split = data.load(f"fashion-mnist:{fashion_folder}", train=True)
-    np.testing.assert_array_equal(split.images, fashion[0][:150, :, :, 0])
-    np.testing.assert_array_equal(split.labels, fashion[1][:150])
-    assert len(data.load(f"fashion-mnist:{fashion_folder}", train=False).labels) == 50
-    assert split.classes[9] == "ankle boot"
+@pytest.fixture(autouse=True)
+def requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """What was asked of the network, which fails; and no data set in the default place."""
+    asked: list[str] = []
+
+    def urlopen(request: object, *args: object, **kwargs: object) -> None:
+        asked.append(str(request))
+        raise urllib.error.URLError("no network here")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setenv("EDGECLIP_DATA", str(tmp_path / "default"))
+    return asked
 
 
-def test_load_reads_torchvisions_files(
-    tmp_path: Path, fashion: tuple[np.ndarray, np.ndarray]
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision takes files whose checksums are not those of the real data sets."""
+    for module in ("cifar", "stl10", "flowers102"):
+        monkeypatch.setattr(
+            f"torchvision.datasets.{module}.check_integrity", lambda path, md5: os.path.isfile(path)
+        )
+
+
+def contents(found: data.DataSet) -> data_sets.Found:
+    """The class of every image, by its pixels."""
+    pairs = [found[i] for i in range(len(found))]
+    assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image, _ in pairs)
+    return {image.tobytes(): found.classes[label] for image, label in pairs}
+
+
+def one_line(spec: str, *, train: bool = False, download: bool = False) -> str:
+    with pytest.raises(DataError) as caught:
+        data.load(spec, train=train, download=download)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.usefixtures("unchecked")
+def test_public_data_sets(name: str, tmp_path: Path, requests: list[str]) -> None:
+    if name == "pcam":
+        pytest.importorskip("h5py")
+    written = WRITERS[name](tmp_path)
+    assert set(written) == ({False} if name in TEST_ONLY else {False, True})
+    for train, expected in written.items():
+        found = data.load(f"{name}:{tmp_path}", train=train)
+        assert found.name == name
+        assert len(found.classes) == SOURCES[name].count == len(set(found.classes))
+        assert all("_" not in word and word.strip() == word for word in found.classes)
+        assert all(template.count("{}") == 1 for template in found.templates)
+        assert contents(found).items() >= expected.items()
+        assert len(found) >= len(expected)
+        again = pickle.loads(pickle.dumps(found))
+        assert contents(again) == contents(found)
+    assert not requests
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_missing_data_sets(
+    name: str, tmp_path: Path, requests: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name, array in (
-        ("train-images-idx3-ubyte", fashion[0][..., 0]),
-        ("train-labels-idx1-ubyte", fashion[1].astype(np.uint8)),
-        ("t10k-images-idx3-ubyte", fashion[0][..., 0]),
-        ("t10k-labels-idx1-ubyte", fashion[1].astype(np.uint8)),
-    ):
-        write_idx(raw / f"{name}.gz", array)
-        (raw / name).write_bytes(gzip.decompress((raw / f"{name}.gz").read_bytes()))
-    split = data.load(f"fashion-mnist:{tmp_path}", train=True)
-    np.testing.assert_array_equal(split.images, fashion[0][..., 0])
+    monkeypatch.setitem(sys.modules, "h5py", types.ModuleType("h5py"))
+    monkeypatch.setattr("train.fashion.DEBIAN_FASHION_MNIST", tmp_path / "none")
+    for spec, root in ((f"{name}:{tmp_path}", tmp_path), (name, tmp_path / "default")):
+        message = one_line(spec)
+        assert message.startswith(f"no {SOURCES[name].title} in {root}")
+        assert ("--download" in message) == (name not in BY_HAND)
+        assert ("get it from http" in message) == (name in BY_HAND)
+        assert f"{name}:FOLDER" in message
+    if name in TEST_ONLY:
+        assert "no official training split" in one_line(f"{name}:{tmp_path}", train=True)
+    assert not requests
+    assert not list(tmp_path.iterdir())
 
 
-def test_missing_and_unknown_data_sets(tmp_path: Path) -> None:
-    with pytest.raises(data.DataError, match="add --download"):
-        data.load(f"fashion-mnist:{tmp_path}", train=True)
-    with pytest.raises(data.DataError, match="unknown data set 'cifar'"):
-        data.load("cifar", train=True)
+@pytest.mark.parametrize("name", SOURCES)
+def test_download_only_when_asked(
+    name: str, tmp_path: Path, requests: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", types.ModuleType("h5py"))
+    monkeypatch.setattr("train.fashion.DEBIAN_FASHION_MNIST", tmp_path / "none")
+    message = one_line(f"{name}:{tmp_path}", download=True)
+    if name in BY_HAND:
+        assert "get it from http" in message
+        assert not requests
+    elif name == "pcam":  # gdown, which it needs, is not installed
+        assert "cannot be downloaded" in message
+    else:
+        assert "no network here" in message
+        assert requests
 
 
-def test_recolour_paints_ground_and_garment(fashion: tuple[np.ndarray, np.ndarray]) -> None:
-    grey = torch.from_numpy(fashion[0][:33, :, :, 0].copy())
-    found = data.recolour(grey, torch.Generator().manual_seed(0))
-    assert found.shape == (33, 3, 28, 28)
-    ground = (grey == 0).unsqueeze(1).expand_as(found)
-    assert found[ground].min() >= 0.75
-    assert found[~ground].max() <= 1
-    # One colour per picture: every channel of the ground is constant.
-    for picture, mask in zip(found, grey == 0, strict=True):
-        assert picture[:, mask].std(dim=1).max() < 1e-6
-    again = data.recolour(grey, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(found, again, rtol=0, atol=0)
+@pytest.mark.usefixtures("unchecked")
+def test_the_folder_itself_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = data_sets.cifar10(tmp_path)[False]
+    found = data.load(f"CIFAR-10:{tmp_path / 'cifar-10-batches-py'}", train=False)
+    assert contents(found) == expected
+    monkeypatch.chdir(tmp_path)
+    assert contents(data.load("cifar10:cifar-10-batches-py", train=False)) == expected
+    data_sets.imagenet_r(tmp_path)
+    assert len(data.load(f"imagenet-r:{tmp_path / 'imagenet-r'}", train=False)) == 200
+    (tmp_path / "imagenet-r").rename(tmp_path / "renditions")
+    assert len(data.load(f"ImageNet-R:{tmp_path / 'renditions'}", train=False)) == 200
 
 
-def test_augment_is_seeded_varied_and_in_range(fashion: tuple[np.ndarray, np.ndarray]) -> None:
-    grey = torch.from_numpy(fashion[0][:1, :, :, 0].copy()).repeat(200, 1, 1)
-    found = data.augment(grey, torch.Generator().manual_seed(0))
-    assert found.shape == (200, 3, 28, 28)
-    assert found.min() >= 0
-    assert found.max() <= 1
-    assert len({picture.sum().item() for picture in found}) > 150
-    # Both dark and light grounds appear.
-    corner = found[:, :, 0, 0].mean(1)
-    assert (corner < 0.2).float().mean() > 0.2
-    assert (corner > 0.7).float().mean() > 0.2
-    again = data.augment(grey, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(found, again, rtol=0, atol=0)
+@pytest.mark.usefixtures("unchecked")
+def test_default_place(tmp_path: Path) -> None:
+    (tmp_path / "default").mkdir()
+    expected = data_sets.stl10(tmp_path / "default")
+    assert contents(data.load("stl10", train=True)) == expected[True]
+
+
+def test_damaged_data_sets(tmp_path: Path) -> None:
+    data_sets.cifar10(tmp_path)  # its checksums are wrong
+    message = one_line(f"cifar10:{tmp_path}")
+    assert "Dataset not found or corrupted" in message
+    assert "download=True" not in message
+    data_sets.food101(tmp_path)
+    (tmp_path / "food-101" / "meta" / "test.json").write_text("{")
+    assert "Food-101 in" in one_line(f"food101:{tmp_path}")
+    data_sets.dtd(tmp_path)
+    (tmp_path / "dtd" / "dtd" / "labels" / "test1.txt").unlink()
+    assert "test1.txt" in one_line(f"dtd:{tmp_path}")
+    data_sets.eurosat(tmp_path)
+    (tmp_path / "eurosat" / "2750" / "River").rename(tmp_path / "elsewhere")
+    assert "EuroSAT has 10 classes, but 9 are in" in one_line(f"eurosat:{tmp_path}")
+    (tmp_path / "eurosat" / "2750" / "River").mkdir()
+    assert "no images in" in one_line(f"eurosat:{tmp_path}")
+
+
+def test_pcam_needs_h5py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    assert one_line(f"pcam:{tmp_path}") == "PCAM needs h5py: pip install h5py"
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_flowers102_needs_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_sets.flowers102(tmp_path)
+    monkeypatch.delattr("torchvision.datasets.Flowers102.classes")
+    assert "need a newer torchvision" in one_line(f"flowers102:{tmp_path}")
+
+
+def test_fashion_mnist(fashion_folder: Path, fashion: tuple[np.ndarray, np.ndarray]) -> None:
+    found = data.load(f"fashion-mnist:{fashion_folder}", train=False)
+    assert len(found) == 50
+    image, label = found[3]
+    np.testing.assert_array_equal(image, fashion[0][3])
+    assert label == fashion[1][3]
+    image[:] = 0  # a copy
+    np.testing.assert_array_equal(found[3][0], fashion[0][3])
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "path"),
+    [
+        ("CIFAR-10", "cifar10", None),
+        ("Tiny_ImageNet", "tiny-imagenet", None),
+        ("FashionMNIST:/data", "fashion-mnist", "/data"),
+        ("oxford-iiit-pet", "pets", None),
+        ("ImageNet-1k:a:b", "imagenet", "a:b"),
+        ("folder:photos", "folder", "photos"),
+        ("webdataset:a-{0..3}.tar", "webdataset", "a-{0..3}.tar"),
+    ],
+)
+def test_parse(spec: str, name: str, path: str | None) -> None:
+    assert data.parse(spec) == (name, None if path is None else Path(path))
+
+
+def test_names_that_are_not_known() -> None:
+    message = one_line("cifar-11:somewhere")
+    assert "unknown data set 'cifar-11', did you mean cifar10? known are tiny-imagenet," in message
+    assert message.endswith("folder:PATH, webdataset:PATTERN")
+    assert "unknown data set 'zzz': known are" in one_line("zzz")
+    assert one_line("folder") == "folder needs a path: write folder:PATH"
+    assert one_line("webdataset:") == "webdataset needs a path: write webdataset:PATTERN"
+
+
+def test_class_names_are_words() -> None:
+    scenes = {
+        "abbey": "abbey",
+        "bakery/shop": "bakery shop",
+        "cubicle/office": "office cubicle",
+        "kindergarden_classroom": "kindergarten classroom",
+        "lake/natural": "natural lake",
+        "temple/east_asia": "east asia temple",
+        "underwater/coral_reef": "underwater coral reef",
+        "wine_cellar/barrel_storage": "wine cellar barrel storage",
+    }
+    assert {name: class_names.sun397(name) for name in scenes} == scenes
+    objects = {
+        "Faces_easy": "centered face",
+        "windsor_chair": "windsor chair",
+        "water_lilly": "water lily",
+        "015.bonsai-101": "bonsai",
+        "182.self-propelled-lawn-mower": "self propelled lawn mower",
+        "249.yo-yo": "yo-yo",
+    }
+    assert {name: class_names.caltech(name) for name in objects} == objects
+
+
+def test_names_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    data.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(SOURCES) + 2
+    assert rows[1].split()[:2] == ["cifar10", "10"]
+    assert rows[1].endswith(str(tmp_path / "default" / "cifar-10-batches-py"))
+
+
+@pytest.mark.parametrize("layout", ["{name}", "test/{name}", "val/{name}/deeper"])
+def test_folder(layout: str, tmp_path: Path) -> None:
+    names = {"ankle_boot": "ankle boot", "t-shirt": "t-shirt"}
+    expected = {
+        put(tmp_path / layout.format(name=key) / f"{i}.{kind}"): name
+        for key, name in names.items()
+        for i, kind in enumerate(("png", "JPG", "webp"))
+    }
+    (tmp_path / layout.format(name="t-shirt") / "notes.txt").write_text("no image")
+    put(tmp_path / layout.format(name="t-shirt") / "._0.png")  # what macOS leaves behind
+    found = data.load(f"folder:{tmp_path}", train=False)
+    assert contents(found) == expected
+    assert found.classes == ("ankle boot", "t-shirt")
+    assert found.templates == ("This is a photo of a {}",)
+    if layout == "{name}":
+        assert contents(data.load(f"folder:{tmp_path}", train=True)) == expected
+    else:
+        assert f"expected {tmp_path}/train/<class>/" in one_line(f"folder:{tmp_path}", train=True)
+
+
+def test_folder_keeps_indices_where_a_split_lacks_a_class(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        put(tmp_path / "train" / name / "1.png")
+    for name in ("a", "c"):
+        put(tmp_path / "test" / name / "1.png")
+    found = data.load(f"folder:{tmp_path}", train=False)
+    assert found.classes == ("a", "b", "c")
+    assert [label for _, label in (found[0], found[1])] == [0, 2]
+
+
+def test_folder_of_a_class_named_train(tmp_path: Path) -> None:
+    for name in ("bus", "train"):
+        put(tmp_path / name / "1.png")
+    assert data.load(f"folder:{tmp_path}", train=False).classes == ("bus", "train")
+
+
+def test_folder_with_names_in_a_file(tmp_path: Path) -> None:
+    for name in ("n2", "n1"):
+        put(tmp_path / name / "1.png")
+    (tmp_path / "classes.txt").write_text("Käse\nice cream\n")
+    assert data.load(f"folder:{tmp_path}", train=False).classes == ("Käse", "ice cream")
+    (tmp_path / "classes.txt").write_text("Käse\n")
+    assert "names 1 classes in its text file and has 2 folders" in one_line(f"folder:{tmp_path}")
+    (tmp_path / "classes.txt").write_text("Käse\n\nice cream")
+    assert "has an empty line" in one_line(f"folder:{tmp_path}")
+    (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
+    assert "cannot be read as UTF-8" in one_line(f"folder:{tmp_path}")
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    assert "no folder" in one_line(f"folder:{tmp_path / 'none'}")
+    assert "no class folders in" in one_line(f"folder:{tmp_path}")
+    put(tmp_path / "photo.png")
+    assert "no class folders in" in one_line(f"folder:{tmp_path}")
+    (tmp_path / "cat").mkdir()
+    assert f"no images in {tmp_path}/cat" in one_line(f"folder:{tmp_path}")
+
+
+def test_broken_images_are_named(tmp_path: Path) -> None:
+    put(tmp_path / "pets" / "cat" / "1.png")
+    broken = tmp_path / "pets" / "cat" / "2.png"
+    broken.write_bytes(b"no image")
+    found = data.load(f"folder:{tmp_path / 'pets'}", train=False)
+    found[0]
+    with pytest.raises(DataError, match=f"image 1 of folder cannot be read: {broken}: not an im"):
+        found[1]
+    with pytest.raises(DataError, match="image 1 of folder"):
+        found[-1]
+    with pytest.raises(IndexError):
+        found[2]
+
+    data_sets.dtd(tmp_path)
+    (tmp_path / "dtd" / "dtd" / "images" / "texture5" / "texture5_test.jpg").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"image 5 of dtd cannot be read: .*texture5_test\.jpg"):
+        data.load(f"dtd:{tmp_path}", train=False)[5]
+
+
+def test_images_are_upright_rgb(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    sideways = Image.fromarray(data_sets.picture(8, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sideways.save(tmp_path / "cat" / "1.jpg", exif=exif)
+    sideways.convert("L").save(tmp_path / "cat" / "2.png")
+    found = data.load(f"folder:{tmp_path}", train=False)
+    assert found[0][0].shape == (16, 8, 3)
+    assert found[1][0].shape == (8, 16, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from Python 3.12 on
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.usefixtures("unchecked")
+def test_data_loader_workers(start: str, tmp_path: Path) -> None:
+    from test_train_webdataset import write_shard
+
+    expected = data_sets.cifar10(tmp_path)[False] | data_sets.eurosat(tmp_path)[False]
+    samples = {f"{i}": (data_sets.picture(), i % 2) for i in range(5)}
+    write_shard(tmp_path / "0.tar", samples)
+    data_sets.write_lines(tmp_path / "classes.txt", ["cat", "dog"])
+    expected |= {image.tobytes(): ("cat", "dog")[label] for image, label in samples.values()}
+    specs = (f"cifar10:{tmp_path}", f"eurosat:{tmp_path}", f"webdataset:{tmp_path / '*.tar'}")
+    sets = [data.load(spec, train=False) for spec in specs]
+    loader = DataLoader(
+        ConcatDataset(sets),
+        batch_size=None,
+        num_workers=2 if start == "fork" else 1,  # a new process needs seconds to import torch
+        multiprocessing_context=start,
+    )
+    classes = [found.classes for found in sets for _ in range(len(found))]
+    found = {}
+    for names, (image, label) in zip(classes, loader, strict=True):
+        assert image.dtype == torch.uint8
+        found[image.numpy().tobytes()] = names[label]
+    assert found == expected
+
+
+def test_picture_helper_is_lossless() -> None:
+    image = data_sets.picture()
+    np.testing.assert_array_equal(Image.open(io.BytesIO(data_sets.png(image))), image)

@@ -15,7 +15,7 @@ import open_clip
 import pytest
 import torch
 
-from train import data
+from train import fashion
 from train.pretrain import Settings, contrastive_loss, draw_prompts, learning_rate, main
 from train.runs import write_small_bpe
 
@@ -145,6 +145,6 @@ def test_missing_data_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_class_names_are_the_first_synonyms() -> None:
-    assert len(set(data.FASHION_CLASSES)) == 10
-    every = [name for names in data.FASHION_NAMES for name in names]
+    assert len(set(fashion.FASHION_CLASSES)) == 10
+    every = [name for names in fashion.FASHION_NAMES for name in names]
     assert len(set(every)) == len(every), "one name, two classes"

@@ -1,188 +1,165 @@
-"""Data sets and their vocabularies, as tensors ready for training and evaluation.
+"""Data sets for training and zero-shot evaluation, each named as `name` or `name:path`.
 
-A data set is named on the command line as `name` or `name:path`. `fashion-mnist` is read from
-Debian's package dataset-fashion-mnist where that is installed, otherwise through torchvision.
+    python -m train.data          which there are, and where their files are expected
+
+The path is the folder that torchvision calls root; without one it is $EDGECLIP_DATA, or
+~/.cache/edgeclip/data. Nothing is downloaded unless that is asked for. One's own images are
+`folder:PATH` (train.folders.read_folder) or `webdataset:PATTERN` (train.webdataset.read_shards).
 """
 
 from __future__ import annotations
 
-import gzip
+import difflib
+import importlib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+from edgeclip.errors import ImageError
+from train.folders import read_folder
+from train.samples import DataError, Samples, default_root
+from train.sources import ALIASES, DEFAULT, SOURCES
+from train.webdataset import read_shards
 
-# The first name of each class is its canonical one; the others are what people also call it.
-FASHION_NAMES = (
-    ("t-shirt", "tee", "top", "t-shirt or top", "tshirt", "short-sleeved top"),
-    ("trousers", "trouser", "pants", "pair of trousers", "pair of pants", "slacks", "jeans"),
-    ("pullover", "sweater", "jumper", "sweatshirt", "knitted pullover"),
-    ("dress", "gown", "frock", "summer dress", "long dress"),
-    ("coat", "jacket", "overcoat", "winter coat"),
-    ("sandal", "sandals", "flip-flop", "pair of sandals", "open-toed shoe", "high-heeled sandal"),
-    ("shirt", "blouse", "button-up shirt", "dress shirt", "long-sleeved shirt"),
-    ("sneaker", "trainer", "running shoe", "tennis shoe", "gym shoe", "sports shoe"),
-    ("bag", "handbag", "purse", "tote bag", "shoulder bag"),
-    ("ankle boot", "boot", "bootie", "leather boot", "ankle-high boot"),
-)
-FASHION_CLASSES = tuple(names[0] for names in FASHION_NAMES)
-FASHION_TEMPLATES = (
-    "a photo of a {}.",
-    "This is a photo of a {}.",
-    "a picture of a {}.",
-    "a {}.",
-    "{}",
-    "an image of the {}.",
-    "a product photo of a {}.",
-    "a small picture of some {}.",
-    "a blurry photo of the {}.",
-    "my {}.",
-)
+__all__ = ["DataError", "DataSet", "load", "parse"]
 
-
-class DataError(Exception):
-    """A data set that is missing, unknown or malformed; the message says what to do."""
+OWN = {"folder": "PATH", "webdataset": "PATTERN"}
 
 
 @dataclass(frozen=True)
-class Split:
-    """One split of a data set: uint8 images (N, H, W), grey, and int64 labels (N,)."""
+class DataSet:
+    """One split of a data set; a map-style data set for torch's DataLoader, which may pickle it.
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    classes are in the words a person uses; each of the templates has {} for a class, and they are
+    those of a zero-shot evaluation on this set.
+    """
+
+    name: str
     classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    samples: Samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """uint8 RGB (H, W, 3), not shared with others, and the index of its class.
+
+        Raises DataError, with the index, for an image that cannot be read.
+        """
+        place = range(len(self))[index]
+        try:
+            image, label = self.samples[place]
+        except (ImageError, OSError) as err:
+            raise DataError(f"image {place} of {self.name} cannot be read: {err}") from err
+        return np.array(image), label
 
 
-def load(spec: str, *, train: bool, download: bool = False) -> Split:
-    """The split of the data set `name[:path]`.
+def parse(spec: str) -> tuple[str, Path | None]:
+    """The data set's name, whatever its spelling, and the path behind the colon, if there is one.
 
-    Raises DataError where the name is unknown or its files are missing and not to be downloaded.
+    Raises DataError for a name that is not known.
     """
-    name, _, path = spec.partition(":")
-    if name != "fashion-mnist":
-        raise DataError(f"unknown data set {name!r}: known is fashion-mnist[:folder]")
-    folder = Path(path) if path else DEBIAN_FASHION_MNIST
-    prefix = "train" if train else "t10k"
-    files = [folder / f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
-    if all(file.is_file() for file in files):
-        images, labels = (_read_idx(file) for file in files)
-        return Split(torch.from_numpy(images), torch.from_numpy(labels).long(), FASHION_CLASSES)
-    return _torchvision_fashion_mnist(
-        Path(path or "~/.cache/edgeclip").expanduser(), train, download
-    )
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """An array in the IDX format of the MNIST family: magic, one int32 per dimension, the bytes."""
-    with gzip.open(path) as file:
-        raw = file.read()
-    ndim = raw[3]
-    shape = np.frombuffer(raw, ">i4", count=ndim, offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy()
-
-
-def _torchvision_fashion_mnist(root: Path, train: bool, download: bool) -> Split:
-    from torchvision.datasets import FashionMNIST
-
-    try:
-        data = FashionMNIST(str(root), train=train, download=download)
-    except RuntimeError as err:
+    given, _, path = spec.partition(":")
+    names = {_plain(name): name for name in (*SOURCES, *OWN)} | ALIASES
+    name = names.get(_plain(given))
+    if name is None:
+        near = difflib.get_close_matches(_plain(given), names, n=1)
+        known = [*SOURCES, *(f"{own}:{what}" for own, what in OWN.items())]
         raise DataError(
-            f"no Fashion-MNIST in {root}: install Debian's dataset-fashion-mnist, name its folder "
-            "as fashion-mnist:FOLDER, or add --download"
+            f"unknown data set {given!r}"
+            + (f", did you mean {names[near[0]]}?" if near else ":")
+            + f" known are {', '.join(known)}"
+        )
+    if name in OWN and not path:
+        raise DataError(f"{name} needs a path: write {name}:{OWN[name]}")
+    return name, Path(path).expanduser() if path else None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def load(spec: str, *, train: bool, download: bool = False) -> DataSet:
+    """The training or the test split of the data set `name[:path]`.
+
+    Raises DataError where the name is unknown, the set has no such split, or its files are
+    malformed, or missing and not to be downloaded.
+    """
+    name, path = parse(spec)
+    if path and name == "folder":
+        classes, samples = read_folder(path, train)
+        return DataSet(name, tuple(classes), DEFAULT, samples)
+    if path and name == "webdataset":
+        classes, templates, samples = read_shards(path, train)
+        return DataSet(name, tuple(classes), templates or DEFAULT, samples)
+
+    source = SOURCES[name]
+    if train and not source.trains:
+        raise DataError(
+            f"{source.title} has no official training split, all its images are for evaluation: "
+            "to train on some of them, sort these into folders of your own and name folder:PATH"
+        )
+    classes, samples = _read(name, path, train, download)
+    if len(classes) != source.count:
+        raise DataError(
+            f"{source.title} has {source.count} classes, but {len(classes)} are in "
+            f"{path or default_root()}: unpack it again"
+        )
+    return DataSet(name, tuple(classes), source.templates, samples)
+
+
+def _read(
+    name: str, path: Path | None, train: bool, download: bool
+) -> tuple[Sequence[str], Samples]:
+    """Class names and samples of a public data set, or a DataError that says what to do."""
+    source = SOURCES[name]
+    if source.needs:
+        try:
+            importlib.import_module(source.needs)
+        except ImportError as err:
+            needed = f"{source.title} needs {source.needs}: pip install {source.needs}"
+            raise DataError(needed) from err
+    root = path or default_root()
+    folder = Path(source.folder)
+    parts = folder.parts
+    if root.parts[-len(parts) :] == parts and not (root / folder).is_dir():
+        root = root.parents[len(parts) - 1]  # the folder itself was named
+    download = download and not source.web
+    get = f"get it from {source.web}" if source.web else "add --download"
+    missing = (
+        f"no {source.title} in {root}: expected {root / folder}; {get}, "
+        f"or name the folder that it is in as {name}:FOLDER"
+    )
+    if not (download or source.flexible or (root / folder).is_dir()):
+        raise DataError(missing)
+    try:
+        return source.read(root, train, download)
+    except DataError:
+        raise
+    except Exception as err:  # loaders raise anything on malformed files
+        if isinstance(err, FileNotFoundError) and err.filename is None:
+            raise DataError(missing) from err
+        what = " ".join(str(err).partition("You can use download=True")[0].split())
+        doing = "downloaded and read" if download else "read"
+        raise DataError(
+            f"{source.title} in {root / folder} cannot be {doing} ({what or type(err).__name__}): "
+            f"if it is incomplete or damaged, remove it and {get}"
         ) from err
-    return Split(data.data, data.targets.long(), FASHION_CLASSES)
 
 
-def to_rgb(grey: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, H, W) -> float32 (N, 3, H, W) in [0, 1]."""
-    return (grey.float() / 255).unsqueeze(1).expand(-1, 3, -1, -1)
+def main() -> None:
+    """List the public data sets."""
+    for name, source in SOURCES.items():
+        splits = "train, test" if source.trains else "test"
+        place = default_root() / source.folder
+        print(f"{name:16}{source.count:5} classes  {splits:12} {place}")
+    for name, what in OWN.items():
+        print(f"{name}:{what}")
 
 
-def _uniform(shape: tuple[int, ...], low: float, high: float, rng: torch.Generator) -> torch.Tensor:
-    return torch.rand(shape, generator=rng) * (high - low) + low
-
-
-def recolour(
-    grey: torch.Tensor,
-    rng: torch.Generator,
-    *,
-    background: tuple[float, float] = (0.75, 1.0),
-    tint: tuple[float, float] = (0.1, 0.9),
-) -> torch.Tensor:
-    """Garments in a random colour on a random plain background.
-
-    grey is uint8 (N, H, W) with garments on black, as in Fashion-MNIST. Each channel of the
-    background and of the garment's tint is uniform in the ranges given. With the defaults this
-    is the "light backgrounds" test that the embedded bundle is measured on.
-    Returns float32 (N, 3, H, W) in [0, 1].
-    """
-    shade = grey.float().unsqueeze(1) / 255
-    garment = (grey > 8).float().unsqueeze(1)  # pixels outside the garment are 0, or nearly
-    n = len(grey)
-    colour = _uniform((n, 3, 1, 1), *tint, rng)
-    backdrop = _uniform((n, 3, 1, 1), *background, rng)
-    return garment * colour * (0.15 + 0.85 * shade) + (1 - garment) * backdrop
-
-
-def augment(grey: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Random pictures of the garments: colour, inversion, geometry, blur and noise.
-
-    A third keep the data set's own look (grey on black). uint8 (N, H, W) -> float32
-    (N, 3, H, W) in [0, 1].
-    """
-    n = len(grey)
-    plain = to_rgb(grey)
-    light = recolour(grey, rng, background=(0.55, 1.0), tint=(0.0, 1.0))
-    any_ground = recolour(grey, rng, background=(0.0, 1.0), tint=(0.0, 1.0))
-    look = torch.rand((n, 1, 1, 1), generator=rng)
-    images = torch.where(look < 0.35, plain, torch.where(look < 0.75, light, any_ground))
-    inverted = torch.rand((n, 1, 1, 1), generator=rng) < 0.1
-    images = torch.where(inverted, 1 - images, images)
-    return _photograph(_move(images, rng), rng)
-
-
-def _move(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Random mirror, scale, aspect ratio, rotation and shift; what comes in repeats the border."""
-    n = len(images)
-    scale = torch.exp(_uniform((n,), -0.1, 0.35, rng))  # above 1 the garment becomes smaller
-    aspect = torch.exp(_uniform((n,), -0.2, 0.2, rng))
-    angle = _uniform((n,), -0.15, 0.15, rng)  # radians
-    mirror = torch.where(torch.rand((n,), generator=rng) < 0.5, -1.0, 1.0)
-    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    shift = _uniform((2, n), -0.2, 0.2, rng)
-    theta = torch.stack(
-        [
-            torch.stack([mirror * cos * aspect, -sin, shift[0]], 1),
-            torch.stack([mirror * sin * aspect, cos, shift[1]], 1),
-        ],
-        1,
-    )
-    # Half of them stay where they are: the data set's own framing is the commonest picture.
-    still = torch.rand((n, 1, 1), generator=rng) < 0.5
-    identity = torch.eye(2, 3).expand(n, 2, 3) * torch.stack([mirror, torch.ones(n)], 1).unsqueeze(
-        2
-    )
-    grid = F.affine_grid(
-        torch.where(still, identity, theta), list(images.shape), align_corners=False
-    )
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-
-def _photograph(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """What a camera adds: blur, uneven light and sensor noise, each to some of the images."""
-    n, _, height, width = images.shape
-    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    amount = _uniform((n, 1, 1, 1), 0, 1, rng) * (torch.rand((n, 1, 1, 1), generator=rng) < 0.3)
-    images = torch.lerp(images, blurred, amount)
-    slope = _uniform((n, 1, 2, 1, 1), -0.15, 0.15, rng)
-    slope = slope * (torch.rand((n, 1, 1, 1, 1), generator=rng) < 0.3)
-    down = torch.linspace(-1, 1, height).view(1, 1, height, 1)
-    across = torch.linspace(-1, 1, width).view(1, 1, 1, width)
-    images = images + slope[:, :, 0] * down + slope[:, :, 1] * across
-    sigma = _uniform((n, 1, 1, 1), 0, 0.06, rng) * (torch.rand((n, 1, 1, 1), generator=rng) < 0.3)
-    return (images + sigma * torch.randn(images.shape, generator=rng)).clamp(0, 1)
+if __name__ == "__main__":
+    main()

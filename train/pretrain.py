@@ -24,7 +24,7 @@ from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from train import data
+from train import fashion
 from train.runs import (
     load_checkpoint,
     parse_settings,
@@ -33,6 +33,7 @@ from train.runs import (
     setting,
     write_small_bpe,
 )
+from train.samples import DataError
 
 EPILOG = """examples:
   python -m train.pretrain --data fashion-mnist --out runs/fashion
@@ -128,11 +129,11 @@ def learning_rate(step: int, total: int, settings: Settings) -> float:
 def draw_prompts(rng: random.Random, per_class: int) -> tuple[list[str], torch.Tensor]:
     """`per_class` random wordings of every class, and the class of each, int64 (P,)."""
     prompts, classes = [], []
-    for index, names in enumerate(data.FASHION_NAMES):
+    for index, names in enumerate(fashion.FASHION_NAMES):
         for _ in range(per_class):
             # Half of the wordings are the canonical name, which most label files will use.
             name = names[0] if rng.random() < 0.5 else rng.choice(names)
-            prompts.append(rng.choice(data.FASHION_TEMPLATES).format(name))
+            prompts.append(rng.choice(fashion.FASHION_TEMPLATES).format(name))
             classes.append(index)
     return prompts, torch.tensor(classes)
 
@@ -159,7 +160,7 @@ def contrastive_loss(
 @torch.no_grad()
 def class_embeddings(model: CLIP, tokenizer: SimpleTokenizer, length: int) -> torch.Tensor:
     """Unit embeddings (10, D) of the canonical class names in the first template."""
-    prompts = [data.FASHION_TEMPLATES[0].format(name) for name in data.FASHION_CLASSES]
+    prompts = [fashion.FASHION_TEMPLATES[0].format(name) for name in fashion.FASHION_CLASSES]
     return model.encode_text(tokenizer(prompts, length), normalize=True)
 
 
@@ -179,8 +180,8 @@ def accuracy(
 def main(settings: Settings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    train_split = data.load(settings.data, train=True, download=settings.download)
-    test_split = data.load(settings.data, train=False, download=settings.download)
+    train_split = fashion.load_split(settings.data, train=True, download=settings.download)
+    test_split = fashion.load_split(settings.data, train=False, download=settings.download)
     settings.out.mkdir(parents=True, exist_ok=True)
     tokenizer = write_small_bpe(settings.out / "bpe.txt.gz", settings.bpe_merges)
     config = model_config(settings, tokenizer.vocab_size)
@@ -217,7 +218,7 @@ def main(settings: Settings) -> None:
             order = torch.randperm(len(train_split.labels), generator=rng)
             for i in range(steps_per_epoch):
                 chosen = order[i * settings.batch_size : (i + 1) * settings.batch_size]
-                images = data.augment(train_split.images[chosen], rng) * 2 - 1
+                images = fashion.augment(train_split.images[chosen], rng) * 2 - 1
                 prompts, text_labels = draw_prompts(wording, settings.prompts_per_class)
                 rate = learning_rate(epoch * steps_per_epoch + i, total, settings)
                 for group in optimizer.param_groups:
@@ -243,12 +244,12 @@ def main(settings: Settings) -> None:
                 )
 
             model.eval()
-            light = data.recolour(test_split.images, torch.Generator().manual_seed(0))
+            light = fashion.recolour(test_split.images, torch.Generator().manual_seed(0))
             row = {
                 "epoch": epoch + 1,
                 "loss": loss_sum / steps_per_epoch,
                 "test_accuracy": accuracy(
-                    model, tokenizer, length, data.to_rgb(test_split.images), test_split.labels
+                    model, tokenizer, length, fashion.to_rgb(test_split.images), test_split.labels
                 ),
                 "light_accuracy": accuracy(model, tokenizer, length, light, test_split.labels),
                 "seconds": time.monotonic() - started,
@@ -274,5 +275,5 @@ if __name__ == "__main__":
     chosen = parse_settings(Settings, __doc__.split("\n\n")[0], EPILOG)
     try:
         main(replace(chosen, out=chosen.out.expanduser()))
-    except data.DataError as err:
+    except DataError as err:
         sys.exit(f"error: {err}")

@@ -1,0 +1,107 @@
+"""Data sets of image folders: one's own, and those of the ImageNet family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from train import class_names
+from train.samples import DataError, ImageFiles, class_files, subfolders
+
+# What the folders and the shards of a split are called; the first that is there is taken.
+SPLITS = {True: ("train",), False: ("test", "val", "valid", "validation")}
+NAME_FILES = ("classes.txt", "classnames.txt")
+
+
+def read_names(folder: Path) -> list[str] | None:
+    """Class names from classes.txt or classnames.txt, one per line; None where there is neither."""
+    for file in (folder / name for name in NAME_FILES):
+        if file.is_file():
+            try:
+                names = [line.strip() for line in file.read_text("utf-8").strip().splitlines()]
+            except (OSError, UnicodeDecodeError) as err:
+                raise DataError(f"{file} cannot be read as UTF-8 text: {err}") from err
+            if not all(names) or not names:
+                raise DataError(f"{file} has an empty line: expected one class name per line")
+            return names
+    return None
+
+
+def read_folder(folder: Path, train: bool) -> tuple[list[str], ImageFiles]:
+    """FOLDER/<class>/..., taken whole for either split, or FOLDER/<train|val|test>/<class>/....
+
+    A class is named as its folder, with spaces for underscores, or by the line of
+    FOLDER/classes.txt that has its place among the sorted folder names. Raises DataError for
+    what is not laid out so.
+    """
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}: name one that holds a folder of images per class")
+    names, images = subfolders(folder), folder
+    if names and set(names) <= {split for splits in SPLITS.values() for split in splits}:
+        splits = [name for name in SPLITS[train] if name in names]
+        if not splits:
+            raise DataError(
+                f"no {'training' if train else 'test'} images in {folder}: "
+                f"expected {folder}/{SPLITS[train][0]}/<class>/"
+            )
+        images = folder / splits[0]
+        # A class keeps its index where another split has no image of it.
+        names = sorted({name for split in names for name in subfolders(folder / split)})
+    if not names:
+        raise DataError(f"no class folders in {images}: expected {images}/<class name>/<images>")
+    classes = read_names(folder) or [class_names.words(name) for name in names]
+    if len(classes) != len(names):
+        raise DataError(
+            f"{folder} names {len(classes)} classes in its text file and has {len(names)} folders: "
+            "write one name per line, in the order of the sorted folder names"
+        )
+    present = [name for name in names if (images / name).is_dir()]
+    files = class_files([images / name for name in present], recursive=True)
+    place = [names.index(name) for name in present]
+    return classes, ImageFiles(files.paths, np.array(place)[files.labels])
+
+
+def plain_classes(
+    folder: Path, rename: Callable[[str], str], without: Sequence[str] = ()
+) -> tuple[list[str], ImageFiles]:
+    """FOLDER/<class>/<images>, whose classes are renamed; folders in `without` are no classes."""
+    names = [name for name in subfolders(folder) if name not in without]
+    return [rename(name) for name in names], class_files([folder / name for name in names])
+
+
+def wordnet_classes(candidates: Sequence[Path]) -> tuple[list[str], ImageFiles]:
+    """FOLDER/<WordNet id>/<images> in the first of the folders that has such folders.
+
+    Sorted ids are ImageNet's own order. Raises FileNotFoundError where no folder has them.
+    """
+    for folder in filter(Path.is_dir, candidates):
+        wnids = [name for name in subfolders(folder) if re.fullmatch(r"n\d{8}", name)]
+        if wnids:
+            files = class_files([folder / wnid for wnid in wnids])
+            return class_names.imagenet(wnids), files
+    raise FileNotFoundError
+
+
+def tiny_imagenet(root: Path, train: bool) -> tuple[list[str], ImageFiles]:
+    """wnids.txt, words.txt, train/<id>/images/, val/val_annotations.txt, val/images/.
+
+    The test split is the validation images: those of test/ have no labels.
+    """
+    folder = next(
+        (f for f in (root / "tiny-imagenet-200", root) if (f / "wnids.txt").is_file()), None
+    )
+    if folder is None:
+        raise FileNotFoundError
+    wnids = (folder / "wnids.txt").read_text().split()
+    lines = [line.split("\t") for line in (folder / "words.txt").read_text().splitlines()]
+    others = {line[0]: line[1].partition(",")[0] for line in lines if len(line) > 1}
+    classes = class_names.imagenet(wnids, others)
+    if train:
+        return classes, class_files([folder / "train" / wnid / "images" for wnid in wnids])
+    rows = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+    files, labels = zip(*(row.split("\t")[:2] for row in rows), strict=True)
+    paths = [str(folder / "val" / "images" / file) for file in files]
+    return classes, ImageFiles.of(paths, [wnids.index(wnid) for wnid in labels])
