@@ -41,7 +41,9 @@ class Source:
     name: str
     pretrained: str
     weights_sha256: str  # of the file; of the tensors in order of their names where there is none
+    config: dict[str, Any]  # open_clip_config.json of a folder that holds this model
     wording: Mapping[str, Any] = field(default_factory=dict)  # the folder's "edgeclip" object
+    folder: Path | None = None  # where it was loaded from, if from a folder
 
 
 def load(model: str, pretrained: str | None, *, quick_gelu: bool = False) -> Source:
@@ -148,7 +150,10 @@ def _assemble(
         digest = state_sha256(model.state_dict())
     else:
         fit_weights(model, state, path.name)
-    return Source(model, tokenizer, name, pretrained, digest, wording or {})
+    settings = config | ({"quick_gelu": True} if quick_gelu else {})
+    whole = {"model_cfg": settings, "preprocess_cfg": model.visual.preprocess_cfg}
+    folder = _folder(identifier)
+    return Source(model, tokenizer, name, pretrained, digest, whole, wording or {}, folder)
 
 
 def _activation(
@@ -180,11 +185,17 @@ def _build(identifier: str, name: str, quick_gelu: bool, tag: Mapping[str, Any])
     return model.eval().requires_grad_(False)
 
 
+def _folder(identifier: str) -> Path | None:
+    prefix = "local-dir:"
+    return Path(identifier.removeprefix(prefix)) if identifier.startswith(prefix) else None
+
+
 def _tokenizer(identifier: str, name: str, config: dict[str, Any]) -> Any:
     settings = {}
     relative = (config["text_cfg"].get("tokenizer_kwargs") or {}).get("bpe_path")
-    if relative and identifier.startswith("local-dir:"):
-        settings["bpe_path"] = str(Path(identifier.removeprefix("local-dir:")) / relative)
+    folder = _folder(identifier)
+    if relative and folder:
+        settings["bpe_path"] = str(folder / relative)
     try:
         with quiet():
             return open_clip.get_tokenizer(identifier, **settings)
