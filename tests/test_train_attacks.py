@@ -95,6 +95,46 @@ def test_more_restarts_are_never_weaker(images: torch.Tensor) -> None:
     assert (ten > one).any()
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_generators_of_images_make_them_independent(
+    model: torch.nn.Module, images: torch.Tensor, norm: str
+) -> None:
+    def attack(chosen: list[int]) -> torch.Tensor:
+        return pgd(
+            model, images[chosen], LABELS[chosen], eps=0.1, step_size=0.01, steps=2, norm=norm,
+            generator=[torch.Generator().manual_seed(i) for i in chosen],
+        )  # fmt: skip
+
+    together = attack([0, 1, 2, 3, 4])
+    torch.testing.assert_close(attack([3, 1]), together[[3, 1]], rtol=0, atol=1e-6)
+
+
+def test_own_loss_moves_towards_another_image(model: torch.nn.Module, images: torch.Tensor) -> None:
+    """A feature-matching attack: labels are the outputs to match, and no class is involved."""
+    target = model(images.flip(0)).detach()
+
+    def nearness(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return -(found - wanted).square().sum(1)
+
+    def reached(restarts: int) -> torch.Tensor:
+        found = pgd(
+            model, images, target, eps=0.1, step_size=0.02, steps=20, loss=nearness,
+            restarts=restarts, generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        return nearness(model(found), target).detach()
+
+    assert (reached(1) > nearness(model(images), target))[[0, 1, 3, 4]].all()
+    assert (reached(3) >= reached(1) - 1e-5).all()
+
+
+def test_as_many_generators_as_images(model: torch.nn.Module, images: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="got 2 generators for 5 images"):
+        pgd(
+            model, images, LABELS, eps=0.1, step_size=0.1, steps=1,
+            generator=[torch.Generator()] * 2,
+        )  # fmt: skip
+
+
 def test_margin_equals_a_plain_loop() -> None:
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     expected = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from train.attention import attention_map, complementary_attention_map
-from train.losses import tga_terms
+from train.losses import pmg_terms, squared_distance, tga_terms
 
 VIEWS = ("adv_target", "clean_original", "clean_target")
 
@@ -76,11 +76,60 @@ def test_gradients_equal_finite_differences() -> None:
         assert torch.autograd.gradcheck(lambda t, k=kind: loss(t, k), tokens)
 
 
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_prefix_tokens_count_in_the_norm_alone(prefix: int) -> None:
+    """Against a plain loop over the published definition."""
+    rng = np.random.default_rng(0)
+    tokens, text = rng.normal(size=(2, prefix + 9, 6)), rng.normal(size=(2, 6))
+    found = attention_map(torch.tensor(tokens), torch.tensor(text), 3, prefix=prefix)
+    for i in range(2):
+        scaled = tokens[i] / np.sqrt((tokens[i] ** 2).sum(0))
+        scores = np.array([patch @ text[i] for patch in scaled[prefix:]])
+        wanted = (scores - scores.min()) / (scores.max() - scores.min())
+        np.testing.assert_allclose(found[i, 0].numpy().ravel(), wanted, rtol=1e-12)
+
+
+def test_image_whose_patches_agree_has_no_attention() -> None:
+    tokens = torch.ones(1, 10, 6, requires_grad=True)
+    found = attention_map(tokens, torch.full((1, 6), 6**-0.5), 9)
+    found.sum().backward()
+    assert (found == 0).all()
+    assert tokens.grad is not None
+    assert tokens.grad.isfinite().all()
+
+
+def test_pmg_terms_equal_plain_sums() -> None:
+    rng = np.random.default_rng(0)
+    adv, reference, clean = (rng.normal(size=(4, 5)) * 3 for _ in range(3))
+    labels = np.array([0, 4, 2, 2])
+
+    def softmax(logits: np.ndarray) -> np.ndarray:
+        return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+    def kl(p: np.ndarray, q: np.ndarray) -> float:
+        return float((p * np.log(p / q)).sum(1).mean())
+
+    p = softmax(adv)
+    wanted = [
+        -np.log(p[np.arange(4), labels]).mean(),
+        0.5 * kl(softmax(reference), p),
+        2.0 * kl(softmax(clean), p),
+    ]
+    arrays = (torch.tensor(x) for x in (adv, labels, reference, clean))
+    found = pmg_terms(*arrays, alpha=0.5, beta=2.0)
+    np.testing.assert_allclose([term.item() for term in found], wanted, rtol=1e-10)
+
+
+def test_squared_distance_is_of_each_image() -> None:
+    a, b = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    assert squared_distance(a, b).tolist() == [4.0, 25.0]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     tokens, text = torch.randn(2, 10, 6), torch.randn(2, 6)
-    with pytest.raises(ValueError, match=r"expected tokens \(B, 1 \+ P, D\)"):
+    with pytest.raises(ValueError, match=r"expected tokens \(B, prefix \+ P, D\)"):
         attention_map(tokens, text[:1], 9)
-    with pytest.raises(ValueError, match="a square of patches, got 9 tokens"):
+    with pytest.raises(ValueError, match="expected 1 tokens and a square of patches, got 9"):
         attention_map(tokens[:, :9], text, 9)
     attention = attention_map(tokens, text, 9)
     arguments = (torch.randn(2, 3), torch.tensor([0, 1]), attention, attention, attention)

@@ -7,12 +7,15 @@ stops moving, and that looks like robustness.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (logits, labels) -> (B,)
+# One generator for all images; or one for each, and then no image's noise depends on the others.
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -26,7 +29,7 @@ def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return logits.masked_fill(own, -torch.inf).amax(1) - logits[own]
 
 
-LOSSES = {"ce": cross_entropy, "cw": margin}
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "cw": margin}
 
 
 def pgd(
@@ -38,31 +41,35 @@ def pgd(
     step_size: float,
     steps: int,
     norm: str = "linf",
-    loss: str = "ce",
+    loss: str | Loss = "ce",
     restarts: int = 1,
     random_start: bool = True,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> torch.Tensor:
     """Images within `eps` of `images` that are meant to be classified wrongly.
 
     logits_fn: images (B, 3, H, W) in [0, 1] -> logits (B, K). eps and step_size are in units of
-    [0, 1]: 8/255, not 8. norm is linf or l2 (over the whole image). Of several restarts each image
-    keeps the one with the highest margin. Raises ValueError for settings that make no sense.
+    [0, 1]: 8/255, not 8. norm is linf or l2 (over the whole image). loss is ce, cw, or a function
+    (logits, labels) -> (B,) to be raised, for which logits and labels may be anything with a row
+    for each image. Of several restarts each image keeps the one with the highest margin, or the
+    highest loss of such a function. generator: one, or one for each image.
+    Raises ValueError for settings that make no sense.
     """
-    _check(images, eps, step_size, steps, restarts, norm, loss)
+    _check(images, eps, step_size, steps, restarts, norm, loss, generator)
+    loss_fn, judge = (LOSSES[loss], margin) if isinstance(loss, str) else (loss, loss)
     best = images.detach().clone()
-    best_margin = torch.full((len(images),), -torch.inf, device=images.device)
+    best_value = torch.full((len(images),), -torch.inf, device=images.device)
     for _ in range(restarts):
         found = _ascend(
             logits_fn, images.detach(), labels, eps, step_size, steps, norm,
-            LOSSES[loss], random_start, generator,
+            loss_fn, random_start, generator,
         )  # fmt: skip
         if restarts == 1:
             return found
         with torch.no_grad():
-            ahead = margin(logits_fn(found).float(), labels)
-        better = ahead > best_margin
-        best[better], best_margin[better] = found[better], ahead[better]
+            value = judge(logits_fn(found).float(), labels)
+        better = value > best_value
+        best[better], best_value[better] = found[better], value[better]
     return best
 
 
@@ -74,9 +81,9 @@ def _ascend(
     step_size: float,
     steps: int,
     norm: str,
-    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    loss_fn: Loss,
     random_start: bool,
-    generator: torch.Generator | None,
+    generator: Generators,
 ) -> torch.Tensor:
     delta = torch.zeros_like(images)
     if random_start:
@@ -89,10 +96,11 @@ def _ascend(
     return images + delta
 
 
-def _random(
-    images: torch.Tensor, norm: str, eps: float, generator: torch.Generator | None
-) -> torch.Tensor:
-    """Uniform in the ball of radius eps; `generator` may be on the CPU whatever the images' device."""
+def _random(images: torch.Tensor, norm: str, eps: float, generator: Generators) -> torch.Tensor:
+    """Uniform in the ball of radius eps; generators may be on the CPU whatever the images' device."""
+    if isinstance(generator, Sequence):
+        pairs = zip(images.split(1), generator, strict=True)
+        return torch.cat([_random(image, norm, eps, own) for image, own in pairs])
     device = images.device if generator is None else generator.device
     if norm == "linf":
         noise = torch.rand(images.shape, generator=generator, device=device) * 2 - 1
@@ -127,14 +135,17 @@ def _check(
     steps: int,
     restarts: int,
     norm: str,
-    loss: str,
+    loss: str | Loss,
+    generator: Generators,
 ) -> None:
     if images.dtype == torch.float16:
         raise ValueError("attacks do not work in float16, whose gradients underflow: use float32")
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm must be linf or l2, got {norm!r}")
-    if loss not in LOSSES:
+    if isinstance(loss, str) and loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    if isinstance(generator, Sequence) and len(generator) != len(images):
+        raise ValueError(f"got {len(generator)} generators for {len(images)} images")
     if norm == "linf" and not 0 <= eps <= 1:
         raise ValueError(f"eps is in units of [0, 1], got {eps}: for {eps} of 255 give {eps}/255")
     if eps < 0 or step_size < 0 or steps < 0 or restarts < 1:

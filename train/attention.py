@@ -11,19 +11,29 @@ import math
 import torch
 import torch.nn.functional as F
 
+TINY = 1e-12  # a divisor that is never 0
 
-def attention_map(tokens: torch.Tensor, text: torch.Tensor, image_size: int) -> torch.Tensor:
+
+def attention_map(
+    tokens: torch.Tensor, text: torch.Tensor, image_size: int, *, prefix: int = 1
+) -> torch.Tensor:
     """Attention in [0, 1] over the image, (B, 1, S, S) with S = image_size.
 
-    tokens: float (B, 1 + P, D), the class token first, of the last block after ln_post and the
-    projection; P is a square. text: unit embeddings (B, D), one for each image.
+    tokens: float (B, prefix + P, D), of the last block after ln_post and the projection, with
+    `prefix` tokens (the class token, registers) before the patches; P is a square. text: unit
+    embeddings (B, D), one for each image. An image whose patches all agree has no attention: zeros.
     Raises ValueError for shapes that do not fit.
     """
-    return _to_image(_patch_attention(tokens, text), image_size, antialias=False)
+    return _to_image(_patch_attention(tokens, text, prefix), image_size, antialias=False)
 
 
 def complementary_attention_map(
-    tokens: torch.Tensor, text: torch.Tensor, non_class_text: torch.Tensor, image_size: int
+    tokens: torch.Tensor,
+    text: torch.Tensor,
+    non_class_text: torch.Tensor,
+    image_size: int,
+    *,
+    prefix: int = 1,
 ) -> torch.Tensor:
     """Attention to the class where there is none to its negation, (B, 1, S, S).
 
@@ -31,7 +41,7 @@ def complementary_attention_map(
     `attention_map`.
     """
     attention, opposite = (
-        _to_image(_patch_attention(tokens, words), image_size, antialias=True)
+        _to_image(_patch_attention(tokens, words, prefix), image_size, antialias=True)
         for words in (text, non_class_text)
     )
     return attention * (1 - opposite)
@@ -42,21 +52,22 @@ def _to_image(patches: torch.Tensor, image_size: int, *, antialias: bool) -> tor
     return F.interpolate(patches, size=size, mode="bilinear", antialias=antialias)
 
 
-def _patch_attention(tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+def _patch_attention(tokens: torch.Tensor, text: torch.Tensor, prefix: int) -> torch.Tensor:
     """Attention of each patch, (B, 1, grid, grid), stretched to [0, 1] in each image."""
     if tokens.ndim != 3 or text.shape != (tokens.shape[0], tokens.shape[2]):
         raise ValueError(
-            "[attention_map] expected tokens (B, 1 + P, D) and text (B, D), "
+            "[attention_map] expected tokens (B, prefix + P, D) and text (B, D), "
             f"got {tuple(tokens.shape)} and {tuple(text.shape)}"
         )
-    grid = math.isqrt(tokens.shape[1] - 1)
-    if grid * grid != tokens.shape[1] - 1 or grid == 0:
+    patches = tokens.shape[1] - prefix
+    grid = math.isqrt(max(0, patches))
+    if grid * grid != patches or grid == 0:
         raise ValueError(
-            f"[attention_map] expected a class token and a square of patches, "
+            f"[attention_map] expected {prefix} tokens and a square of patches, "
             f"got {tokens.shape[1]} tokens"
         )
     # As published: the norm is that of each feature over the tokens, not of each token.
-    scaled = tokens / tokens.norm(dim=1, keepdim=True)
-    scores = torch.einsum("bpd,bd->bp", scaled[:, 1:], text)
+    scaled = tokens / tokens.norm(dim=1, keepdim=True).clamp(min=TINY)
+    scores = torch.einsum("bpd,bd->bp", scaled[:, prefix:], text)
     low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
-    return ((scores - low) / (high - low)).reshape(-1, 1, grid, grid)
+    return ((scores - low) / (high - low).clamp(min=TINY)).reshape(-1, 1, grid, grid)

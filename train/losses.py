@@ -1,4 +1,4 @@
-"""The losses of TGA-ZSR (Yu et al., NeurIPS 2024, arXiv 2410.21802, section 3)."""
+"""The losses of TGA-ZSR (Yu et al., NeurIPS 2024, arXiv 2410.21802, section 3) and its baselines."""
 
 from __future__ import annotations
 
@@ -44,3 +44,39 @@ def tga_terms(
         alpha * measure(adv_target.flatten(1), original),
         beta * measure(clean_target.flatten(1), original),
     )
+
+
+def pmg_terms(
+    logits_adv: torch.Tensor,
+    labels: torch.Tensor,
+    logits_adv_original: torch.Tensor,
+    logits_clean: torch.Tensor,
+    *,
+    alpha: float,
+    beta: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy, alpha * L_general and beta * L_clean of PMG-AFT (Wang et al., CVPR 2024).
+
+    All logits are (B, K): of the attacked images by the trained and by the original encoder, and
+    of the clean images by the trained one. L_general is KL(original || trained) on the attacked
+    images, L_clean is KL(clean || attacked) by the trained encoder.
+    """
+    return (
+        F.cross_entropy(logits_adv, labels),
+        alpha * _kl(logits_adv_original, logits_adv),
+        beta * _kl(logits_clean, logits_adv),
+    )
+
+
+def _kl(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL divergence of softmax(other) from softmax(logits), mean over the batch."""
+    return F.kl_div(
+        F.log_softmax(other, 1), F.log_softmax(logits, 1), log_target=True, reduction="batchmean"
+    )
+
+
+def squared_distance(embedding: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """|f(x_adv) - f_original(x)|^2 of each image, (B,): what FARE's attack raises and its training
+    lowers (Schlarmann et al., ICML 2024, equation 3). Embeddings (B, D) as the encoder gives them.
+    """
+    return (embedding - original).square().sum(1)
