@@ -159,11 +159,15 @@ def write_sentencepiece_like(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_folder(folder: Path, family: str) -> Path:
-    """A folder as a training run leaves it, with random weights of which none is zero."""
+def write_folder(folder: Path, family: str, *, seed: int = 1, **vision: Any) -> Path:
+    """A folder as a training run leaves it, with random weights of which none is zero.
+
+    vision: what differs from the family's image tower.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    model_cfg = CONFIGS[family]
     config = {
-        "model_cfg": CONFIGS[family],
+        "model_cfg": model_cfg | {"vision_cfg": model_cfg["vision_cfg"] | vision},
         "preprocess_cfg": PREPROCESSING,
         "edgeclip": WORDING,
     }
@@ -171,7 +175,7 @@ def write_folder(folder: Path, family: str) -> Path:
     write_bpe(folder / "bpe.txt.gz")
     if family == "siglip":
         write_sentencepiece_like(folder)
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     with quiet():
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     state = {key: value.clone() for key, value in model.state_dict().items()}

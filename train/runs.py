@@ -14,7 +14,9 @@ import dataclasses
 import gzip
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Collection
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +24,20 @@ import torch
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from safetensors.torch import save_file
+from torch.utils.tensorboard import SummaryWriter
+
+from export.checkpoints import Source
 
 Settings = TypeVar("Settings")
+TOKENIZER_FILES = (  # as Hugging Face's libraries call them
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
 
 
 def parse_settings(cls: type[Settings], description: str, epilog: str) -> Settings:
@@ -38,23 +52,47 @@ def parse_settings(cls: type[Settings], description: str, epilog: str) -> Settin
             parser.add_argument(option, action="store_true", help=text)
         else:
             needed = field.default is dataclasses.MISSING
-            parse = field.metadata.get("type") or type(field.default)
+            choices = field.metadata.get("choices")
+            silent = needed or field.default is None  # None: the help says what happens
             parser.add_argument(
                 option,
-                type=parse,
+                type=field.metadata.get("type") or type(field.default),
+                choices=choices,
                 required=needed,
                 default=None if needed else field.default,
-                metavar=field.name.rpartition("_")[2].upper(),
-                help=text if needed else f"{text} (default: {field.default})",
+                metavar=None if choices else field.name.rpartition("_")[2].upper(),
+                help=text if silent else f"{text} (default: {_shown(field.default)})",
             )
     return cls(**vars(parser.parse_args()))
 
 
+def _shown(default: Any) -> str:
+    """A default as a user would write it: 1/255 rather than 0.00392156862745098."""
+    if isinstance(default, float) and 0 < default < 1:
+        fraction = Fraction(default).limit_denominator(255)
+        if fraction.denominator == 255 and float(fraction) == default:
+            return str(fraction)
+    return str(default)
+
+
 def setting(
-    default: Any = dataclasses.MISSING, *, help: str, type: Callable[[str], Any] | None = None
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    type: Callable[[str], Any] | None = None,
+    choices: Collection[str] | None = None,
 ) -> Any:
     """A dataclass field that carries its meaning for --help."""
-    return dataclasses.field(default=default, metadata={"help": help, "type": type})
+    metadata = {"help": help, "type": type, "choices": choices and tuple(choices)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def fraction(text: str) -> float:
+    """A number as a decimal or a fraction: 0.03, 8/255."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"expected a number such as 8/255, got {text!r}") from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -84,6 +122,15 @@ def write_small_bpe(path: Path, merges: int) -> SimpleTokenizer:
     return SimpleTokenizer(bpe_path=str(path))
 
 
+def copy_tokenizer(source: Source, folder: Path) -> None:
+    """The tokenizer's files of a model that brings its own, beside the model that is made of it."""
+    merges = (source.config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}).get("bpe_path")
+    for name in filter(None, (merges, *TOKENIZER_FILES)):
+        file = source.folder / name if source.folder else None
+        if file and file.is_file() and not (folder / name).exists():
+            shutil.copyfile(file, folder / name)
+
+
 def save_model(folder: Path, model: CLIP, config: dict[str, Any]) -> None:
     """Write the weights and the configuration in the form that open_clip loads as local-dir:RUN."""
     weights = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
@@ -100,3 +147,36 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The checkpoint of a run, or None where there is none yet. No pickled code is run."""
     path = folder / "checkpoint.pt"
     return torch.load(path, weights_only=True) if path.is_file() else None
+
+
+class Metrics:
+    """metrics.jsonl of a run, and the same figures for TensorBoard; nothing unless enabled.
+
+    What a killed run wrote after its last checkpoint is dropped: those steps come again.
+    """
+
+    def __init__(self, folder: Path, step: int, *, enabled: bool = True) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        path = folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomically(path, lambda part: part.write_text("".join(kept)))
+        self._file = open(path, "a")  # noqa: SIM115  (closed on exit)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add a row of figures; it names its step."""
+        if not self._enabled:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        if self._enabled:
+            self._file.close()
+            self._board.close()

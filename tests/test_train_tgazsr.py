@@ -1,0 +1,359 @@
+"""Adversarial fine-tuning, whole: on a tiny CLIP and a few images, in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from export_models import write_folder
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from export import ExportError
+from export.checkpoints import load
+from train import data, tgazsr
+from train.model import Classifier, class_embeddings
+from train.tgazsr import Settings, SettingsError, checked, epoch_keys, learning_rate
+from train.variants import WEIGHTS, attack, loss_terms
+
+CPU = torch.device("cpu")
+SMALL = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 4}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "model", "vit", **SMALL)
+
+
+@pytest.fixture
+def settings(model: Path, fashion_folder: Path, tmp_path: Path) -> Settings:
+    return Settings(
+        data=f"fashion-mnist:{fashion_folder}",
+        out=tmp_path / "run",
+        model=str(model),
+        eps=8 / 255,
+        step_size=4 / 255,
+        epochs=2,
+        batch_size=24,
+        optimizer="adamw",
+        learning_rate=1e-3,
+        warmup_steps=2,
+        validate=20,
+        validate_steps=2,
+        threads=1,
+    )
+
+
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """Train in this process; the rows of metrics."""
+    tgazsr.train(checked(settings, 1), 0, 1, CPU)
+    return rows(settings.out)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+
+
+def command(settings: Settings, *more: str) -> list[str]:
+    words = [sys.executable, "-m", "train.tgazsr"]
+    plain = Settings(data="", out=Path())
+    for name, value in vars(settings).items():
+        if value != getattr(plain, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return [*words, *more]
+
+
+def assert_same(ours: Path, theirs: Path, **tolerance: float) -> None:
+    found, wanted = weights(ours), weights(theirs)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, **tolerance)
+
+
+@pytest.mark.parametrize("variant", WEIGHTS)
+def test_every_variant_lowers_its_loss(settings: Settings, variant: str, model: Path) -> None:
+    found = run(replace(settings, variant=variant, epochs=5, learning_rate=3e-3))
+    steps = [row for row in found if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 31))
+    first, last = (sum(row["loss"] for row in part) for part in (steps[:3], steps[-3:]))
+    assert last < 0.9 * first
+    terms = {"fare": ["fare"], "tecoa": ["ce"], "at": ["ce"], "pmg": ["ce", "general", "clean"]}
+    for name in terms.get(variant, ["ce", "ar", "amc"]):
+        assert steps[-1][name] > 0
+    checks = [row for row in found if "robust_accuracy" in row]
+    assert [row["epoch"] for row in checks] == [1, 2, 3, 4, 5]
+    assert all(0 <= row["robust_accuracy"] <= row["clean_accuracy"] + 0.1 for row in checks)
+
+    before, after = load(str(model), None), load(str(settings.out), None)
+    for key, value in before.model.state_dict().items():
+        moved = not torch.equal(after.model.state_dict()[key], value)
+        assert moved == key.startswith("visual."), f"{key}: the image encoder alone is trained"
+    assert after.wording["templates"] == before.wording["templates"]
+    assert f"fine-tuned by {variant} against linf eps 8/255" in after.wording["description"]
+    assert after.config["model_cfg"] == before.config["model_cfg"]
+    assert after.config["preprocess_cfg"] == before.config["preprocess_cfg"]
+
+
+def test_tecoa_is_tga_without_its_terms(settings: Settings) -> None:
+    """With SGD, whose steps are proportional to the gradient: rounding stays rounding."""
+    tecoa = replace(settings, variant="tecoa", optimizer="sgd", learning_rate=0.02)
+    without = replace(tecoa, variant="tga", alpha=0.0, beta=0.0, out=settings.out.parent / "tga")
+    run(tecoa)
+    run(without)
+    assert_same(without.out, tecoa.out, rtol=1e-4, atol=1e-5)
+
+
+def test_attack_on_the_loss_is_stronger_than_noise(settings: Settings) -> None:
+    source = load(settings.model, None)
+    pairs = data.load(settings.data, train=True)
+    classifier = Classifier(source, class_embeddings(source, pairs.classes, ["a {}"])).eval()
+    images = torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels, seeds = torch.arange(30) % 10, torch.arange(30)
+    chosen = checked(settings, 1)
+
+    def loss(steps: int) -> float:
+        found = attack(chosen, classifier, classifier, images, labels, seeds, steps)
+        assert (found - images).abs().max() <= settings.eps + 1e-6
+        return torch.nn.functional.cross_entropy(classifier(found).logits, labels).item()
+
+    assert loss(0) < loss(2) < loss(10)
+    assert all(p.grad is None for p in classifier.parameters())
+
+
+@pytest.mark.parametrize("variant", ["tga", "comp"])
+def test_terms_of_an_untrained_encoder(settings: Settings, variant: str) -> None:
+    """The two encoders are one: no clean distance, a finite gradient, and L_AR from the attack."""
+    source = load(settings.model, None)
+    texts = class_embeddings(source, ["cat", "dog", "bird"], ["a {}"])
+    classifier = Classifier(source, texts).eval()
+    source.model.visual.requires_grad_(True)
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 0])
+    chosen = checked(replace(settings, variant=variant), 1)
+    attacked = (images + 0.1 * torch.randn(images.shape)).clamp(0, 1)
+    terms = loss_terms(chosen, classifier, classifier, texts, images, attacked, labels)
+    assert terms["amc"].item() == pytest.approx(0, abs=1e-4)
+    assert terms["ar"].item() > 1e-3
+    sum(terms.values()).backward()
+    grads = [p.grad for p in classifier.parameters() if p.requires_grad]
+    assert all(g is not None and g.isfinite().all() for g in grads)
+
+
+# Without pmg, whose reference is a constant although it sees the attacked images.
+@pytest.mark.parametrize("variant", ["tga", "comp", "tecoa", "at", "fare"])
+def test_image_gradients_equal_finite_differences(
+    settings: Settings, variant: str, tmp_path: Path
+) -> None:
+    """In float64, through a whole tiny encoder that differs from the original one."""
+    narrow = SMALL | {"image_size": 8, "layers": 1, "width": 16}
+    folders = [write_folder(tmp_path / str(i), "vit", seed=i, **narrow) for i in range(2)]
+    sources = [load(str(folder), None) for folder in folders]
+    texts = class_embeddings(sources[0], ["cat", "dog", "bird"], ["a {}"]).double()
+    denied = class_embeddings(sources[0], ["cat", "dog", "bird"], ["no {}"]).double()
+    models = []
+    for source in sources:
+        source.model.visual.double()
+        models.append(Classifier(source, texts.float()).double().eval())
+    rng = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 8, 8, generator=rng).double()
+    noise = 0.05 * torch.randn(images.shape, generator=rng).double()
+    chosen = checked(replace(settings, variant=variant), 1)
+
+    def loss(attacked: torch.Tensor) -> torch.Tensor:
+        labels = torch.tensor([0, 2])
+        return sum(loss_terms(chosen, *models, denied, images, attacked, labels).values())
+
+    attacked = (images + noise).requires_grad_()
+    assert torch.autograd.gradcheck(loss, attacked, eps=1e-6, atol=1e-6, fast_mode=True)
+
+
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(settings: Settings) -> None:
+    whole = replace(settings, epochs=3, checkpoint_every=2, augment="garments")
+    parts = replace(whole, out=settings.out.parent / "parts")
+    child = subprocess.Popen(command(parts), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while child.poll() is None and not (
+        (parts.out / "checkpoint.pt").exists() and len(rows(parts.out)) > 5
+    ):
+        time.sleep(0.005)
+    child.kill()
+    text = child.communicate()[0].decode()
+    done = torch.load(parts.out / "checkpoint.pt", weights_only=True)["step"]
+    assert 0 < done < 18, f"the run was to be killed half way: {text}"
+    with (parts.out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "loss')  # what a killed writer leaves
+    run(replace(parts, resume=True))
+    run(whole)
+    assert_same(parts.out, whole.out, rtol=0, atol=0)
+
+    def figures(out: Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(out)]
+
+    assert figures(parts.out) == figures(whole.out)
+    board = EventAccumulator(str(whole.out / "tensorboard"))
+    board.Reload()
+    shown = [event.value for event in board.Scalars("loss")]
+    wanted = [row["loss"] for row in rows(whole.out) if "loss" in row]
+    np.testing.assert_allclose(shown, wanted, rtol=1e-6)
+
+
+def test_finished_run_is_left_as_it_is(settings: Settings) -> None:
+    run(settings)
+    before = weights(settings.out)
+    found = run(replace(settings, resume=True, workers=1))
+    assert len(found) == 14
+    assert all(torch.equal(before[key], value) for key, value in weights(settings.out).items())
+
+
+@pytest.mark.parametrize("variant", ["tga", "at"])
+def test_two_processes_equal_one(settings: Settings, variant: str) -> None:
+    one = replace(settings, variant=variant, optimizer="sgd", learning_rate=0.02, workers=1)
+    two = replace(one, out=settings.out.parent / "two")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        words + command(two)[1:], capture_output=True, text=True, env=environment, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    run(one)
+    ours, theirs = rows(two.out), rows(one.out)
+    assert len(ours) == len(theirs) == 14
+    for mine, other in zip(ours, theirs, strict=True):
+        for key in other.keys() - {"seconds"}:
+            assert mine[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
+    assert_same(two.out, one.out, rtol=1e-4, atol=1e-5)
+
+
+def test_accumulated_parts_equal_the_whole_batch(settings: Settings) -> None:
+    whole = replace(settings, optimizer="sgd", learning_rate=0.02)
+    parts = replace(whole, accumulate=3, out=settings.out.parent / "parts")
+    run(whole)
+    run(parts)
+    assert_same(parts.out, whole.out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"norm": "l2", "eps": 1.0}])
+def test_other_precision_and_norm(settings: Settings, changes: dict[str, Any]) -> None:
+    found = run(replace(settings, step_size=0.02, limit_batches=2, epochs=3, **changes))
+    steps = [row for row in found if "loss" in row]
+    assert len(steps) == 6
+    assert all(np.isfinite(row["loss"]) and row["gradient_norm"] > 0 for row in steps)
+
+
+@pytest.mark.parametrize("variant", ["tecoa", "fare"])
+def test_tower_without_patch_tokens_has_baselines(
+    settings: Settings, tmp_path: Path, variant: str
+) -> None:
+    resnet = write_folder(tmp_path / "resnet", "resnet")
+    found = run(replace(settings, model=str(resnet), variant=variant, limit_batches=2))
+    assert len([row for row in found if "loss" in row]) == 4
+
+
+@pytest.mark.parametrize("variant", ["tga", "comp"])
+def test_siglip_is_trained_by_the_tokens_that_its_pooling_reads(
+    settings: Settings, tmp_path: Path, variant: str
+) -> None:
+    siglip = write_folder(tmp_path / "siglip", "siglip")
+    found = run(replace(settings, model=str(siglip), variant=variant, limit_batches=2))
+    assert all(row["ar"] > 0 for row in found if "loss" in row)
+    again = load(str(settings.out), None)
+    assert (
+        again.tokenizer(["a cat"]).tolist() == load(str(siglip), None).tokenizer(["a cat"]).tolist()
+    )
+
+
+def test_schedule(settings: Settings) -> None:
+    chosen = replace(settings, warmup_steps=10, learning_rate=0.5)
+    rates = [learning_rate(step, 110, chosen) for step in range(111)]
+    assert rates[0] == pytest.approx(0.05)
+    assert max(rates) == rates[9] == rates[10] == 0.5
+    assert rates[60] == pytest.approx(0.25)
+    assert rates[110] == pytest.approx(0, abs=1e-12)
+
+
+def test_every_epoch_takes_each_image_once_in_another_order(settings: Settings) -> None:
+    chosen = replace(settings, batch_size=4)
+    epochs = [epoch_keys(14, epoch, chosen, 0, 1) for epoch in range(2)]
+    orders = [[index for batch in keys for index, _ in batch] for keys in epochs]
+    assert all(len(set(order)) == len(order) == 12 for order in orders)
+    assert orders[0] != orders[1]
+    seeds = [seed for keys in epochs for batch in keys for _, seed in batch]
+    assert len(set(seeds)) == 24
+    halves = [epoch_keys(14, 0, chosen, rank, 2) for rank in range(2)]
+    joined = [a + b for a, b in zip(*halves, strict=True)]
+    assert joined == epochs[0]
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"alpha": -0.1}, "--alpha and --beta must be 0 or more"),
+    ({"beta": -1.0}, "--alpha and --beta must be 0 or more"),
+    ({"variant": "tecoa", "alpha": 0.1}, "has no terms"),
+    ({"eps": 8.0}, "--eps is in units of [0, 1], got 8: for 8 of 255 give --eps 8/255"),
+    ({"eps": 1.0}, "give --eps 1/255"),
+    ({"step_size": 2.0}, "give --step-size 2/255"),
+    ({"attack_steps": 0}, "--attack-steps must be 1 or more"),
+    ({"template": "a photo"}, "need {}"),
+    ({"accumulate": 5}, "cannot be split over 1 processes and --accumulate 5"),
+    ({"batch_size": 1000}, "fewer images than --batch-size"),
+    ({"warmup_steps": 12}, "--warmup-steps 12 would never end: give --warmup-steps 1"),
+    ({"learning_rate": 1e30, "optimizer": "sgd"}, "is not finite: lower --learning-rate"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_bad_settings(settings: Settings, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        run(replace(settings, **changes))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tower_without_patch_tokens_is_refused(settings: Settings, tmp_path: Path) -> None:
+    resnet = write_folder(tmp_path / "resnet", "resnet")
+    with pytest.raises(SettingsError, match=r"patch tokens, and resnet has none: choose a ViT"):
+        run(replace(settings, model=str(resnet)))
+
+
+def test_run_is_neither_overwritten_nor_mixed(settings: Settings, tmp_path: Path) -> None:
+    run(replace(settings, epochs=1, limit_batches=3))
+    with pytest.raises(SettingsError, match="add --resume"):
+        run(settings)
+    with pytest.raises(SettingsError, match="was begun with epochs 1, not 2"):
+        run(replace(settings, limit_batches=3, resume=True))
+    folder = write_folder(tmp_path / "other", "vit", **SMALL | {"layers": 1})
+    other = replace(settings, epochs=1, limit_batches=3, model=str(folder), resume=True)
+    with pytest.raises(SettingsError, match=r"was begun with (weights|model)"):
+        run(other)
+
+
+def test_weights_of_another_architecture(settings: Settings, tmp_path: Path) -> None:
+    wide = write_folder(tmp_path / "wide", "vit", **SMALL | {"width": 64})
+    file = wide / "open_clip_model.safetensors"
+    with pytest.raises(ExportError, match="does not hold this model's weights"):
+        run(replace(settings, pretrained=str(file)))
+
+
+def test_folder_without_classes(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(data.DataError, match="no class folders in"):
+        run(replace(settings, data=f"folder:{tmp_path / 'empty'}"))
+
+
+def test_mistakes_on_the_command_line_are_one_line(settings: Settings) -> None:
+    found = subprocess.run(
+        command(settings, "--eps", "8"), capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 1
+    wanted = "error: --eps is in units of [0, 1], got 8: for 8 of 255 give --eps 8/255\n"
+    assert found.stderr == wanted
