@@ -1,0 +1,74 @@
+"""Weights between two encoders: the arithmetic, the run and the sweep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from export_models import write_folder
+from PIL import Image
+
+from export.checkpoints import load
+from train import interpolate
+from train.interpolate import InterpolationError, build_parser
+
+SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[str]:
+    folders = [write_folder(tmp_path / str(i), "vit", seed=i, **SMALL) for i in range(2)]
+    return [str(folder) for folder in folders]
+
+
+def run(words: list[str]) -> None:
+    interpolate.main(build_parser().parse_args(words))
+
+
+@pytest.mark.parametrize("alpha", ["0", "1", "1/4"])
+def test_run_holds_the_weights_between(pair: list[str], tmp_path: Path, alpha: str) -> None:
+    out = tmp_path / "out"
+    run([*pair, "--alpha", alpha, "--out", str(out)])
+    share = eval(alpha)  # a constant of this test
+    first, second, between = (load(str(f), None) for f in (*pair, out))
+    states = [source.model.state_dict() for source in (first, second, between)]
+    for key, value in states[2].items():
+        wanted = (1 - share) * states[0][key].double() + share * states[1][key].double()
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=1e-7)
+    assert between.config["model_cfg"] == second.config["model_cfg"]
+    assert between.wording["templates"] == second.wording["templates"]
+    assert between.tokenizer(["a cat"]).tolist() == second.tokenizer(["a cat"]).tolist()
+    with pytest.raises(InterpolationError, match="holds a model already"):
+        run([*pair, "--alpha", alpha, "--out", str(out)])
+
+
+def test_sweep(
+    pair: list[str], fashion_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "frontier"
+    words = [*pair, "--sweep", "--points", "3", "--data", f"fashion-mnist:{fashion_folder}"]
+    run([*words, "--eps", "2/255", "--steps", "2", "-n", "20", "--out", str(out)])
+    found = json.loads((out / "frontier.json").read_text())
+    assert [row["alpha"] for row in found["results"]] == [0, 0.5, 1]
+    for row in found["results"]:
+        assert 0 <= row["robust_accuracy"] <= row["clean_accuracy"] <= 1
+    with Image.open(out / "frontier.png") as picture:
+        assert picture.width > 500
+    shown = capsys.readouterr().out
+    assert "eps 2/255" in shown
+    assert f"{found['results'][1]['clean_accuracy']:.1%}" in shown
+
+
+def test_bad_settings(pair: list[str], tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    with pytest.raises(InterpolationError, match=r"--alpha must be from 0 to 1, got 1\.5"):
+        run([*pair, "--alpha", "1.5", *out])
+    with pytest.raises(InterpolationError, match="--sweep needs --data and --eps"):
+        run([*pair, "--sweep", *out])
+    with pytest.raises(InterpolationError, match="for 8 of 255 give --eps 8/255"):
+        run([*pair, "--sweep", "--data", "fashion-mnist", "--eps", "8", *out])
+    other = write_folder(tmp_path / "other", "vit", **SMALL | {"layers": 2})
+    with pytest.raises(InterpolationError, match="of different architectures: see visual"):
+        run([pair[0], str(other), "--alpha", "0.5", *out])

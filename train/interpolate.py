@@ -1,0 +1,204 @@
+"""Weights between an original and a robust image encoder: choose between clean and attacked accuracy.
+
+    python -m train.interpolate runs/fashion runs/fashion-tga --sweep --data fashion-mnist \\
+        --eps 8/255 --out runs/frontier
+    python -m train.interpolate runs/fashion runs/fashion-tga --alpha 0.8 --out runs/fashion-tga-80
+
+alpha 0 is the original, 1 the robust encoder, and (1 - alpha) original + alpha robust between them
+(WiSE-FT, Wortsman et al., CVPR 2022, arXiv 2109.01903). It costs nothing at inference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from export import ExportError
+from export.bundle import wording
+from export.checkpoints import Source, StateDict, load
+from train import data
+from train.attacks import pgd
+from train.model import Classifier, Pictures, batches, class_embeddings, draw, generators
+from train.runs import copy_tokenizer, fraction, save_model, write_atomically
+
+EPILOG = """examples:
+  python -m train.interpolate runs/fashion runs/fashion-tga --alpha 0.8 --out runs/fashion-tga-80
+  python -m train.interpolate runs/fashion runs/fashion-tga --sweep --data fashion-mnist \\
+      --eps 8/255 -n 500 --out runs/frontier
+  python -m train.interpolate ViT-B-32 runs/tga --pretrained openai --alpha 0.5 --out runs/tga-50
+
+A sweep prints a table, and writes OUT/frontier.json and OUT/frontier.png.
+"""
+
+
+class InterpolationError(Exception):
+    """Two models that do not belong together, or settings that make no sense."""
+
+
+def interpolate(original: StateDict, robust: StateDict, alpha: float) -> StateDict:
+    """(1 - alpha) original + alpha robust, tensor by tensor; whole numbers are the robust one's.
+
+    Raises InterpolationError for alpha outside 0 to 1, or states of different architectures.
+    """
+    if not 0 <= alpha <= 1:
+        raise InterpolationError(f"--alpha must be from 0 to 1, got {alpha:g}")
+    shapes = [{key: value.shape for key, value in state.items()} for state in (original, robust)]
+    if shapes[0] != shapes[1]:
+        key = min(k for k in shapes[0] | shapes[1] if shapes[0].get(k) != shapes[1].get(k))
+        raise InterpolationError(f"the two models are of different architectures: see {key}")
+    return {
+        key: torch.lerp(original[key], value, alpha) if value.is_floating_point() else value
+        for key, value in robust.items()
+    }
+
+
+def sweep(args: argparse.Namespace, original: Source, robust: Source) -> list[dict[str, float]]:
+    """Clean and attacked accuracy at each alpha; the robust source's model is changed."""
+    test_set = data.load(args.data, train=False, download=args.download)
+    classes = class_embeddings(original, test_set.classes, wording(original).templates)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ends = original.model.state_dict(), {k: v.clone() for k, v in robust.model.state_dict().items()}
+    model = Classifier(robust, classes).to(device).eval()
+    pictures = Pictures(test_set, robust.model.visual)
+    keys = draw(len(test_set), args.samples, args.seed)
+    parts = [keys[i : i + args.batch_size] for i in range(0, len(keys), args.batch_size)]
+    rows = []
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("alpha", total=args.points * len(parts))
+        for i in range(args.points):
+            alpha = i / (args.points - 1)
+            robust.model.load_state_dict(interpolate(*ends, alpha))
+            clean = attacked = 0
+            for batch in batches(pictures, parts, workers=0):
+                images, labels, seeds = (x.to(device) for x in batch)
+                found = pgd(
+                    lambda x: model(x).logits,
+                    images,
+                    labels,
+                    eps=args.eps,
+                    step_size=args.eps / 4,
+                    steps=args.steps,
+                    norm=args.norm,
+                    generator=generators(seeds, device),
+                )
+                with torch.no_grad():
+                    clean += int((model(images).logits.argmax(1) == labels).sum())
+                    attacked += int((model(found).logits.argmax(1) == labels).sum())
+                progress.update(bar, advance=1, description=f"alpha {alpha:.2f}")
+            rows.append(
+                {
+                    "alpha": alpha,
+                    "clean_accuracy": clean / len(keys),
+                    "robust_accuracy": attacked / len(keys),
+                }
+            )
+    return rows
+
+
+def plot(rows: list[dict[str, float]], title: str, path: Path) -> None:
+    """The frontier as a picture: clean accuracy against attacked accuracy, alpha beside each point."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    clean, attacked = ([100 * row[f"{k}_accuracy"] for row in rows] for k in ("clean", "robust"))
+    axes.plot(attacked, clean, marker="o")
+    for row, x, y in zip(rows, attacked, clean, strict=True):
+        axes.annotate(f"{row['alpha']:.2g}", (x, y), textcoords="offset points", xytext=(6, 4))
+    axes.set(xlabel="accuracy under attack, %", ylabel="clean accuracy, %", title=title)
+    axes.grid(alpha=0.3)
+    write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=150))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.interpolate",
+        description=__doc__.split("\n\n")[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("original", metavar="ORIGINAL", help="folder of a run, or open_clip's name of a model")
+    add("robust", metavar="ROBUST", help="folder of the run that was fine-tuned from it")
+    add("--pretrained", metavar="TAG", help="weights of the original: a tag or a file")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--alpha", type=fraction, help="write the run of this alpha, 0 to 1")
+    what.add_argument("--sweep", action="store_true", help="measure alphas from 0 to 1")
+    add("--points", type=int, default=11, help="alphas of a sweep (default: 11)")
+    add("--data", metavar="NAME[:PATH]", help="data set of a sweep; its test split")
+    add("--eps", type=fraction, help="of a sweep's attack, in units of [0, 1]: 8/255")
+    add("--norm", default="linf", choices=("linf", "l2"))
+    add("--steps", type=int, default=20, help="of PGD, each eps / 4 (default: 20)")
+    add("-n", "--samples", type=int, default=500, help="images, drawn by the seed (default: 500)")
+    add("--seed", type=int, default=0, help="of the draw and of the attack (default: 0)")
+    add("--batch-size", type=int, default=100, help="images at a time (default: 100)")
+    add("--threads", type=int, default=0, help="of torch; 0 leaves its default")
+    add("--download", action="store_true", help="fetch the data set where it is missing")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="the new run, or the figures")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.sweep and (args.data is None or args.eps is None):
+        raise InterpolationError("--sweep needs --data and --eps")
+    if args.sweep and not 0 <= args.eps < 1:
+        raise InterpolationError(
+            f"--eps is in units of [0, 1], got {args.eps:g}: for {args.eps:g} of 255 "
+            f"give --eps {args.eps:g}/255"
+        )
+    if args.points < 2 or args.samples < 1 or args.batch_size < 1 or args.steps < 1:
+        raise InterpolationError("--points must be 2 or more; -n, --steps, --batch-size 1 or more")
+
+
+def main(args: argparse.Namespace) -> None:
+    check(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    original, robust = load(args.original, args.pretrained), load(args.robust, None)
+    if args.sweep:
+        rows = sweep(args, original, robust)
+        args.out.mkdir(parents=True, exist_ok=True)
+        settings: dict[str, Any] = {
+            k: v for k, v in vars(args).items() if k not in ("out", "alpha")
+        }
+        hashes = {"original": original.weights_sha256, "robust": robust.weights_sha256}
+        text = json.dumps(
+            {"settings": settings, "weights_sha256": hashes, "results": rows}, indent=2
+        )
+        write_atomically(args.out / "frontier.json", lambda part: part.write_text(text + "\n"))
+        attack = f"{args.norm} eps {args.eps * 255:g}/255, PGD-{args.steps}, {args.samples} images"
+        plot(rows, f"{args.data}, {attack}", args.out / "frontier.png")
+        table = Table("alpha", "clean", "attacked")
+        for row in rows:
+            figures = (f"{row[k]:.1%}" for k in ("clean_accuracy", "robust_accuracy"))
+            table.add_row(f"{row['alpha']:.2f}", *figures)
+        console = Console()
+        console.print(f"{args.data}, {attack}", soft_wrap=True)
+        console.print(table)
+        return
+    if (args.out / "open_clip_config.json").is_file():
+        raise InterpolationError(f"{args.out} holds a model already: name another folder")
+    state = interpolate(original.model.state_dict(), robust.model.state_dict(), args.alpha)
+    robust.model.load_state_dict(state)
+    told = dict(robust.wording)
+    told["description"] = f"{told.get('description', robust.name)}; {args.alpha:.0%} of the way"
+    args.out.mkdir(parents=True, exist_ok=True)
+    copy_tokenizer(robust, args.out)
+    save_model(args.out, robust.model, robust.config | {"edgeclip": told})
+    print(f"{args.out}: {args.alpha:g} of the way from {args.original} to {args.robust}")
+
+
+if __name__ == "__main__":
+    try:
+        main(build_parser().parse_args())
+    except (data.DataError, ExportError, InterpolationError) as err:
+        sys.exit(f"error: {err}")
