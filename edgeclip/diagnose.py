@@ -12,7 +12,7 @@ from edgeclip import __version__, _core, golden
 from edgeclip.bundle import Bundle
 from edgeclip.encoders import available_devices
 from edgeclip.errors import EdgeclipError
-from edgeclip.manifest import TokenSpec
+from edgeclip.manifest import Robustness, TokenSpec
 from edgeclip.runtime import Runtime
 
 PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "tensorrt")
@@ -39,7 +39,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             for key, value in variant.parity.items()
         ],
         "purification": "none" if cos is None else asdict(cos),
-        "robustness": [dict(row) for row in manifest.robustness] or "not measured",
+        "robustness": [_describe_robustness(row) for row in manifest.robustness] or "not measured",
         "size": f"{sum((bundle.path / f).stat().st_size for f in manifest.files) / 1e6:.1f} MB",
     }
 
@@ -80,6 +80,14 @@ def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
     if not report["device used"]:
         report["problem"] = problems[0]
     return report
+
+
+def _describe_robustness(row: Robustness) -> str:
+    return (
+        f"{row.data}, {row.samples} images: {row.clean_accuracy:.1%} clean, "
+        f"{row.worst_case_accuracy:.1%} under {' and '.join(row.attacks)} with {row.norm} eps "
+        f"{row.eps * 255:g}/255, {row.steps} steps, purification {row.purification}"
+    )
 
 
 def _describe_tokens(tokens: TokenSpec | None) -> str:

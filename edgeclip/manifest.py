@@ -118,6 +118,35 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Robustness:
+    """One measurement under attack: of the model in PyTorch, white box, by python -m train.evaluate."""
+
+    data: str
+    samples: int
+    norm: str  # linf or l2
+    eps: float  # largest perturbation, of pixels in [0, 1]
+    attacks: tuple[str, ...]
+    steps: int
+    restarts: int
+    seed: int
+    purification: str
+    clean_accuracy: float
+    worst_case_accuracy: float  # right under every one of the attacks
+
+    def __post_init__(self) -> None:
+        for name in ("data", "norm", "purification"):
+            value = getattr(self, name)
+            _check(isinstance(value, str), f"robustness {name} must be a text", value)
+        _check(_texts(self.attacks), "robustness attacks must be a list of texts", self.attacks)
+        for name in ("samples", "steps", "restarts", "seed"):
+            value = getattr(self, name)
+            _check(_whole(value, 0, 1 << 62), f"robustness {name} must be a whole number", value)
+        for name in ("eps", "clean_accuracy", "worst_case_accuracy"):
+            value = getattr(self, name)
+            _check(_number(value), f"robustness {name} must be a number", value)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of manifest.json."""
 
@@ -133,7 +162,7 @@ class Manifest:
     null_templates: tuple[str, ...]
     purification: Purifier
     precisions: Mapping[str, Variant]
-    robustness: tuple[Mapping[str, Any], ...] = ()  # measured rows; empty: not measured
+    robustness: tuple[Robustness, ...] = ()  # empty: not measured
     files: Mapping[str, str] = field(default_factory=dict)  # name -> sha256
     schema_version: int = SCHEMA_VERSION
 
@@ -150,8 +179,6 @@ class Manifest:
         _check(bool(self.precisions), "precisions must name one at least", self.precisions)
         for name in self.precisions:
             _check(name in PRECISIONS, f"precision must be one of {PRECISIONS}", name)
-        good = isinstance(self.robustness, tuple) and _table(dict(enumerate(self.robustness)), dict)
-        _check(good, "robustness must be a list of rows", self.robustness)
         _check(_table(self.files, str), "files must be sha256 by name", self.files)
         for name in self.files:  # a bundle never reaches outside its directory
             _check(PurePath(name).name == name, "files must have plain file names", name)
@@ -181,6 +208,7 @@ class Manifest:
                 "tokens": None if data["tokens"] is None else _record(TokenSpec, data["tokens"]),
                 "purification": _purifier(data["purification"]),
                 "precisions": {k: _record(Variant, v) for k, v in data["precisions"].items()},
+                "robustness": [_record(Robustness, row) for row in data.get("robustness", [])],
             }
             manifest: Manifest = _record(cls, data | nested)
         except KeyError as err:

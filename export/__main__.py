@@ -15,7 +15,7 @@ EPILOG = """examples:
   python -m export ViT-B-32 --pretrained laion2b_s34b_b79k -o bundles/vit-b-32
   python -m export ViT-B-32-quickgelu --pretrained openai -o bundles/openai --template "a photo of a {}."
   python -m export ViT-B-16 --pretrained checkpoints/epoch_32.pt -o bundles/mine
-  python -m export runs/fashion -o bundles/fashion
+  python -m export runs/fashion-tga -o bundles/fashion --robustness docs/results/fashion-tga.json
 """
 
 
@@ -42,6 +42,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         add(option, metavar="TEXT", action="append", help=text)
     add("--description", metavar="TEXT", help="what the model is for, in a line")
     add("--precision", choices=["fp32"], default="fp32", help="of weights (default: fp32)")
+    add(
+        "--robustness",
+        metavar="JSON",
+        type=Path,
+        action="append",
+        default=[],
+        help="result of python -m train.evaluate on this model; may be given several times",
+    )
     add("--quickgelu", action="store_true", help="the weights were trained with QuickGELU")
     add("--force", action="store_true", help="replace the bundle at -o")
     return parser.parse_args(arguments)
@@ -52,14 +60,19 @@ def run(options: argparse.Namespace) -> None:
     # Imported late: what is wrong with the arguments is said before PyTorch has loaded.
     try:
         with step("loading PyTorch"):
-            from export import bundle, checkpoints
+            from export import bundle, checkpoints, robustness
     except ImportError as err:
         raise ExportError(f"{err}: exporting needs pip install 'edgeclip[export]'") from err
     bundle.check_target(options.out, options.force)  # before minutes of work
     source = checkpoints.load(options.model, options.pretrained, quick_gelu=options.quickgelu)
     words = bundle.wording(source, options.description, options.template, options.null_template)
     manifest = bundle.export_bundle(
-        source, options.out, words, precision=options.precision, force=options.force
+        source,
+        options.out,
+        words,
+        precision=options.precision,
+        robustness=robustness.read(options.robustness, source, words.templates),
+        force=options.force,
     )
     size = sum(path.stat().st_size for path in options.out.iterdir())
     parity = manifest.precisions[options.precision].parity

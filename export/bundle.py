@@ -20,7 +20,14 @@ from safetensors.numpy import save
 
 from edgeclip.bundle import EMBEDDINGS, GOLDEN, MANIFEST, TOKENIZER, Bundle
 from edgeclip.labels import check_templates
-from edgeclip.manifest import DEFAULT_TEMPLATES, ImageSpec, Manifest, TextSpec, Variant
+from edgeclip.manifest import (
+    DEFAULT_TEMPLATES,
+    ImageSpec,
+    Manifest,
+    Robustness,
+    TextSpec,
+    Variant,
+)
 from export import ExportError, to_onnx
 from export.checkpoints import Source
 from export.progress import step
@@ -57,7 +64,13 @@ def wording(
 
 
 def export_bundle(
-    source: Source, out: Path, words: Wording, *, precision: str = "fp32", force: bool = False
+    source: Source,
+    out: Path,
+    words: Wording,
+    *,
+    precision: str = "fp32",
+    robustness: tuple[Robustness, ...] = (),
+    force: bool = False,
 ) -> Manifest:
     """Write the bundle of `source` to `out`, and return its manifest.
 
@@ -78,7 +91,9 @@ def export_bundle(
         with step("comparing ONNX Runtime with PyTorch"):
             parity = verify(work, source, manifest, precision)
         variant = dataclasses.replace(manifest.precisions[precision], parity=parity)
-        manifest = dataclasses.replace(manifest, precisions={precision: variant})
+        manifest = dataclasses.replace(
+            manifest, precisions={precision: variant}, robustness=robustness
+        )
         Bundle.write_manifest(work, manifest)
         Bundle(work).verify()
         _move(work, out)

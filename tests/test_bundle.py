@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 import edgeclip
 from edgeclip import Bundle, BundleError, golden
 from edgeclip.bundle import EMBEDDED, sha256
+from edgeclip.diagnose import describe
 from edgeclip.manifest import Manifest
 
 
@@ -97,6 +98,21 @@ def put(*path: str, value: object) -> Callable[[dict], object]:
     return change
 
 
+MEASURED = {
+    "data": "fashion-mnist", "samples": 500, "norm": "linf", "eps": 0.03, "attacks": ["apgd-ce"],
+    "steps": 100, "restarts": 1, "seed": 0, "purification": "none", "clean_accuracy": 0.75,
+    "worst_case_accuracy": 0.5,
+}  # fmt: skip
+
+
+def test_robustness_is_read_and_told(copy: Path) -> None:
+    edit(copy, put("robustness", value=[MEASURED]))
+    (row,) = Bundle(copy).manifest.robustness
+    assert (row.attacks, row.worst_case_accuracy) == (("apgd-ce",), 0.5)
+    (line,) = describe(Bundle(copy))["robustness"]
+    assert line.startswith("fashion-mnist, 500 images: 75.0% clean, 50.0% under apgd-ce with linf")
+
+
 @pytest.mark.parametrize(
     ("entry", "value"),
     [
@@ -127,6 +143,10 @@ def put(*path: str, value: object) -> Callable[[dict], object]:
         ("precisions.fp32.parity", {"a": "b"}),
         ("precisions.fp32.image_encoder", 3),
         ("robustness", None),
+        ("robustness", [{"data": "some"}]),
+        ("robustness", [MEASURED | {"eps": "8/255"}]),
+        ("robustness", [MEASURED | {"attacks": "apgd-ce"}]),
+        ("robustness", [MEASURED | {"samples": 0.5}]),
     ],
 )
 def test_wrong_entries_of_the_manifest(copy: Path, entry: str, value: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
+from edgeclip.bundle import Bundle
 from edgeclip.encoders import OnnxEncoder
 from edgeclip.errors import LabelError
 from edgeclip.tokenizer import Tokenizer
-from export import ExportError, to_onnx, verify
+from export import ExportError, robustness, to_onnx, verify
 from export.bundle import export_bundle, image_spec, wording
 from export.checkpoints import load
 
@@ -189,6 +191,54 @@ def test_a_bundle_is_complete(made: Exported) -> None:
     assert manifest.source["weights_sha256"] == made.source.weights_sha256
     assert manifest.purification is None
     assert manifest.robustness == ()
+
+
+def result_file(path: Path, made: Exported, **changes: Any) -> Path:
+    settings = {
+        "weights_sha256": made.source.weights_sha256,
+        "templates": list(made.bundle.manifest.templates),
+        "attack": ["apgd-ce", "apgd-t"],
+        "data": "some", "samples": 10, "norm": "l2", "eps": 0.5, "steps": 3, "restarts": 1,
+        "seed": 0, "purification": "none",
+    }  # fmt: skip
+    found = {"settings": settings | changes, "clean_accuracy": 0.9, "worst_case_accuracy": 0.4}
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_robustness_is_that_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = exported("vit")
+    reuse_encoders(monkeypatch, made)
+    words = wording(made.source)
+    path = result_file(tmp_path / "a.json", made)
+    rows = robustness.read([path], made.source, words.templates)
+    manifest = export_bundle(made.source, tmp_path / "out", words, robustness=rows)
+    assert manifest.robustness == rows == Bundle(tmp_path / "out").manifest.robustness
+    assert (rows[0].attacks, rows[0].eps) == (("apgd-ce", "apgd-t"), 0.5)
+    assert (rows[0].clean_accuracy, rows[0].worst_case_accuracy) == (0.9, 0.4)
+
+
+def test_figures_of_another_model_are_refused(tmp_path: Path) -> None:
+    made, path = exported("vit"), tmp_path / "a.json"
+    templates = wording(made.source).templates
+
+    def message() -> str:
+        with pytest.raises(ExportError) as caught:
+            robustness.read([path], made.source, templates)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "is no result of python -m train.evaluate" in message()
+    result_file(path, made, weights_sha256="0")
+    assert "was measured on other weights" in message()
+    result_file(path, made, templates=["other {}"])
+    assert "was measured with other templates" in message()
+    result_file(path, made, eps="much")
+    assert "is no result of python -m train.evaluate" in message()
+    unfinished = json.loads(result_file(path, made).read_text())
+    del unfinished["worst_case_accuracy"]
+    path.write_text(json.dumps(unfinished))
+    assert "is not finished" in message()
 
 
 def test_logit_scale_and_bias() -> None:
