@@ -163,9 +163,12 @@ def _activation(
     if config.get("quick_gelu") or quick_gelu:
         return True
     if openai:
-        say(f"the weights were trained with QuickGELU: exporting {name} with it")
+        say(f"the weights were trained with QuickGELU: building {name} with it")
     elif {torch.float16, torch.float32} <= {value.dtype for value in state.values()}:
-        say("the weights are partly float16: if they are OpenAI's, export them with --quickgelu")
+        say(
+            "the weights are partly float16: if they are OpenAI's, export them with --quickgelu, "
+            f"or name the model {name}-quickgelu"
+        )
     return openai
 
 

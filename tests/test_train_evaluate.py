@@ -11,12 +11,14 @@ import pytest
 import torch
 from export_models import write_folder
 
+from edgeclip import LabelError
 from export import ExportError
 from export.checkpoints import load
 from train import data, evaluate
-from train.evaluate import EvaluationError, build_attack, build_parser
+from train.evaluate import build_attack, build_parser
 from train.fashion import FASHION_CLASSES
 from train.model import Classifier, Pictures, batches, class_embeddings, draw
+from train.runs import SettingsError
 
 SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}
 
@@ -109,10 +111,10 @@ def test_killed_evaluation_goes_on(words: list[str]) -> None:
 
 def test_results_of_other_settings_are_not_mixed(words: list[str]) -> None:
     run(words, "--attack", "pgd")
-    with pytest.raises(EvaluationError, match=r"other settings \(attack, eps\)"):
+    with pytest.raises(SettingsError, match=r"other settings \(attack, eps\)"):
         run(words, "--attack", "pgd", "cw", "--eps", "8/255")
     Path(words[-1]).write_text("{}")
-    with pytest.raises(EvaluationError, match="is not a result file"):
+    with pytest.raises(SettingsError, match="is not a result file"):
         run(words)
 
 
@@ -127,11 +129,20 @@ def test_results_of_other_settings_are_not_mixed(words: list[str]) -> None:
     ],
 )
 def test_bad_settings(words: list[str], more: list[str], message: str) -> None:
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(SettingsError, match=message):
         run(words, *more)
 
 
+def test_larger_perturbations_of_l2_are_allowed(words: list[str]) -> None:
+    found = run(words, "--norm", "l2", "--eps", "2", "--attack", "pgd")
+    assert found["settings"]["eps"] == 2
+
+
 def test_bad_subjects_and_data(words: list[str]) -> None:
+    with pytest.raises(LabelError, match="template"):
+        run(words, "--template", "no place")
+    with pytest.raises(SettingsError, match="is a folder"):
+        run(words, "--out", str(Path(words[-1]).parent))
     with pytest.raises(ExportError, match="unknown model"):
         run(["nothing-of-this-name", *words[1:]])
     with pytest.raises(data.DataError, match="unknown data set"):

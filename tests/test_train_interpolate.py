@@ -9,17 +9,27 @@ import pytest
 import torch
 from export_models import write_folder
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from export.checkpoints import load
 from train import interpolate
-from train.interpolate import InterpolationError, build_parser
+from train.interpolate import build_parser
+from train.runs import SettingsError
 
 SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> list[str]:
-    folders = [write_folder(tmp_path / str(i), "vit", seed=i, **SMALL) for i in range(2)]
+    """Two models that differ in the image encoder alone, as before and after fine-tuning."""
+    folders = [write_folder(tmp_path / str(i), "vit", **SMALL) for i in range(2)]
+    weights = folders[1] / "open_clip_model.safetensors"
+    rng = torch.Generator().manual_seed(0)
+    state = {
+        key: value + 0.1 * torch.randn(value.shape, generator=rng) if "visual" in key else value
+        for key, value in load_file(weights).items()
+    }
+    save_file(state, weights)
     return [str(folder) for folder in folders]
 
 
@@ -37,10 +47,13 @@ def test_run_holds_the_weights_between(pair: list[str], tmp_path: Path, alpha: s
     for key, value in states[2].items():
         wanted = (1 - share) * states[0][key].double() + share * states[1][key].double()
         torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=1e-7)
+    told = json.loads((out / "open_clip_config.json").read_text())["interpolation"]
+    assert told["alpha"] == pytest.approx(share)
+    assert told["weights_sha256"]["robust"] == second.weights_sha256
     assert between.config["model_cfg"] == second.config["model_cfg"]
     assert between.wording["templates"] == second.wording["templates"]
     assert between.tokenizer(["a cat"]).tolist() == second.tokenizer(["a cat"]).tolist()
-    with pytest.raises(InterpolationError, match="holds a model already"):
+    with pytest.raises(SettingsError, match="holds a model already"):
         run([*pair, "--alpha", alpha, "--out", str(out)])
 
 
@@ -63,12 +76,19 @@ def test_sweep(
 
 def test_bad_settings(pair: list[str], tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out")]
-    with pytest.raises(InterpolationError, match=r"--alpha must be from 0 to 1, got 1\.5"):
+    with pytest.raises(SettingsError, match=r"--alpha must be from 0 to 1, got 1\.5"):
         run([*pair, "--alpha", "1.5", *out])
-    with pytest.raises(InterpolationError, match="--sweep needs --data and --eps"):
+    with pytest.raises(SettingsError, match="--sweep needs --data and --eps"):
         run([*pair, "--sweep", *out])
-    with pytest.raises(InterpolationError, match="for 8 of 255 give --eps 8/255"):
+    with pytest.raises(SettingsError, match="for 8 of 255 give --eps 8/255"):
         run([*pair, "--sweep", "--data", "fashion-mnist", "--eps", "8", *out])
+    stranger = write_folder(tmp_path / "stranger", "vit", seed=5, **SMALL)
+    with pytest.raises(SettingsError, match="the two text encoders differ"):
+        run([pair[0], str(stranger), "--alpha", "0.5", *out])
+    with pytest.raises(SettingsError, match="--points must be 2 or more"):
+        run([*pair, "--sweep", "--data", "fashion-mnist", "--eps", "0.1", "--points", "1", *out])
+    with pytest.raises(SettingsError, match="is a file"):
+        run([*pair, "--alpha", "0.5", "--out", pair[0] + "/bpe.txt.gz"])
     other = write_folder(tmp_path / "other", "vit", **SMALL | {"layers": 2})
-    with pytest.raises(InterpolationError, match="of different architectures: see visual"):
+    with pytest.raises(SettingsError, match="of different architectures: see visual"):
         run([pair[0], str(other), "--alpha", "0.5", *out])

@@ -17,7 +17,7 @@ import torch
 
 from train import fashion
 from train.pretrain import Settings, contrastive_loss, draw_prompts, learning_rate, main
-from train.runs import write_small_bpe
+from train.runs import SettingsError, write_small_bpe
 
 TINY = {"width": 32, "layers": 1, "text_layers": 1, "batch_size": 10, "bpe_merges": 100}
 
@@ -127,7 +127,7 @@ def test_run_folder_loads_in_open_clip(fashion_folder: Path, tmp_path: Path) -> 
 def test_existing_run_is_not_overwritten(fashion_folder: Path, tmp_path: Path) -> None:
     chosen = settings(fashion_folder, tmp_path / "run", epochs=1, limit_batches=1)
     main(chosen)
-    with pytest.raises(SystemExit, match="add --resume"):
+    with pytest.raises(SettingsError, match="add --resume"):
         main(chosen)
 
 
@@ -139,7 +139,7 @@ def test_missing_data_is_one_clear_line(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert found.returncode == 1
+    assert found.returncode == 2
     assert found.stderr.startswith("error: no Fashion-MNIST in")
     assert found.stderr.count("\n") == 1
 

@@ -19,9 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from export import ExportError
 from export.checkpoints import load
-from train import data, tgazsr
-from train.model import Classifier, class_embeddings
-from train.tgazsr import Settings, SettingsError, checked, epoch_keys, learning_rate
+from train import data, runs, tgazsr
+from train.attacks import pgd
+from train.model import Classifier, Pictures, class_embeddings, draw, generators
+from train.runs import SettingsError
+from train.tgazsr import Settings, checked, epoch_keys, learning_rate
 from train.variants import WEIGHTS, attack, loss_terms
 
 CPU = torch.device("cpu")
@@ -142,7 +144,8 @@ def test_terms_of_an_untrained_encoder(settings: Settings, variant: str) -> None
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 0])
     chosen = checked(replace(settings, variant=variant), 1)
-    attacked = (images + 0.1 * torch.randn(images.shape)).clamp(0, 1)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    attacked = (images + 0.1 * noise).clamp(0, 1)
     terms = loss_terms(chosen, classifier, classifier, texts, images, attacked, labels)
     assert terms["amc"].item() == pytest.approx(0, abs=1e-4)
     assert terms["ar"].item() > 1e-3
@@ -296,13 +299,20 @@ def test_every_epoch_takes_each_image_once_in_another_order(settings: Settings) 
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"alpha": -0.1}, "--alpha and --beta must be 0 or more"),
-    ({"beta": -1.0}, "--alpha and --beta must be 0 or more"),
+    ({"alpha": -0.1}, "--alpha must be 0 or more, got -0.1"),
+    ({"beta": -1.0}, "--beta must be 0 or more"),
+    ({"alpha": float("nan")}, "--alpha must be 0 or more, got nan"),
     ({"variant": "tecoa", "alpha": 0.1}, "has no terms"),
     ({"eps": 8.0}, "--eps is in units of [0, 1], got 8: for 8 of 255 give --eps 8/255"),
     ({"eps": 1.0}, "give --eps 1/255"),
+    ({"eps": -0.1}, "--eps must be 0 or more"),
     ({"step_size": 2.0}, "give --step-size 2/255"),
     ({"attack_steps": 0}, "--attack-steps must be 1 or more"),
+    ({"gradient_clip": -1.0}, "--gradient-clip must be 0 or more"),
+    ({"learning_rate": float("inf")}, "--learning-rate must be 0 or more"),
+    ({"momentum": 1.0}, "--momentum must be from 0 to 0.9999"),
+    ({"limit_batches": -1}, "--limit-batches must be 0 or more"),
+    ({"validate_steps": -1}, "--validate-steps must be 0 or more"),
     ({"template": "a photo"}, "need {}"),
     ({"accumulate": 5}, "cannot be split over 1 processes and --accumulate 5"),
     ({"batch_size": 1000}, "fewer images than --batch-size"),
@@ -321,8 +331,109 @@ def test_bad_settings(settings: Settings, changes: dict[str, Any], message: str)
 
 def test_tower_without_patch_tokens_is_refused(settings: Settings, tmp_path: Path) -> None:
     resnet = write_folder(tmp_path / "resnet", "resnet")
-    with pytest.raises(SettingsError, match=r"patch tokens, and resnet has none: choose a ViT"):
+    with pytest.raises(
+        SettingsError, match=r"patch tokens in the .* and resnet has none: choose a plain ViT"
+    ):
         run(replace(settings, model=str(resnet)))
+
+
+# Each of these settings must reach the weights.
+OTHERS: list[dict[str, Any]] = [
+    {"gradient_clip": 1e-3}, {"weight_decay": 5.0}, {"momentum": 0.1}, {"learning_rate": 2e-3},
+    {"warmup_steps": 1}, {"attack_steps": 6}, {"eps": 0.2}, {"step_size": 0.1}, {"norm": "l2"},
+    {"augment": "flip"}, {"distance": "l1"}, {"template": "the {}"}, {"precision": "bf16"},
+    {"seed": 1}, {"alpha": 0.5}, {"beta": 0.5}, {"variant": "comp"}, {"optimizer": "sgd"},
+]  # fmt: skip
+
+
+def test_every_setting_counts(settings: Settings) -> None:
+    base = replace(settings, limit_batches=2, validate=0, learning_rate=1e-3)
+
+    def trained(name: str, **changes: Any) -> torch.Tensor:
+        chosen = replace(base, out=settings.out.parent / name, **changes)
+        run(chosen)
+        return torch.cat([value.ravel() for value in weights(chosen.out).values()])
+
+    wanted = trained("base")
+    assert torch.equal(trained("again"), wanted)
+    for i, changes in enumerate(OTHERS):
+        assert not torch.allclose(trained(str(i), **changes), wanted, atol=1e-7), changes
+
+
+def test_validation_is_an_attack(settings: Settings) -> None:
+    """Counted again image by image, with the attack that it claims."""
+    source = load(settings.model, None)
+    test_set = data.load(settings.data, train=False)
+    classifier = Classifier(source, class_embeddings(source, test_set.classes, ["a {}"])).eval()
+    pictures = Pictures(test_set, source.model.visual)
+    chosen = checked(replace(settings, eps=0.03, step_size=0.01, validate_steps=5), 1)
+    found = tgazsr.validate(chosen, classifier, classifier, pictures, 0, 1)
+    right = [0, 0]
+    for key in draw(len(test_set), 20, settings.seed):
+        image, label, seed = pictures[key]
+        images, labels = image[None], torch.tensor([label])
+        attacked = pgd(
+            lambda x: classifier(x).logits, images, labels, eps=0.03, step_size=0.01, steps=5,
+            generator=generators(torch.tensor([seed]), CPU),
+        )  # fmt: skip
+        for i, shown in enumerate((images, attacked)):
+            right[i] += int(classifier(shown).logits.argmax() == label)
+    assert found == {"clean_accuracy": right[0] / 20, "robust_accuracy": right[1] / 20}
+
+
+def test_model_of_the_run_is_not_overwritten(settings: Settings, model: Path) -> None:
+    before = (model / "open_clip_model.safetensors").read_bytes()
+    with pytest.raises(SettingsError, match="holds a finished model"):
+        run(replace(settings, out=model))
+    assert (model / "open_clip_model.safetensors").read_bytes() == before
+    with pytest.raises(SettingsError, match="is a file"):
+        run(replace(settings, out=model / "bpe.txt.gz"))
+
+
+def test_foreign_and_damaged_checkpoints(settings: Settings) -> None:
+    settings.out.mkdir()
+    torch.save({"model": {}, "settings": {}}, settings.out / "checkpoint.pt")
+    with pytest.raises(SettingsError, match="a run of another kind"):
+        run(replace(settings, resume=True))
+    (settings.out / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(SettingsError, match="cannot be read"):
+        run(replace(settings, resume=True))
+
+
+def test_data_that_changed_is_not_mixed(settings: Settings, fashion_folder: Path) -> None:
+    run(replace(settings, epochs=1, batch_size=12))
+    for kind in ("images-idx3", "labels-idx1"):
+        test, train = (fashion_folder / f"{n}-{kind}-ubyte.gz" for n in ("t10k", "train"))
+        train.write_bytes(test.read_bytes())
+    with pytest.raises(SettingsError, match="was begun with images 150, not 50"):
+        run(replace(settings, epochs=1, resume=True, batch_size=12))
+
+
+def test_broken_image_in_a_worker_is_one_line(
+    tmp_path: Path, settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "photos" / name / f"{i}.png").write_bytes(b"broken")
+    chosen = replace(
+        settings, data=f"folder:{tmp_path / 'photos'}", batch_size=2, workers=1, validate=0
+    )
+    with pytest.raises(SystemExit) as caught:
+        runs.run(lambda: run(chosen))
+    assert caught.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: image ")
+    assert "photos" in line
+
+
+def test_template_goes_into_a_run_that_had_none(settings: Settings, model: Path) -> None:
+    file = model / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    del config["edgeclip"]
+    file.write_text(json.dumps(config))
+    run(replace(settings, limit_batches=2, validate=0, template="one {} here"))
+    assert load(str(settings.out), None).wording["templates"] == ["one {} here"]
 
 
 def test_run_is_neither_overwritten_nor_mixed(settings: Settings, tmp_path: Path) -> None:
@@ -354,6 +465,6 @@ def test_mistakes_on_the_command_line_are_one_line(settings: Settings) -> None:
     found = subprocess.run(
         command(settings, "--eps", "8"), capture_output=True, text=True, check=False
     )
-    assert found.returncode == 1
+    assert found.returncode == 2
     wanted = "error: --eps is in units of [0, 1], got 8: for 8 of 255 give --eps 8/255\n"
     assert found.stderr == wanted

@@ -5,13 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from train.runs import SettingsError
 
-class DeviceError(Exception):
-    """A device that is not there; the message says which are."""
+WAIT = timedelta(hours=4)  # for the first process, which may have to download a data set
+
+
+def choose_device(name: str) -> torch.device:
+    """auto, cpu or cuda, with float32 products that are float32. Raises SettingsError."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise SettingsError(f"--device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: PyTorch finds no GPU")
+    # An attack in TF32 has gradients of ten bits, and what it fails to find looks like robustness.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
@@ -24,24 +36,17 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
+def processes(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
     """This process's rank, their number, and its device; under torchrun they are joined."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise DeviceError(f"--device must be auto, cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("--device cuda: PyTorch finds no GPU")
-    cuda = torch.cuda.is_available() and device != "cpu"
     if "RANK" not in os.environ:
-        yield 0, 1, torch.device("cuda" if cuda else "cpu")
+        yield 0, 1, device
         return
-    place = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        yield dist.get_rank(), dist.get_world_size(), place
-    finally:
-        dist.destroy_process_group()
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
+    yield dist.get_rank(), dist.get_world_size(), device
+    dist.destroy_process_group()  # not after an error: the others may be waiting within a call
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -26,13 +25,21 @@ from rich.table import Table
 from torch import nn
 
 import edgeclip
-from export import ExportError
 from export.bundle import wording
 from export.checkpoints import load
 from train import data
 from train.attacks import pgd
+from train.distributed import choose_device
 from train.model import Classifier, Pictures, batches, class_embeddings, draw, generators
-from train.runs import fraction, write_atomically
+from train.runs import (
+    Parser,
+    SettingsError,
+    check_eps,
+    check_number,
+    fraction,
+    run,
+    write_atomically,
+)
 
 EPILOG = """examples:
   python -m train.evaluate runs/fashion --data fashion-mnist --eps 8/255 -n 500 --out plain.json
@@ -44,10 +51,6 @@ with the cross-entropy and cw with the margin by train.attacks, step size eps / 
 """
 TARGETS = 9  # classes that the targeted attack tries, as in AutoAttack
 Attack = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # images, labels, seeds
-
-
-class EvaluationError(Exception):
-    """Settings that make no sense for the subject, the data or the result file."""
 
 
 class Logits(nn.Module):
@@ -70,7 +73,7 @@ def build_attack(name: str, model: Classifier, args: argparse.Namespace) -> Atta
         return lambda images, labels, seeds: library(images, labels)
     if name == "apgd-t":
         if classes < 4:
-            raise EvaluationError(f"apgd-t needs 4 classes or more, {args.data} has {classes}")
+            raise SettingsError(f"apgd-t needs 4 classes or more, {args.data} has {classes}")
         targets = min(classes, TARGETS + 1)
         library = torchattacks.APGDT(logits, **shared, seed=args.seed, n_classes=targets)
         return lambda images, labels, seeds: library(images, labels)
@@ -89,12 +92,8 @@ def build_attack(name: str, model: Classifier, args: argparse.Namespace) -> Atta
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.evaluate",
-        description=__doc__.split("\n\n")[0],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = __doc__.split("\n\n")[0]
+    parser = Parser("python -m train.evaluate", "SUBJECT", description, EPILOG)
     add = parser.add_argument
     add("subject", metavar="SUBJECT", help="folder of a run, or open_clip's name of a model")
     add("--pretrained", metavar="TAG", help="tag of open_clip's or a file of weights")
@@ -117,16 +116,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    if args.norm == "linf" and not 0 <= args.eps < 1:
-        raise EvaluationError(
-            f"--eps is in units of [0, 1], got {args.eps:g}: for {args.eps:g} of 255 "
-            f"give --eps {args.eps:g}/255"
-        )
+    """Raises SettingsError."""
+    check_eps("eps", args.eps, args.norm)
     for name in ("steps", "restarts", "samples", "batch_size"):
-        if getattr(args, name) < 1:
-            raise EvaluationError(f"--{name.replace('_', '-')} must be 1 or more")
-    if args.eps < 0:
-        raise EvaluationError(f"--eps must be 0 or more, got {args.eps:g}")
+        check_number(name, getattr(args, name), 1)
+    check_number("threads", args.threads, 0)
+    check_number("seed", args.seed, 0, 2**63 - 1)
+    if args.out.is_dir():
+        raise SettingsError(f"{args.out} is a folder: --out names the result file")
 
 
 def previous_samples(path: Path, settings: dict[str, Any]) -> dict[str, str]:
@@ -138,9 +135,9 @@ def previous_samples(path: Path, settings: dict[str, Any]) -> dict[str, str]:
         if before["settings"] == settings:
             return before["samples"]
     except (ValueError, KeyError, TypeError) as err:
-        raise EvaluationError(f"{path} is not a result file: remove it, or name another") from err
+        raise SettingsError(f"{path} is not a result file: remove it, or name another") from err
     different = [key for key in settings if before["settings"].get(key) != settings[key]]
-    raise EvaluationError(
+    raise SettingsError(
         f"{path} holds the results of other settings ({', '.join(different)}): name another file"
     )
 
@@ -215,10 +212,7 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    cuda = torch.cuda.is_available() and args.device != "cpu"
-    if args.device == "cuda" and not cuda:
-        raise EvaluationError("--device cuda: PyTorch finds no GPU")
-    device = torch.device("cuda" if cuda else "cpu")
+    device = choose_device(args.device)
     test_set = data.load(args.data, train=False, download=args.download)
     source = load(args.subject, args.pretrained)
     templates = wording(source, templates=args.template).templates
@@ -253,7 +247,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(build_parser().parse_args())
-    except (data.DataError, ExportError, EvaluationError) as err:
-        sys.exit(f"error: {err}")
+    run(lambda: main(build_parser().parse_args()))

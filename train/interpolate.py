@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,23 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from export import ExportError
 from export.bundle import wording
-from export.checkpoints import Source, StateDict, load
+from export.checkpoints import CONFIG, Source, StateDict, load
 from train import data
 from train.attacks import pgd
+from train.distributed import choose_device
 from train.model import Classifier, Pictures, batches, class_embeddings, draw, generators
-from train.runs import copy_tokenizer, fraction, save_model, write_atomically
+from train.runs import (
+    Parser,
+    SettingsError,
+    check_eps,
+    check_number,
+    copy_tokenizer,
+    fraction,
+    run,
+    save_model,
+    write_atomically,
+)
 
 EPILOG = """examples:
   python -m train.interpolate runs/fashion runs/fashion-tga --alpha 0.8 --out runs/fashion-tga-80
@@ -39,21 +48,27 @@ A sweep prints a table, and writes OUT/frontier.json and OUT/frontier.png.
 """
 
 
-class InterpolationError(Exception):
-    """Two models that do not belong together, or settings that make no sense."""
+# What only a sweep is made of.
+SWEEP = ("points", "data", "eps", "norm", "steps", "samples", "seed", "batch_size", "download")
 
 
 def interpolate(original: StateDict, robust: StateDict, alpha: float) -> StateDict:
     """(1 - alpha) original + alpha robust, tensor by tensor; whole numbers are the robust one's.
 
-    Raises InterpolationError for alpha outside 0 to 1, or states of different architectures.
+    Raises SettingsError for alpha outside 0 to 1, states of different architectures, or a robust
+    one whose text encoder is not the original's.
     """
-    if not 0 <= alpha <= 1:
-        raise InterpolationError(f"--alpha must be from 0 to 1, got {alpha:g}")
+    check_number("alpha", alpha, 0, 1)
     shapes = [{key: value.shape for key, value in state.items()} for state in (original, robust)]
     if shapes[0] != shapes[1]:
         key = min(k for k in shapes[0] | shapes[1] if shapes[0].get(k) != shapes[1].get(k))
-        raise InterpolationError(f"the two models are of different architectures: see {key}")
+        raise SettingsError(f"the two models are of different architectures: see {key}")
+    for key, value in robust.items():
+        if not key.startswith("visual.") and not torch.equal(value, original[key]):
+            raise SettingsError(
+                f"the two text encoders differ, see {key}: name the model that ROBUST was "
+                "fine-tuned from"
+            )
     return {
         key: torch.lerp(original[key], value, alpha) if value.is_floating_point() else value
         for key, value in robust.items()
@@ -64,7 +79,7 @@ def sweep(args: argparse.Namespace, original: Source, robust: Source) -> list[di
     """Clean and attacked accuracy at each alpha; the robust source's model is changed."""
     test_set = data.load(args.data, train=False, download=args.download)
     classes = class_embeddings(original, test_set.classes, wording(original).templates)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(args.device)
     ends = original.model.state_dict(), {k: v.clone() for k, v in robust.model.state_dict().items()}
     model = Classifier(robust, classes).to(device).eval()
     pictures = Pictures(test_set, robust.model.visual)
@@ -115,17 +130,14 @@ def plot(rows: list[dict[str, float]], title: str, path: Path) -> None:
     for row, x, y in zip(rows, attacked, clean, strict=True):
         axes.annotate(f"{row['alpha']:.2g}", (x, y), textcoords="offset points", xytext=(6, 4))
     axes.set(xlabel="accuracy under attack, %", ylabel="clean accuracy, %", title=title)
+    axes.margins(0.08)
     axes.grid(alpha=0.3)
     write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=150))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.interpolate",
-        description=__doc__.split("\n\n")[0],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = __doc__.split("\n\n")[0]
+    parser = Parser("python -m train.interpolate", "ORIGINAL ROBUST", description, EPILOG)
     add = parser.add_argument
     add("original", metavar="ORIGINAL", help="folder of a run, or open_clip's name of a model")
     add("robust", metavar="ROBUST", help="folder of the run that was fine-tuned from it")
@@ -141,6 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-n", "--samples", type=int, default=500, help="images, drawn by the seed (default: 500)")
     add("--seed", type=int, default=0, help="of the draw and of the attack (default: 0)")
     add("--batch-size", type=int, default=100, help="images at a time (default: 100)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--threads", type=int, default=0, help="of torch; 0 leaves its default")
     add("--download", action="store_true", help="fetch the data set where it is missing")
     add("--out", type=Path, required=True, metavar="FOLDER", help="the new run, or the figures")
@@ -148,15 +161,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    if args.sweep and (args.data is None or args.eps is None):
-        raise InterpolationError("--sweep needs --data and --eps")
-    if args.sweep and not 0 <= args.eps < 1:
-        raise InterpolationError(
-            f"--eps is in units of [0, 1], got {args.eps:g}: for {args.eps:g} of 255 "
-            f"give --eps {args.eps:g}/255"
-        )
-    if args.points < 2 or args.samples < 1 or args.batch_size < 1 or args.steps < 1:
-        raise InterpolationError("--points must be 2 or more; -n, --steps, --batch-size 1 or more")
+    """Raises SettingsError."""
+    if args.out.exists() and not args.out.is_dir():
+        raise SettingsError(f"{args.out} is a file: --out names a folder")
+    check_number("threads", args.threads, 0)
+    if not args.sweep:
+        check_number("alpha", args.alpha, 0, 1)
+        if (args.out / CONFIG).is_file():
+            raise SettingsError(f"{args.out} holds a model already: name another folder")
+        return
+    if args.data is None or args.eps is None:
+        raise SettingsError("--sweep needs --data and --eps")
+    check_eps("eps", args.eps, args.norm)
+    check_number("points", args.points, 2)
+    check_number("seed", args.seed, 0, 2**63 - 1)
+    for name in ("samples", "steps", "batch_size"):
+        check_number(name, getattr(args, name), 1)
+
+
+def describe(args: argparse.Namespace, original: Source, robust: Source) -> dict[str, Any]:
+    """What it takes to make the run or the sweep again."""
+    unused = ("out", "alpha") if args.sweep else ("out", "sweep", *SWEEP)
+    settings = {name: value for name, value in vars(args).items() if name not in unused}
+    hashes = {"original": original.weights_sha256, "robust": robust.weights_sha256}
+    return settings | {"weights_sha256": hashes}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -167,13 +195,8 @@ def main(args: argparse.Namespace) -> None:
     if args.sweep:
         rows = sweep(args, original, robust)
         args.out.mkdir(parents=True, exist_ok=True)
-        settings: dict[str, Any] = {
-            k: v for k, v in vars(args).items() if k not in ("out", "alpha")
-        }
-        hashes = {"original": original.weights_sha256, "robust": robust.weights_sha256}
-        text = json.dumps(
-            {"settings": settings, "weights_sha256": hashes, "results": rows}, indent=2
-        )
+        found = {"settings": describe(args, original, robust), "results": rows}
+        text = json.dumps(found, indent=2)
         write_atomically(args.out / "frontier.json", lambda part: part.write_text(text + "\n"))
         attack = f"{args.norm} eps {args.eps * 255:g}/255, PGD-{args.steps}, {args.samples} images"
         plot(rows, f"{args.data}, {attack}", args.out / "frontier.png")
@@ -185,20 +208,16 @@ def main(args: argparse.Namespace) -> None:
         console.print(f"{args.data}, {attack}", soft_wrap=True)
         console.print(table)
         return
-    if (args.out / "open_clip_config.json").is_file():
-        raise InterpolationError(f"{args.out} holds a model already: name another folder")
     state = interpolate(original.model.state_dict(), robust.model.state_dict(), args.alpha)
     robust.model.load_state_dict(state)
     told = dict(robust.wording)
     told["description"] = f"{told.get('description', robust.name)}; {args.alpha:.0%} of the way"
+    whole = robust.config | {"edgeclip": told, "interpolation": describe(args, original, robust)}
     args.out.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(robust, args.out)
-    save_model(args.out, robust.model, robust.config | {"edgeclip": told})
+    save_model(args.out, robust.model, whole)
     print(f"{args.out}: {args.alpha:g} of the way from {args.original} to {args.robust}")
 
 
 if __name__ == "__main__":
-    try:
-        main(build_parser().parse_args())
-    except (data.DataError, ExportError, InterpolationError) as err:
-        sys.exit(f"error: {err}")
+    run(lambda: main(build_parser().parse_args()))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,14 +25,15 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 
 from train import fashion
 from train.runs import (
+    SettingsError,
     load_checkpoint,
     parse_settings,
+    run,
     save_checkpoint,
     save_model,
     setting,
     write_small_bpe,
 )
-from train.samples import DataError
 
 EPILOG = """examples:
   python -m train.pretrain --data fashion-mnist --out runs/fashion
@@ -200,7 +200,9 @@ def main(settings: Settings) -> None:
 
     previous = load_checkpoint(settings.out)
     if previous is not None and not settings.resume:
-        sys.exit(f"error: {settings.out} holds a run already: add --resume, or name another folder")
+        raise SettingsError(
+            f"{settings.out} holds a run already: add --resume, or name another folder"
+        )
     if previous is not None:
         model.load_state_dict(previous["model"])
         optimizer.load_state_dict(previous["optimizer"])
@@ -271,9 +273,10 @@ def main(settings: Settings) -> None:
             save_model(settings.out, model, config)
 
 
+def command() -> None:
+    chosen = parse_settings(Settings, "python -m train.pretrain", __doc__.split("\n\n")[0], EPILOG)
+    main(replace(chosen, out=chosen.out.expanduser()))
+
+
 if __name__ == "__main__":
-    chosen = parse_settings(Settings, __doc__.split("\n\n")[0], EPILOG)
-    try:
-        main(replace(chosen, out=chosen.out.expanduser()))
-    except DataError as err:
-        sys.exit(f"error: {err}")
+    run(command)

@@ -13,12 +13,14 @@ import argparse
 import dataclasses
 import gzip
 import json
+import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Collection
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from open_clip.model import CLIP
@@ -26,7 +28,9 @@ from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
+from edgeclip.errors import EdgeclipError
 from export.checkpoints import Source
+from train.samples import DataError
 
 Settings = TypeVar("Settings")
 TOKENIZER_FILES = (  # as Hugging Face's libraries call them
@@ -40,11 +44,64 @@ TOKENIZER_FILES = (  # as Hugging Face's libraries call them
 )
 
 
-def parse_settings(cls: type[Settings], description: str, epilog: str) -> Settings:
+class SettingsError(Exception):
+    """Settings that make no sense, or do not fit the model, the data or the run; one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Help with the examples as they are written, and one clear line on wrong usage."""
+
+    def __init__(self, prog: str, positional: str, description: str, epilog: str) -> None:
+        super().__init__(
+            prog=prog,
+            usage=f"{prog} {positional} [options]".replace("  ", " "),
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def run(command: Callable[[], None]) -> NoReturn:
+    """Run a command and exit: with 0, or with 2 after one line that says what to change."""
+    try:
+        command()
+        sys.exit(0)
+    except torch.OutOfMemoryError:
+        message = "the device is out of memory: lower --batch-size, or raise --accumulate"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (SettingsError, DataError, EdgeclipError, OSError) as err:
+        # An error of a process that reads images comes with that process's traceback before it.
+        message = str(err).strip().splitlines()[-1].removeprefix("train.samples.DataError: ")
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_number(option: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raises SettingsError unless low <= value <= high."""
+    if not (math.isfinite(value) and low <= value <= high):
+        limit = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+        raise SettingsError(f"--{option.replace('_', '-')} must be {limit}, got {value:g}")
+
+
+def check_eps(option: str, value: float, norm: str) -> None:
+    """Raises SettingsError for a size that is negative, or of 255 by mistake."""
+    check_number(option, value, 0)
+    if norm == "linf" and value >= 1:
+        option = option.replace("_", "-")
+        raise SettingsError(
+            f"--{option} is in units of [0, 1], got {value:g}: for {value:g} of 255 "
+            f"give --{option} {value:g}/255"
+        )
+
+
+def parse_settings(cls: type[Settings], prog: str, description: str, epilog: str) -> Settings:
     """A dataclass of settings from the command line: one option per field, its help in metadata."""
-    parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog, "", description, epilog)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         option = "--" + field.name.replace("_", "-")
         text = field.metadata["help"]
@@ -91,7 +148,7 @@ def fraction(text: str) -> float:
     """A number as a decimal or a fraction: 0.03, 8/255."""
     try:
         return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"expected a number such as 8/255, got {text!r}") from None
 
 
@@ -144,9 +201,17 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The checkpoint of a run, or None where there is none yet. No pickled code is run."""
+    """The checkpoint of a run, or None where there is none yet. No pickled code is run.
+
+    Raises SettingsError for a file that is damaged.
+    """
     path = folder / "checkpoint.pt"
-    return torch.load(path, weights_only=True) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as err:  # on a broken file the reader raises anything
+        raise SettingsError(f"{path} cannot be read: remove it, or name another folder") from err
 
 
 class Metrics:
@@ -161,7 +226,8 @@ class Metrics:
             return
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line).get("step", 0) <= step]
         write_atomically(path, lambda part: part.write_text("".join(kept)))
         self._file = open(path, "a")  # noqa: SIM115  (closed on exit)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

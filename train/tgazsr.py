@@ -4,15 +4,15 @@
 
 Each step attacks the images by PGD, in [0, 1] and at the encoder's input size, and lowers the loss
 of the variant on what the attack found. The text encoder stays as it is. Everything random follows
-from the seed, the epoch and the index of an image: a run that was killed and resumed, or that is
-spread over several processes by torchrun, ends with the weights of one that was not.
+from the seed, the epoch and the index of an image: a run that was killed and resumed ends with the
+weights of one that was not (on a CPU bit for bit; on a GPU up to the order of its sums), and so does,
+up to rounding, one that torchrun spreads over several processes.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import sys
 import time
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -25,19 +25,22 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from export import ExportError
-from export.checkpoints import Source, load
+from export.checkpoints import CONFIG, Source, load
 from train import data
 from train.augment import AUGMENTATIONS
-from train.distributed import DeviceError, all_sum, main_first, processes
+from train.distributed import all_sum, choose_device, main_first, processes
 from train.losses import DISTANCES
 from train.model import Classifier, Pictures, batches, class_embeddings, draw, seed_of
 from train.runs import (
     Metrics,
+    SettingsError,
+    check_eps,
+    check_number,
     copy_tokenizer,
     fraction,
     load_checkpoint,
     parse_settings,
+    run,
     save_checkpoint,
     save_model,
     setting,
@@ -55,7 +58,13 @@ variants: tga (TGA-ZSR), comp (Comp-TGA), tecoa (cross-entropy alone), at (the s
 weights: plain adversarial training), pmg (PMG-AFT), fare (unsupervised embedding matching).
 The run is a folder: python -m export runs/tga -o BUNDLE makes a bundle of it.
 """
-# What may differ between a run and its continuation: it changes no weight.
+NUMBERS = {  # the least that each may be
+    "alpha": 0, "beta": 0, "attack_steps": 1, "epochs": 1, "batch_size": 1, "accumulate": 1,
+    "learning_rate": 0, "weight_decay": 0, "warmup_steps": 0, "gradient_clip": 0, "validate": 0,
+    "validate_steps": 0, "checkpoint_every": 1, "workers": 0, "threads": 0, "limit_batches": 0,
+}  # fmt: skip
+# What may differ between a run and its continuation: on one kind of device it changes no weight
+# by more than rounding.
 FREE = {"resume", "workers", "threads", "download", "checkpoint_every", "device", "out"}
 
 
@@ -69,10 +78,10 @@ class Settings:
     )
     variant: str = setting("tga", help="which loss", choices=WEIGHTS)
     alpha: float | None = setting(
-        None, help="weight of the second term (default: as published for the variant)", type=float
+        None, help="weight of the second term (default: as published; 1 for pmg)", type=float
     )
     beta: float | None = setting(
-        None, help="weight of the third term (default: as published for the variant)", type=float
+        None, help="weight of the third term (default: as published; 1 for pmg)", type=float
     )
     distance: str = setting("l2", help="between attention maps", choices=DISTANCES)
     template: str = setting("This is a photo of a {}", help="prompt with {} for the class")
@@ -87,13 +96,15 @@ class Settings:
     batch_size: int = setting(128, help="images per step, over all processes")
     accumulate: int = setting(1, help="parts of a batch whose gradients are added, to save memory")
     optimizer: str = setting("sgd", help="optimiser", choices=("sgd", "adamw"))
-    learning_rate: float = setting(1e-4, help="highest learning rate; cosine to zero")
+    learning_rate: float = setting(1e-4, help="highest learning rate; a cosine towards zero")
     momentum: float = setting(0.9, help="of SGD; beta 1 of AdamW")
     weight_decay: float = setting(0.0, help="of matrices; vectors and scalars have none")
     warmup_steps: int = setting(1000, help="steps of linear warm-up")
     gradient_clip: float = setting(0.0, help="largest norm of the gradient; 0 for no limit")
     precision: str = setting("fp32", help="of the encoder's arithmetic", choices=("fp32", "bf16"))
-    augment: str = setting("none", help="of the training images", choices=AUGMENTATIONS)
+    augment: str = setting(
+        "none", help="of the training images; garments is for Fashion-MNIST", choices=AUGMENTATIONS
+    )
     validate: int = setting(500, help="test images attacked after each epoch; 0 for none")
     validate_steps: int = setting(10, help="of that attack")
     checkpoint_every: int = setting(200, help="steps between checkpoints")
@@ -106,10 +117,6 @@ class Settings:
     download: bool = setting(False, help="fetch the data set where it is missing")
 
 
-class SettingsError(Exception):
-    """Settings that make no sense, or do not fit the model, the data or the run."""
-
-
 def checked(settings: Settings, world: int) -> Settings:
     """The settings with the variant's weights filled in. Raises SettingsError."""
     alpha, beta = WEIGHTS[settings.variant]
@@ -118,23 +125,14 @@ def checked(settings: Settings, world: int) -> Settings:
         alpha=alpha if settings.alpha is None else settings.alpha,
         beta=beta if settings.beta is None else settings.beta,
     )
-    if settings.alpha < 0 or settings.beta < 0:
-        raise SettingsError(
-            f"--alpha and --beta must be 0 or more, got {settings.alpha} and {settings.beta}"
-        )
+    for name, low in NUMBERS.items():
+        check_number(name, getattr(settings, name), low)
+    check_number("momentum", settings.momentum, 0, 0.9999)
+    check_number("seed", settings.seed, 0, 2**63 - 1)
+    for name in ("eps", "step_size"):
+        check_eps(name, getattr(settings, name), settings.norm)
     if WEIGHTS[settings.variant] == (0, 0) and (settings.alpha, settings.beta) != (0, 0):
         raise SettingsError(f"--variant {settings.variant} has no terms for --alpha and --beta")
-    for name in ("eps", "step_size"):
-        value = getattr(settings, name)
-        if value < 0 or (settings.norm == "linf" and value >= 1):
-            option = name.replace("_", "-")
-            raise SettingsError(
-                f"--{option} is in units of [0, 1], got {value:g}: for {value:g} of 255 "
-                f"give --{option} {value:g}/255"
-            )
-    for name in ("attack_steps", "epochs", "batch_size", "accumulate", "checkpoint_every"):
-        if getattr(settings, name) < 1:
-            raise SettingsError(f"--{name.replace('_', '-')} must be 1 or more")
     if "{}" not in settings.template or "{}" not in settings.non_class_template:
         raise SettingsError("--template and --non-class-template need {} where the class goes")
     if settings.batch_size % (world * settings.accumulate):
@@ -164,16 +162,22 @@ def learning_rate(step: int, total: int, settings: Settings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def steps_in_epoch(count: int, settings: Settings) -> int:
+    steps = count // settings.batch_size
+    return min(steps, settings.limit_batches) if settings.limit_batches else steps
+
+
 def epoch_keys(count: int, epoch: int, settings: Settings, rank: int, world: int) -> list:
     """For each step of an epoch this process's part of the batch, as (index, seed) of each image."""
     rng = torch.Generator().manual_seed(seed_of(settings.seed, epoch))
     order = torch.randperm(count, generator=rng).tolist()
     share = settings.batch_size // world
     keys = []
-    for start in range(0, count - settings.batch_size + 1, settings.batch_size):
-        own = order[start + rank * share : start + (rank + 1) * share]
+    for step in range(steps_in_epoch(count, settings)):
+        start = step * settings.batch_size + rank * share
+        own = order[start : start + share]
         keys.append([(index, seed_of(settings.seed, epoch, index)) for index in own])
-    return keys[: settings.limit_batches or None]
+    return keys
 
 
 def accumulate_gradients(
@@ -214,7 +218,8 @@ def validate(
     """Clean and attacked accuracy on test images drawn by the seed, by PGD on the logits."""
     keys = draw(len(pictures.data), settings.validate, settings.seed)
     mine, right = keys[rank::world], torch.zeros(2)
-    parts = [mine[i : i + settings.batch_size] for i in range(0, len(mine), settings.batch_size)]
+    size = settings.batch_size // (world * settings.accumulate)  # what fits in training fits here
+    parts = [mine[i : i + size] for i in range(0, len(mine), size)]
     plain = replace(settings, variant="tecoa")
     for batch in batches(pictures, parts, settings.workers):
         images, labels, seeds = (x.to(model.mean.device) for x in batch)
@@ -226,13 +231,19 @@ def validate(
     return {"clean_accuracy": clean / len(keys), "robust_accuracy": robust / len(keys)}
 
 
-def run_config(settings: Settings, source: Source) -> dict[str, Any]:
+def run_config(settings: Settings, source: Source, train_set: data.DataSet) -> dict[str, Any]:
     """The run's open_clip_config.json: the model's own, with what was done to it."""
     wording = dict(source.wording)
     told = wording.get("description") or f"{source.name}, weights {source.pretrained}"
-    attack = f"{settings.norm} eps {settings.eps * 255:.3g}/255"
+    eps = f"{settings.eps * 255:.3g}/255" if settings.norm == "linf" else f"{settings.eps:.3g}"
+    attack = f"{settings.norm} eps {eps}"
+    wording.setdefault("templates", [settings.template])
     wording["description"] = f"{told}; fine-tuned by {settings.variant} against {attack}"
-    training: dict[str, Any] = {"weights_sha256": source.weights_sha256}
+    training: dict[str, Any] = {
+        "weights_sha256": source.weights_sha256,
+        "images": len(train_set),
+        "classes": list(train_set.classes),
+    }
     for key, value in asdict(settings).items():
         training[key] = str(value) if isinstance(value, Path) else value
     return source.config | {"edgeclip": wording, "training": training}
@@ -240,15 +251,18 @@ def run_config(settings: Settings, source: Source) -> dict[str, Any]:
 
 def refuse_other_run(settings: Settings, now: dict[str, Any], before: dict[str, Any]) -> None:
     """Raises SettingsError unless the checkpoint is an earlier state of this very run."""
+    if before.get("variant") is None:
+        raise SettingsError(f"{settings.out} holds a run of another kind: name another folder")
     if not settings.resume:
         raise SettingsError(
             f"{settings.out} holds a run already: add --resume, or name another folder"
         )
     for name, value in now.items():
         if name not in FREE and before.get(name) != value:
+            shown = "" if name == "classes" else f" {before.get(name)}, not {value}"
             raise SettingsError(
-                f"{settings.out} was begun with {name.replace('_', '-')} {before.get(name)}, "
-                f"not {value}: resume it with the same, or name another folder"
+                f"{settings.out} was begun with {'other ' * (not shown)}{name.replace('_', '-')}"
+                f"{shown}: resume it with the same, or name another folder"
             )
 
 
@@ -257,11 +271,13 @@ def check_fit(settings: Settings, model: Classifier, name: str, steps: int) -> N
     spec = model.token_spec
     if settings.variant in ("tga", "comp") and (spec is None or spec.grid[0] != spec.grid[1]):
         raise SettingsError(
-            f"--variant {settings.variant} needs an image encoder with a square of patch tokens, "
-            f"and {name} has none: choose a ViT, or --variant tecoa, pmg or fare"
+            f"--variant {settings.variant} reads a square of patch tokens in the embedding's space, "
+            f"and {name} has none: choose a plain ViT or SigLIP, or --variant tecoa, pmg or fare"
         )
     if not steps:
-        raise SettingsError(f"{settings.data} has fewer images than --batch-size needs")
+        raise SettingsError(
+            f"{settings.data} has fewer images than --batch-size {settings.batch_size}"
+        )
     if settings.warmup_steps >= steps:
         raise SettingsError(
             f"the run has {steps} steps, and --warmup-steps {settings.warmup_steps} would never "
@@ -269,25 +285,38 @@ def check_fit(settings: Settings, model: Classifier, name: str, steps: int) -> N
         )
 
 
+def load_test_set(settings: Settings) -> data.DataSet:
+    try:
+        return data.load(settings.data, train=False, download=settings.download)
+    except data.DataError as err:
+        raise data.DataError(f"{err}; or give --validate 0") from err
+
+
 def train(settings: Settings, rank: int, world: int, device: torch.device) -> None:
     out = settings.out
+    if out.exists() and not out.is_dir():
+        raise SettingsError(f"{out} is a file: --out names a folder")
+    previous = load_checkpoint(out)
+    if previous is None and (out / CONFIG).is_file():
+        raise SettingsError(f"{out} holds a finished model: name another folder")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     with main_first(rank):  # what is not there yet is fetched once
         train_set = data.load(settings.data, train=True, download=settings.download)
         if settings.validate:
-            test_set = data.load(settings.data, train=False, download=settings.download)
+            test_set = load_test_set(settings)
         source = load(settings.model, settings.pretrained)
     texts = class_embeddings(source, train_set.classes, [settings.template])
-    negations = class_embeddings(source, train_set.classes, [settings.non_class_template])
+    denied = settings.non_class_template if settings.variant == "comp" else settings.template
+    negations = class_embeddings(source, train_set.classes, [denied])
     model = Classifier(
         source,
         texts,
         train_classes=settings.variant == "at",
         bfloat16=settings.precision == "bf16",
     )
-    steps_per_epoch = len(epoch_keys(len(train_set), 0, settings, rank, world))
+    steps_per_epoch = steps_in_epoch(len(train_set), settings)
     total = steps_per_epoch * settings.epochs
     check_fit(settings, model, source.name, total)
     # In evaluation mode throughout: statistics of batches would depend on how a batch is split.
@@ -296,17 +325,19 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
     source.model.visual.requires_grad_(True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(parameters, settings)
-    parallel = DistributedDataParallel(model) if world > 1 else model
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     pictures = Pictures(train_set, source.model.visual, AUGMENTATIONS[settings.augment])
-    config = run_config(settings, source)
+    config = run_config(settings, source, train_set)
 
     step = 0
-    previous = load_checkpoint(out)
     if previous is not None:
-        refuse_other_run(settings, config["training"], previous["training"])
+        refuse_other_run(settings, config["training"], previous.get("training", {}))
         model.load_state_dict(previous["model"], strict=False)
         optimizer.load_state_dict(previous["optimizer"])
         step = previous["step"]
+        del previous
+    if all_sum(torch.tensor(float(step))).item() != step * world:
+        raise SettingsError(f"the processes see different checkpoints: {out} must be shared")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         copy_tokenizer(source, out)
@@ -326,8 +357,8 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
         while step < total:
             epoch, done = divmod(step, steps_per_epoch)
             keys = epoch_keys(len(train_set), epoch, settings, rank, world)[done:]
+            started = time.monotonic()
             for batch in batches(pictures, keys, settings.workers):
-                started = time.monotonic()
                 rate = learning_rate(step, total, settings)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -347,6 +378,7 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
                 row |= dict(zip(means, values, strict=True))
                 row |= {"gradient_norm": norm, "learning_rate": rate}
                 metrics.write(row | {"seconds": time.monotonic() - started})
+                started = time.monotonic()
                 bar.update(task, advance=1, description=f"epoch {epoch + 1} loss {row['loss']:.3f}")
                 if step % settings.checkpoint_every == 0 and step % steps_per_epoch:
                     save()  # at the end of an epoch it follows the validation
@@ -363,11 +395,12 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
         print(f"{out} is ready: python -m export {out} -o BUNDLE")
 
 
+def main() -> None:
+    chosen = parse_settings(Settings, "python -m train.tgazsr", __doc__.split("\n\n")[0], EPILOG)
+    with processes(choose_device(chosen.device)) as (rank, world, device):
+        settings = replace(checked(chosen, world), out=chosen.out.expanduser())
+        train(settings, rank, world, device)
+
+
 if __name__ == "__main__":
-    chosen = parse_settings(Settings, __doc__.split("\n\n")[0], EPILOG)
-    try:
-        with processes(chosen.device) as (rank, world, device):
-            folder = chosen.out.expanduser()
-            train(replace(checked(chosen, world), out=folder), rank, world, device)
-    except (data.DataError, DeviceError, ExportError, SettingsError) as err:
-        sys.exit(f"error: {err}")
+    run(main)
