@@ -1,0 +1,56 @@
+"""Make attacked/: an example as an attacker would hand it in, for edgeclip explain.
+
+    python examples/make_attacked.py runs/fashion-robust dress
+
+PGD with 100 steps on the run's own weights, L-inf eps 8/255, rounded to whole levels of a PNG.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from edgeclip.labels import read_labels
+from export.bundle import wording
+from export.checkpoints import load
+from train.attacks import pgd
+from train.data import DataSet
+from train.model import Classifier, Pictures, class_embeddings
+from train.samples import ImageFiles
+
+HERE = Path(__file__).parent
+EPS = 8 / 255
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", help="folder of the run whose weights are attacked")
+    parser.add_argument("label", help="of labels.txt; names the example as well")
+    args = parser.parse_args()
+    names = [label.name for label in read_labels(str(HERE / "labels.txt"))]
+    truth, stem = names.index(args.label), args.label.replace(" ", "-")
+    source = load(args.run, None)
+    classes = class_embeddings(source, names, wording(source).templates)
+    model = Classifier(source, classes).eval()
+    files = ImageFiles.of([str(HERE / f"{stem}.png")], [truth])
+    pictures = Pictures(DataSet("examples", tuple(names), (), files), source.model.visual)
+    image, label = pictures[0, 0][0][None], torch.tensor([truth])
+    found = pgd(
+        lambda x: model(x).logits,
+        image,
+        label,
+        eps=EPS,
+        step_size=EPS / 4,
+        steps=100,
+        loss="cw",
+        generator=torch.Generator().manual_seed(0),
+    )
+    pixels = (found[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    (HERE / "attacked").mkdir(exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(pixels)).save(HERE / "attacked" / f"{stem}.png")
+
+
+if __name__ == "__main__":
+    main()
