@@ -36,7 +36,6 @@ from train.runs import (
     SettingsError,
     check_eps,
     check_number,
-    fraction,
     run,
     write_atomically,
 )
@@ -97,20 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("subject", metavar="SUBJECT", help="folder of a run, or open_clip's name of a model")
     add("--pretrained", metavar="TAG", help="tag of open_clip's or a file of weights")
-    add("--data", required=True, metavar="NAME[:PATH]", help="data set; its test split")
     add("--template", action="append", metavar="TEXT", help="prompt (default: as exported)")
     add("--attack", nargs="+", default=["apgd-ce", "apgd-t"], metavar="NAME",
         choices=("apgd-ce", "apgd-t", "pgd", "cw"), help="default: apgd-ce apgd-t")  # fmt: skip
-    add("--norm", default="linf", choices=("linf", "l2"))
-    add("--eps", type=fraction, required=True, help="in units of [0, 1]: 8/255")
-    add("--steps", type=int, default=100, help="of each attack (default: 100)")
     add("--restarts", type=int, default=1, help="of each attack (default: 1)")
-    add("-n", "--samples", type=int, default=1000, help="images, drawn by the seed (1000)")
-    add("--seed", type=int, default=0, help="of the draw and of the attacks (default: 0)")
-    add("--batch-size", type=int, default=100, help="images attacked at a time (100)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--threads", type=int, default=0, help="of torch; 0 leaves its default")
-    add("--download", action="store_true", help="fetch the data set where it is missing")
+    parser.add_measurement(steps=100, samples=1000, required=True)
     add("--out", type=Path, required=True, metavar="JSON", help="the result file")
     return parser
 

@@ -144,18 +144,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pretrained", metavar="TAG", help="weights of the original: a tag or a file")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--alpha", type=fraction, help="write the run of this alpha, 0 to 1")
-    what.add_argument("--sweep", action="store_true", help="measure alphas from 0 to 1")
+    what.add_argument(
+        "--sweep",
+        action="store_true",
+        help="measure alphas from 0 to 1, by PGD: needs --data and --eps",
+    )
     add("--points", type=int, default=11, help="alphas of a sweep (default: 11)")
-    add("--data", metavar="NAME[:PATH]", help="data set of a sweep; its test split")
-    add("--eps", type=fraction, help="of a sweep's attack, in units of [0, 1]: 8/255")
-    add("--norm", default="linf", choices=("linf", "l2"))
-    add("--steps", type=int, default=20, help="of PGD, each eps / 4 (default: 20)")
-    add("-n", "--samples", type=int, default=500, help="images, drawn by the seed (default: 500)")
-    add("--seed", type=int, default=0, help="of the draw and of the attack (default: 0)")
-    add("--batch-size", type=int, default=100, help="images at a time (default: 100)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--threads", type=int, default=0, help="of torch; 0 leaves its default")
-    add("--download", action="store_true", help="fetch the data set where it is missing")
+    parser.add_measurement(steps=20, samples=500, required=False)  # of a sweep, by PGD
     add("--out", type=Path, required=True, metavar="FOLDER", help="the new run, or the figures")
     return parser
 

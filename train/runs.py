@@ -60,6 +60,23 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+    def add_measurement(self, *, steps: int, samples: int, required: bool) -> None:
+        """What accuracy under attack is measured with; steps and samples are defaults."""
+        add = self.add_argument
+        add("--data", required=required, metavar="NAME[:PATH]", help="data set; its test split")
+        add("--eps", type=fraction, required=required, help="in units of [0, 1]: 8/255")
+        add("--norm", default="linf", choices=("linf", "l2"))
+        add("--steps", type=int, default=steps, help=f"of each attack (default: {steps})")
+        add(
+            "-n", "--samples", type=int, default=samples, metavar="N",
+            help=f"images, drawn by the seed (default: {samples})",
+        )  # fmt: skip
+        add("--seed", type=int, default=0, help="of the draw and of the attacks (default: 0)")
+        add("--batch-size", type=int, default=100, help="images attacked at a time (default: 100)")
+        add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+        add("--threads", type=int, default=0, help="of torch; 0 leaves its default")
+        add("--download", action="store_true", help="fetch the data set where it is missing")
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
