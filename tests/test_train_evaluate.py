@@ -18,7 +18,7 @@ from train import data, evaluate
 from train.evaluate import build_attack, build_parser
 from train.fashion import FASHION_CLASSES
 from train.model import Classifier, Pictures, batches, class_embeddings, draw
-from train.runs import SettingsError
+from train.settings import SettingsError
 
 SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}
 

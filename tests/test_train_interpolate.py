@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from export.checkpoints import load
 from train import interpolate
 from train.interpolate import build_parser
-from train.runs import SettingsError
+from train.settings import SettingsError
 
 SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}
 

@@ -17,7 +17,8 @@ import torch
 
 from train import fashion
 from train.pretrain import Settings, contrastive_loss, draw_prompts, learning_rate, main
-from train.runs import SettingsError, write_small_bpe
+from train.runs import write_small_bpe
+from train.settings import SettingsError
 
 TINY = {"width": 32, "layers": 1, "text_layers": 1, "batch_size": 10, "bpe_merges": 100}
 
@@ -90,9 +91,9 @@ def test_small_bpe_encodes_any_text(tmp_path: Path) -> None:
 
 def test_resumed_run_equals_an_uninterrupted_one(fashion_folder: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    main(settings(fashion_folder, whole, epochs=3))
+    main(settings(fashion_folder, whole, epochs=12))
     command = [sys.executable, "-m", "train.pretrain", "--data", f"fashion-mnist:{fashion_folder}"]
-    command += ["--out", str(parts), "--epochs", "3", "--warmup-steps", "2"]
+    command += ["--out", str(parts), "--epochs", "12", "--warmup-steps", "2"]
     for name, value in TINY.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -102,8 +103,8 @@ def test_resumed_run_equals_an_uninterrupted_one(fashion_folder: Path, tmp_path:
     child.kill()
     child.communicate()
     done = len(metrics.read_text().splitlines())
-    assert 1 <= done < 3, "the run was to be killed half way"
-    main(settings(fashion_folder, parts, epochs=3, resume=True))
+    assert 1 <= done < 12, "the run was to be killed half way"
+    main(settings(fashion_folder, parts, epochs=12, resume=True))
 
     weights = [
         torch.load(run / "checkpoint.pt", weights_only=True)["model"] for run in (whole, parts)
@@ -112,7 +113,7 @@ def test_resumed_run_equals_an_uninterrupted_one(fashion_folder: Path, tmp_path:
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=0, atol=0)
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [row["epoch"] for row in rows][-2:] == [2, 3]
+    assert [row["epoch"] for row in rows][-2:] == [11, 12]
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from train.report import MARKS, main
-from train.runs import SettingsError
+from train.settings import SettingsError
 
 
 def result(folder: Path, name: str, worst: float, **changes: object) -> str:

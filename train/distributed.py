@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from train.runs import SettingsError
+from train.settings import SettingsError
 
 WAIT = timedelta(hours=4)  # for the first process, which may have to download a data set
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,18 @@ from export.checkpoints import load
 from train import data
 from train.attacks import pgd
 from train.distributed import choose_device
-from train.model import Classifier, Pictures, batches, class_embeddings, draw, generators
-from train.runs import (
-    Parser,
-    SettingsError,
-    check_eps,
-    check_number,
-    run,
-    write_atomically,
+from train.model import (
+    Attack,
+    Classifier,
+    Pictures,
+    batches,
+    class_embeddings,
+    draw,
+    generators,
+    split,
 )
+from train.runs import write_atomically
+from train.settings import Parser, SettingsError, check_eps, check_number, run
 
 EPILOG = """examples:
   python -m train.evaluate runs/fashion --data fashion-mnist --eps 8/255 -n 500 --out plain.json
@@ -49,7 +52,6 @@ attacks: apgd-ce and apgd-t (targeted, up to 9 classes) of AutoAttack by the lib
 with the cross-entropy and cw with the margin by train.attacks, step size eps / 4.
 """
 TARGETS = 9  # classes that the targeted attack tries, as in AutoAttack
-Attack = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # images, labels, seeds
 
 
 class Logits(nn.Module):
@@ -223,8 +225,7 @@ def main(args: argparse.Namespace) -> None:
             samples.setdefault(name, "")
             start = len(samples[name])  # a whole number of batches, or all of them
             bar = progress.add_task(name, total=count, completed=start)
-            rest = [keys[i : i + args.batch_size] for i in range(start, count, args.batch_size)]
-            for batch in batches(pictures, rest, workers=0):
+            for batch in batches(pictures, split(keys[start:], args.batch_size), workers=0):
                 images, labels, seeds = (x.to(device) for x in batch)
                 shown = images if name == "clean" else attacks[name](images, labels, seeds)
                 with torch.no_grad():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,18 @@ from export.checkpoints import CONFIG, Source, StateDict, load
 from train import data
 from train.attacks import pgd
 from train.distributed import choose_device
-from train.model import Classifier, Pictures, batches, class_embeddings, draw, generators
-from train.runs import (
-    Parser,
-    SettingsError,
-    check_eps,
-    check_number,
-    copy_tokenizer,
-    fraction,
-    run,
-    save_model,
-    write_atomically,
+from train.model import (
+    Classifier,
+    Pictures,
+    batches,
+    class_embeddings,
+    count_right,
+    draw,
+    generators,
+    split,
 )
+from train.runs import copy_tokenizer, save_model, write_atomically
+from train.settings import Parser, SettingsError, check_eps, check_number, fraction, run
 
 EPILOG = """examples:
   python -m train.interpolate runs/fashion runs/fashion-tga --alpha 0.8 --out runs/fashion-tga-80
@@ -46,8 +47,6 @@ EPILOG = """examples:
 
 A sweep prints a table, and writes OUT/frontier.json and OUT/frontier.png.
 """
-
-
 # What only a sweep is made of.
 SWEEP = ("points", "data", "eps", "norm", "steps", "samples", "seed", "batch_size", "download")
 
@@ -84,31 +83,35 @@ def sweep(args: argparse.Namespace, original: Source, robust: Source) -> list[di
     model = Classifier(robust, classes).to(device).eval()
     pictures = Pictures(test_set, robust.model.visual)
     keys = draw(len(test_set), args.samples, args.seed)
-    parts = [keys[i : i + args.batch_size] for i in range(0, len(keys), args.batch_size)]
+    parts = split(keys, args.batch_size)
     rows = []
+
+    def attack(images: torch.Tensor, labels: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        return pgd(
+            lambda x: model(x).logits,
+            images,
+            labels,
+            eps=args.eps,
+            step_size=args.eps / 4,
+            steps=args.steps,
+            norm=args.norm,
+            generator=generators(seeds, device),
+        )
+
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("alpha", total=args.points * len(parts))
         for i in range(args.points):
             alpha = i / (args.points - 1)
             robust.model.load_state_dict(interpolate(*ends, alpha))
-            clean = attacked = 0
-            for batch in batches(pictures, parts, workers=0):
-                images, labels, seeds = (x.to(device) for x in batch)
-                found = pgd(
-                    lambda x: model(x).logits,
-                    images,
-                    labels,
-                    eps=args.eps,
-                    step_size=args.eps / 4,
-                    steps=args.steps,
-                    norm=args.norm,
-                    generator=generators(seeds, device),
-                )
-                with torch.no_grad():
-                    clean += int((model(images).logits.argmax(1) == labels).sum())
-                    attacked += int((model(found).logits.argmax(1) == labels).sum())
-                progress.update(bar, advance=1, description=f"alpha {alpha:.2f}")
+
+            def shown(alpha: float = alpha) -> Iterator[Any]:
+                for batch in batches(pictures, parts, workers=0):
+                    progress.update(bar, description=f"alpha {alpha:.2f}")
+                    yield batch
+                    progress.advance(bar)
+
+            clean, attacked = count_right(model, shown(), attack)
             rows.append(
                 {
                     "alpha": alpha,

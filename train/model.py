@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from export.towers import image_encoder
 from train.data import DataSet
 
 TEXT_BATCH = 256  # prompts encoded at a time
+Attack = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # images, labels, seeds
 
 
 class Output(NamedTuple):
@@ -139,3 +140,22 @@ def draw(count: int, samples: int, seed: int) -> list[tuple[int, int]]:
     rng = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(count, generator=rng)[:samples].tolist()
     return [(index, seed_of(seed, index)) for index in chosen]
+
+
+def split(keys: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """The keys in batches of `size`, the last of which may be smaller."""
+    return [keys[start : start + size] for start in range(0, len(keys), size)]
+
+
+def count_right(
+    model: Classifier, loader: Iterable[Sequence[torch.Tensor]], attack: Attack
+) -> tuple[int, int]:
+    """How many images the model names rightly as they are, and how many after the attack."""
+    counts = [0, 0]
+    for batch in loader:
+        images, labels, seeds = (x.to(model.mean.device) for x in batch)
+        found = attack(images, labels, seeds)
+        with torch.no_grad():
+            for i, shown in enumerate((images, found)):
+                counts[i] += int((model(shown).logits.argmax(1) == labels).sum())
+    return counts[0], counts[1]

@@ -24,16 +24,8 @@ from open_clip.tokenizer import SimpleTokenizer
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from train import fashion
-from train.runs import (
-    SettingsError,
-    load_checkpoint,
-    parse_settings,
-    run,
-    save_checkpoint,
-    save_model,
-    setting,
-    write_small_bpe,
-)
+from train.runs import load_checkpoint, save_checkpoint, save_model, write_small_bpe
+from train.settings import SettingsError, parse_settings, run, setting
 
 EPILOG = """examples:
   python -m train.pretrain --data fashion-mnist --out runs/fashion

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from train.evaluate import report
-from train.runs import Parser, SettingsError, run, write_atomically
+from train.runs import write_atomically
+from train.settings import Parser, SettingsError, run
 
 MARKS = ("<!-- train.report -->", "<!-- /train.report -->")
 KIND = ("data", "samples", "norm", "eps", "steps", "restarts", "seed")

@@ -30,19 +30,24 @@ from train import data
 from train.augment import AUGMENTATIONS
 from train.distributed import all_sum, choose_device, main_first, processes
 from train.losses import DISTANCES
-from train.model import Classifier, Pictures, batches, class_embeddings, draw, seed_of
-from train.runs import (
-    Metrics,
+from train.model import (
+    Classifier,
+    Pictures,
+    batches,
+    class_embeddings,
+    count_right,
+    draw,
+    seed_of,
+    split,
+)
+from train.runs import Metrics, copy_tokenizer, load_checkpoint, save_checkpoint, save_model
+from train.settings import (
     SettingsError,
     check_eps,
     check_number,
-    copy_tokenizer,
     fraction,
-    load_checkpoint,
     parse_settings,
     run,
-    save_checkpoint,
-    save_model,
     setting,
 )
 from train.variants import WEIGHTS, attack, loss_terms
@@ -155,7 +160,7 @@ def build_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch
 
 
 def learning_rate(step: int, total: int, settings: Settings) -> float:
-    """Linear warm-up from the first step, then a cosine to zero at the last."""
+    """Linear warm-up from the first step, then a cosine towards zero."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
@@ -217,17 +222,14 @@ def validate(
 ) -> dict[str, float]:
     """Clean and attacked accuracy on test images drawn by the seed, by PGD on the logits."""
     keys = draw(len(pictures.data), settings.validate, settings.seed)
-    mine, right = keys[rank::world], torch.zeros(2)
     size = settings.batch_size // (world * settings.accumulate)  # what fits in training fits here
-    parts = [mine[i : i + size] for i in range(0, len(mine), size)]
     plain = replace(settings, variant="tecoa")
-    for batch in batches(pictures, parts, settings.workers):
-        images, labels, seeds = (x.to(model.mean.device) for x in batch)
-        found = attack(plain, model, original, images, labels, seeds, settings.validate_steps)
-        with torch.no_grad():
-            for i, shown in enumerate((images, found)):
-                right[i] += (model(shown).logits.argmax(1) == labels).sum().item()
-    clean, robust = all_sum(right).tolist()
+    counts = count_right(
+        model,
+        batches(pictures, split(keys[rank::world], size), settings.workers),
+        lambda *batch: attack(plain, model, original, *batch, settings.validate_steps),
+    )
+    clean, robust = all_sum(torch.tensor(counts)).tolist()
     return {"clean_accuracy": clean / len(keys), "robust_accuracy": robust / len(keys)}
 
 
@@ -249,14 +251,25 @@ def run_config(settings: Settings, source: Source, train_set: data.DataSet) -> d
     return source.config | {"edgeclip": wording, "training": training}
 
 
+def open_folder(settings: Settings) -> dict[str, Any] | None:
+    """The checkpoint to go on from, None for a new run. Raises SettingsError for what is neither."""
+    out = settings.out
+    if out.exists() and not out.is_dir():
+        raise SettingsError(f"{out} is a file: --out names a folder")
+    previous = load_checkpoint(out)
+    if previous is None:
+        if (out / CONFIG).is_file():
+            raise SettingsError(f"{out} holds a finished model: name another folder")
+        return None
+    if "variant" not in previous.get("training", {}):
+        raise SettingsError(f"{out} holds a run of another kind: name another folder")
+    if not settings.resume:
+        raise SettingsError(f"{out} holds a run already: add --resume, or name another folder")
+    return previous
+
+
 def refuse_other_run(settings: Settings, now: dict[str, Any], before: dict[str, Any]) -> None:
     """Raises SettingsError unless the checkpoint is an earlier state of this very run."""
-    if before.get("variant") is None:
-        raise SettingsError(f"{settings.out} holds a run of another kind: name another folder")
-    if not settings.resume:
-        raise SettingsError(
-            f"{settings.out} holds a run already: add --resume, or name another folder"
-        )
     for name, value in now.items():
         if name not in FREE and before.get(name) != value:
             shown = "" if name == "classes" else f" {before.get(name)}, not {value}"
@@ -293,12 +306,7 @@ def load_test_set(settings: Settings) -> data.DataSet:
 
 
 def train(settings: Settings, rank: int, world: int, device: torch.device) -> None:
-    out = settings.out
-    if out.exists() and not out.is_dir():
-        raise SettingsError(f"{out} is a file: --out names a folder")
-    previous = load_checkpoint(out)
-    if previous is None and (out / CONFIG).is_file():
-        raise SettingsError(f"{out} holds a finished model: name another folder")
+    out, previous = settings.out, open_folder(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
@@ -308,8 +316,9 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
             test_set = load_test_set(settings)
         source = load(settings.model, settings.pretrained)
     texts = class_embeddings(source, train_set.classes, [settings.template])
-    denied = settings.non_class_template if settings.variant == "comp" else settings.template
-    negations = class_embeddings(source, train_set.classes, [denied])
+    negations = texts  # only Comp-TGA has others
+    if settings.variant == "comp":
+        negations = class_embeddings(source, train_set.classes, [settings.non_class_template])
     model = Classifier(
         source,
         texts,
@@ -331,7 +340,7 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
 
     step = 0
     if previous is not None:
-        refuse_other_run(settings, config["training"], previous.get("training", {}))
+        refuse_other_run(settings, config["training"], previous["training"])
         model.load_state_dict(previous["model"], strict=False)
         optimizer.load_state_dict(previous["optimizer"])
         step = previous["step"]
