@@ -146,6 +146,17 @@ class Runtime:
             answers = iter(self._classify(batch, label_set, top_k) if len(batch) else [])
             yield from (error or next(answers) for error in errors)
 
+    def classify_pixels(
+        self, pixels: NDArray[np.float32], labels: Labels | None = None, *, top_k: int = 5
+    ) -> list[list[Prediction]]:
+        """`classify` for what `preprocess` gives, float32 (N, 3, H, W): one list for each row."""
+        check_count("top_k", top_k)
+        label_set = self._label_set(labels)
+        answers: list[list[Prediction]] = []
+        for start in range(0, len(pixels), self.batch_size):
+            answers += self._classify(pixels[start : start + self.batch_size], label_set, top_k)
+        return answers
+
     def embed_images(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
         """Unit embeddings of images, float32 (N, D), purified where the Runtime purifies.
 

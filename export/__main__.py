@@ -48,7 +48,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=Path,
         action="append",
         default=[],
-        help="result of python -m train.evaluate on this model; may be given several times",
+        help="result of python -m train.evaluate on this model, with or without a purification: "
+        "what gains by it is recommended; may be given several times",
     )
     add("--quickgelu", action="store_true", help="the weights were trained with QuickGELU")
     add("--force", action="store_true", help="replace the bundle at -o")
@@ -66,12 +67,14 @@ def run(options: argparse.Namespace) -> None:
     bundle.check_target(options.out, options.force)  # before minutes of work
     source = checkpoints.load(options.model, options.pretrained, quick_gelu=options.quickgelu)
     words = bundle.wording(source, options.description, options.template, options.null_template)
+    measured, recommended = robustness.read(options.robustness, source, words.templates)
     manifest = bundle.export_bundle(
         source,
         options.out,
         words,
         precision=options.precision,
-        robustness=robustness.read(options.robustness, source, words.templates),
+        robustness=measured,
+        purification=recommended,
         force=options.force,
     )
     size = sum(path.stat().st_size for path in options.out.iterdir())

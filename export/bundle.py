@@ -28,6 +28,7 @@ from edgeclip.manifest import (
     TextSpec,
     Variant,
 )
+from edgeclip.purify import Purifier
 from export import ExportError, to_onnx
 from export.checkpoints import Source
 from export.progress import step
@@ -70,9 +71,12 @@ def export_bundle(
     *,
     precision: str = "fp32",
     robustness: tuple[Robustness, ...] = (),
+    purification: Purifier = None,
     force: bool = False,
 ) -> Manifest:
     """Write the bundle of `source` to `out`, and return its manifest.
+
+    purification: what the bundle recommends; it has to be earned by a measurement.
 
     An existing bundle is replaced only with `force`, and only once the new one is verified. Raises
     ExportError; then nothing is left behind.
@@ -92,7 +96,10 @@ def export_bundle(
             parity = verify(work, source, manifest, precision)
         variant = dataclasses.replace(manifest.precisions[precision], parity=parity)
         manifest = dataclasses.replace(
-            manifest, precisions={precision: variant}, robustness=robustness
+            manifest,
+            precisions={precision: variant},
+            robustness=robustness,
+            purification=purification,
         )
         Bundle.write_manifest(work, manifest)
         Bundle(work).verify()
@@ -168,7 +175,7 @@ def _write_encoders(
         logit_bias=0.0 if bias is None else bias.item(),
         templates=words.templates,
         null_templates=words.null_templates,
-        purification=None,  # a recommendation is earned by a measurement, not by the export
+        purification=None,
         precisions={precision: names},
     )
 

@@ -21,6 +21,7 @@ from PIL import Image
 from edgeclip.bundle import Bundle
 from edgeclip.encoders import OnnxEncoder
 from edgeclip.errors import LabelError
+from edgeclip.purify import CosPurifier
 from edgeclip.tokenizer import Tokenizer
 from export import ExportError, robustness, to_onnx, verify
 from export.bundle import export_bundle, image_spec, wording
@@ -193,15 +194,25 @@ def test_a_bundle_is_complete(made: Exported) -> None:
     assert manifest.robustness == ()
 
 
-def result_file(path: Path, made: Exported, **changes: Any) -> Path:
+def result_file(
+    path: Path, made: Exported, held: str = "1100", purifier: Any = None, **changes: Any
+) -> Path:
+    """A measurement of four images, of which three are right as they are."""
     settings = {
         "weights_sha256": made.source.weights_sha256,
         "templates": list(made.bundle.manifest.templates),
         "attack": ["apgd-ce", "apgd-t"],
-        "data": "some", "samples": 10, "norm": "l2", "eps": 0.5, "steps": 3, "restarts": 1,
-        "seed": 0, "purification": "none",
+        "data": "some", "samples": len(held), "norm": "l2", "eps": 0.5, "steps": 3, "restarts": 1,
+        "seed": 0, "purification": purifier,
     }  # fmt: skip
-    found = {"settings": settings | changes, "clean_accuracy": 0.9, "worst_case_accuracy": 0.4}
+    found = {
+        "settings": settings | changes,
+        "finished": len(held),
+        "clean_accuracy": 0.75,
+        "worst_case_accuracy": held.count("1") / len(held),
+        "checks": [{"name": "some", "passed": True}, {"name": "other", "passed": None}],
+        "samples": {"clean": "1" * len(held), "apgd-ce/exact": held},
+    }
     path.write_text(json.dumps(found))
     return path
 
@@ -211,11 +222,40 @@ def test_robustness_is_that_of_the_results(tmp_path: Path, monkeypatch: pytest.M
     reuse_encoders(monkeypatch, made)
     words = wording(made.source)
     path = result_file(tmp_path / "a.json", made)
-    rows = robustness.read([path], made.source, words.templates)
-    manifest = export_bundle(made.source, tmp_path / "out", words, robustness=rows)
-    assert manifest.robustness == rows == Bundle(tmp_path / "out").manifest.robustness
+    rows, recommended = robustness.read([path], made.source, words.templates)
+    manifest = export_bundle(
+        made.source, tmp_path / "out", words, robustness=rows, purification=CosPurifier(2, 0.5)
+    )
+    assert manifest == Bundle(tmp_path / "out").manifest
+    assert manifest.robustness == rows
     assert (rows[0].attacks, rows[0].eps) == (("apgd-ce", "apgd-t"), 0.5)
-    assert (rows[0].clean_accuracy, rows[0].worst_case_accuracy) == (0.9, 0.4)
+    assert (rows[0].clean_accuracy, rows[0].worst_case_accuracy) == (0.75, 0.5)
+    assert rows[0].purification == "none"
+    assert recommended is None
+    assert manifest.purification == CosPurifier(2, 0.5)
+
+
+def test_purification_is_recommended_for_a_gain_that_is_no_chance(tmp_path: Path) -> None:
+    made = exported("vit")
+
+    def recommended(*held: str, **changes: Any) -> Any:
+        """Of the first without purification, and the others each with one step more."""
+        paths = []
+        for i, marks in enumerate(held):
+            purifier = {"steps": i, "step_size": 0.5} if i else None
+            path = tmp_path / f"{i}.json"
+            paths.append(result_file(path, made, marks, purifier, **(changes if i else {})))
+        return robustness.read(paths, made.source, wording(made.source).templates)[1]
+
+    none = "10" * 20
+    assert recommended(none) is None
+    assert recommended(none, "1" + none[1:]) is None
+    assert recommended(none, "11" + none[2:]) is None  # one image of forty: by chance
+    better, best = "1" * 10 + none[10:], "1" * 20 + none[20:]
+    assert recommended(none, better) == CosPurifier(1, 0.5)
+    assert recommended(none, better, best) == CosPurifier(2, 0.5)
+    assert recommended(best, better) is None
+    assert recommended(none, best, eps=0.25) is None  # not measured alike
 
 
 def test_figures_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -233,12 +273,15 @@ def test_figures_of_another_model_are_refused(tmp_path: Path) -> None:
     assert "was measured on other weights" in message()
     result_file(path, made, templates=["other {}"])
     assert "was measured with other templates" in message()
+    found = json.loads(result_file(path, made).read_text())
+    path.write_text(json.dumps(found | {"finished": 3}))
+    assert "is not finished" in message()
+    path.write_text(json.dumps(found | {"checks": []}))
+    assert "was not checked" in message()
+    path.write_text(json.dumps(found | {"checks": [{"name": "some", "passed": False}]}))
+    assert "failed some" in message()
     result_file(path, made, eps="much")
     assert "is no result of python -m train.evaluate" in message()
-    unfinished = json.loads(result_file(path, made).read_text())
-    del unfinished["worst_case_accuracy"]
-    path.write_text(json.dumps(unfinished))
-    assert "is not finished" in message()
 
 
 def test_logit_scale_and_bias() -> None:

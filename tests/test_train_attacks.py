@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.attacks import margin, pgd
+from train.attacks import LOSSES, margin, pgd
 
 SHAPE = (5, 3, 4, 4)
 
@@ -135,6 +135,193 @@ def test_as_many_generators_as_images(model: torch.nn.Module, images: torch.Tens
         )  # fmt: skip
 
 
+# Images that are fooled, and attacked no longer.
+
+
+def seeds(chosen: list[int]) -> list[torch.Generator]:
+    """So that an image's noise is its own, whatever becomes of the others."""
+    return [torch.Generator().manual_seed(i) for i in chosen]
+
+
+def above(limit: float):  # type: ignore[no-untyped-def]
+    return lambda logits, labels: margin(logits, labels) > limit
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("limit", [-1.0, -0.2, 0.0, 0.1, 100.0])
+def test_fooled_images_stay_as_they_were_then(
+    model: torch.nn.Module, images: torch.Tensor, norm: str, limit: float
+) -> None:
+    """Each is where it first was fooled on the way that it takes without; or at the way's end."""
+    images, labels = images.repeat(7, 1, 1, 1)[:33], LABELS.repeat(7)[:33]
+    settings = {"eps": 0.2, "step_size": 0.02, "norm": norm}
+    if norm == "l2":
+        settings = {"eps": 1.5, "step_size": 0.1, "norm": norm}
+
+    def attack(steps: int, **more: object) -> torch.Tensor:
+        return pgd(
+            model, images, labels, steps=steps, generator=seeds(list(range(33))), **settings, **more
+        )
+
+    steps = 8
+    way = [attack(k) for k in range(steps + 1)]
+    found = attack(steps, fooled=above(limit))
+    stops = []
+    for i in range(33):
+        wrong = [k for k in range(steps) if margin(model(way[k][i, None]), labels[i, None]) > limit]
+        stops.append(min(wrong, default=steps))
+        torch.testing.assert_close(found[i], way[stops[i]][i], rtol=0, atol=1e-6)
+    if abs(limit) >= 1:
+        assert set(stops) == {0 if limit < 0 else steps}
+    if limit == 0:
+        assert len(set(stops)) > 2
+
+
+def test_fooled_images_are_not_asked_about_again(images: torch.Tensor) -> None:
+    asked = []
+
+    def count(x: torch.Tensor) -> torch.Tensor:
+        asked.append(len(x))
+        return x.flatten(1)[:, :3]
+
+    calls = iter([[False, True, False, False, True], [True, False, False], [False, False]])
+
+    def fooled(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        assert len(outputs) == len(labels)
+        return torch.tensor(next(calls))
+
+    pgd(count, images, LABELS, eps=0.1, step_size=0.1, steps=3, fooled=fooled)
+    assert asked == [5, 3, 2]
+
+
+def test_all_fooled_is_the_end(images: torch.Tensor) -> None:
+    asked = []
+
+    def count(x: torch.Tensor) -> torch.Tensor:
+        asked.append(len(x))
+        return x.flatten(1)[:, :3]
+
+    found = pgd(
+        count, images, LABELS, eps=0.1, step_size=0.1, steps=9, random_start=False,
+        fooled=lambda outputs, labels: torch.ones(len(outputs), dtype=torch.bool),
+    )  # fmt: skip
+    assert asked == [5]
+    assert torch.equal(found, images)
+
+
+def test_fooled_is_given_the_labels_of_what_is_left(images: torch.Tensor) -> None:
+    """Anything with a row for each image may be a label."""
+    rows = torch.stack([torch.arange(5), LABELS], dim=1)
+    seen = []
+
+    def fooled(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(labels.tolist())
+        return labels[:, 0] == len(seen)  # the second image at once, then the third
+
+    pgd(
+        lambda x: x.flatten(1)[:, :3], images, rows, eps=0.1, step_size=0.1, steps=3, fooled=fooled,
+        loss=lambda outputs, labels: margin(outputs, labels[:, 1]),
+    )  # fmt: skip
+    rows = rows.tolist()
+    assert seen == [rows, [rows[0], *rows[2:]], [rows[0], *rows[3:]]]
+
+
+@pytest.mark.parametrize("loss", ["ce", "cw", margin], ids=["ce", "cw", "own"])
+def test_of_restarts_the_first_that_fools_is_kept(
+    model: torch.nn.Module, images: torch.Tensor, loss: object
+) -> None:
+    images, labels = images.repeat(7, 1, 1, 1)[:33], LABELS.repeat(7)[:33]
+    settings = {"eps": 0.2, "step_size": 0.01, "steps": 2, "fooled": above(0), "loss": loss}
+    generator = seeds(list(range(33)))
+    tries = [pgd(model, images, labels, generator=generator, **settings) for _ in range(4)]
+    margins = torch.stack([margin(model(x), labels) for x in tries])
+    found = pgd(model, images, labels, generator=seeds(list(range(33))), restarts=4, **settings)
+    firsts = set()
+    for i in range(33):
+        wrong = (margins[:, i] > 0).nonzero().flatten().tolist()
+        best = wrong[0] if wrong else margins[:, i].argmax().item()
+        firsts.add(best if wrong else -1)
+        torch.testing.assert_close(found[i], tries[best][i], rtol=0, atol=1e-6)
+    assert len(firsts) > 2
+
+
+@pytest.mark.parametrize("fooled", [None, above(0)], ids=["", "fooled"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_restarts_in_other_precisions(
+    model: torch.nn.Module, images: torch.Tensor, dtype: torch.dtype, fooled: object
+) -> None:
+    for loss in ("cw", lambda outputs, labels: outputs[:, 0]):
+        found = pgd(
+            model.to(dtype), images.to(dtype), LABELS, eps=0.1, step_size=0.1, steps=2, restarts=3,
+            loss=loss, fooled=fooled,
+        )  # fmt: skip
+        assert found.dtype == dtype
+        assert (found.double() - images.double()).abs().max() < 0.11
+
+
+# Gradients of random models.
+
+
+def test_as_many_gradients_as_draws(images: torch.Tensor) -> None:
+    asked = []
+
+    def count(x: torch.Tensor) -> torch.Tensor:
+        asked.append(len(x))
+        return x.flatten(1)[:, :3]
+
+    pgd(count, images, LABELS, eps=0.1, step_size=0.1, steps=3, draws=7)
+    assert asked == [5] * 21
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_draws_find_the_optimum_of_a_random_models_mean(
+    model: torch.nn.Module, images: torch.Tensor, norm: str
+) -> None:
+    """Its weights are lost in noise that is drawn at each call; only an average shows them."""
+    labels, eps = LABELS % 2, 0.1
+    towards = (model[1].weight[1 - labels] - model[1].weight[labels]).detach()
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        weight = model[1].weight[:2] + 0.5 * torch.randn(2, 48)
+        return x.flatten(1) @ weight.T
+
+    def share(draws: int) -> float:
+        """Of what the best perturbation gains."""
+        torch.manual_seed(0)
+        found = pgd(
+            noisy, images, labels, eps=eps, step_size=10 * eps, steps=1, norm=norm, loss="cw",
+            random_start=False, draws=draws,
+        )  # fmt: skip
+        gained = ((found - images).flatten(1) * towards).sum(1)
+        best = towards.abs().sum(1) if norm == "linf" else towards.norm(dim=1)
+        return (gained / (eps * best)).mean().item()
+
+    assert share(1000) > 0.93
+    assert share(1) < 0.6
+
+
+def test_draws_of_a_model_that_is_not_random_change_nothing(
+    model: torch.nn.Module, images: torch.Tensor
+) -> None:
+    def attack(draws: int) -> torch.Tensor:
+        return pgd(
+            model, images, LABELS, eps=0.1, step_size=0.02, steps=3, norm="l2", draws=draws,
+            generator=seeds([0, 1, 2, 3, 4]), fooled=above(0),
+        )  # fmt: skip
+
+    torch.testing.assert_close(attack(5), attack(1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["ce", "cw"])
+def test_losses_are_not_taken_in_half_precision(loss: str) -> None:
+    """Else differences of logits below their spacing would have no gradient."""
+    logits = torch.tensor([[30.0, 10.0, 0.0]], dtype=torch.bfloat16)
+    value = LOSSES[loss](logits, torch.tensor([0]))
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, LOSSES[loss](logits.float(), torch.tensor([0])))
+    assert LOSSES[loss](logits.double(), torch.tensor([0])).dtype == torch.float64
+
+
 def test_margin_equals_a_plain_loop() -> None:
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     expected = [
@@ -150,7 +337,9 @@ def test_margin_equals_a_plain_loop() -> None:
         ({"eps": 8}, r"eps is in units of \[0, 1\], got 8: for 8 of 255 give 8/255"),
         ({"eps": -0.1}, "eps is in units"),
         ({"step_size": -1}, "must be 0 or more"),
-        ({"restarts": 0}, "restarts 1 or more"),
+        ({"restarts": 0}, "restarts and draws 1 or more"),
+        ({"draws": 0}, "restarts and draws 1 or more, got .* 1 and 0"),
+        ({"draws": -3}, "restarts and draws 1 or more"),
         ({"norm": "l1"}, "norm must be linf or l2"),
         ({"loss": "mse"}, "loss must be one of ce, cw"),
     ],

@@ -8,32 +8,39 @@ stops moving, and that looks like robustness.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-Logits = Callable[[torch.Tensor], torch.Tensor]
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (logits, labels) -> (B,)
+Loss = Callable[[Any, torch.Tensor], torch.Tensor]  # (logits, labels) -> (B,)
+Fooled = Callable[[Any, torch.Tensor], torch.Tensor]  # (logits, labels) -> (B,) booleans
 # One generator for all images; or one for each, and then no image's noise depends on the others.
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The loss of PGD (Madry et al., ICLR 2018), (B,)."""
-    return F.cross_entropy(logits, labels, reduction="none")
+    return F.cross_entropy(_wide(logits), labels, reduction="none")
 
 
 def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """How far the best wrong class is ahead (Carlini and Wagner, 2017), (B,); above 0 is a success."""
     own = F.one_hot(labels, logits.shape[1]).bool()
+    logits = _wide(logits)
     return logits.masked_fill(own, -torch.inf).amax(1) - logits[own]
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    """At least float32, in which a loss is not rounded away."""
+    return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "cw": margin}
 
 
 def pgd(
-    logits_fn: Logits,
+    logits_fn: Callable[[torch.Tensor], Any],
     images: torch.Tensor,
     labels: torch.Tensor,
     *,
@@ -45,6 +52,8 @@ def pgd(
     restarts: int = 1,
     random_start: bool = True,
     generator: Generators = None,
+    draws: int = 1,
+    fooled: Fooled | None = None,
 ) -> torch.Tensor:
     """Images within `eps` of `images` that are meant to be classified wrongly.
 
@@ -52,29 +61,34 @@ def pgd(
     [0, 1]: 8/255, not 8. norm is linf or l2 (over the whole image). loss is ce, cw, or a function
     (logits, labels) -> (B,) to be raised, for which logits and labels may be anything with a row
     for each image. Of several restarts each image keeps the one with the highest margin, or the
-    highest loss of such a function. generator: one, or one for each image.
-    Raises ValueError for settings that make no sense.
+    highest loss of such a function. generator: one, or one for each image. draws: gradients of a
+    random logits_fn that each step sums (EOT, Athalye et al., ICML 2018).
+    fooled: (logits, labels) -> (B,) booleans; an image for which it is true is kept as it then is,
+    and attacked no longer. Raises ValueError for settings that make no sense.
     """
-    _check(images, eps, step_size, steps, restarts, norm, loss, generator)
+    _check(images, eps, step_size, steps, restarts, draws, norm, loss, generator)
     loss_fn, judge = (LOSSES[loss], margin) if isinstance(loss, str) else (loss, loss)
     best = images.detach().clone()
     best_value = torch.full((len(images),), -torch.inf, device=images.device)
     for _ in range(restarts):
         found = _ascend(
             logits_fn, images.detach(), labels, eps, step_size, steps, norm,
-            loss_fn, random_start, generator,
+            loss_fn, random_start, generator, draws, fooled,
         )  # fmt: skip
         if restarts == 1:
             return found
         with torch.no_grad():
-            value = judge(logits_fn(found).float(), labels)
+            outputs = logits_fn(found)
+            value = judge(outputs, labels).float()
+            if fooled is not None:
+                value = value.masked_fill(fooled(outputs, labels), torch.inf)
         better = value > best_value
         best[better], best_value[better] = found[better], value[better]
     return best
 
 
 def _ascend(
-    logits_fn: Logits,
+    logits_fn: Callable[[torch.Tensor], Any],
     images: torch.Tensor,
     labels: torch.Tensor,
     eps: float,
@@ -84,16 +98,31 @@ def _ascend(
     loss_fn: Loss,
     random_start: bool,
     generator: Generators,
+    draws: int,
+    fooled: Fooled | None,
 ) -> torch.Tensor:
     delta = torch.zeros_like(images)
     if random_start:
         delta = _project(_random(images, norm, eps, generator), images, norm, eps)
+    found = images + delta
+    active = torch.arange(len(images), device=images.device)
     for _ in range(steps):
         delta.requires_grad_()
-        loss = loss_fn(logits_fn(images + delta).float(), labels).sum()
+        loss = torch.zeros(())
+        for _ in range(draws):
+            outputs = logits_fn(images + delta)
+            loss = loss + loss_fn(outputs, labels).sum()
         (gradient,) = torch.autograd.grad(loss, delta)
-        delta = _project(delta.detach() + step_size * _direction(gradient, norm), images, norm, eps)
-    return images + delta
+        delta = delta.detach()
+        if fooled is not None:
+            left = ~fooled(outputs, labels)
+            active, images, labels = active[left], images[left], labels[left]
+            delta, gradient = delta[left], gradient[left]
+            if not len(active):
+                break
+        delta = _project(delta + step_size * _direction(gradient, norm), images, norm, eps)
+        found[active] = images + delta
+    return found
 
 
 def _random(images: torch.Tensor, norm: str, eps: float, generator: Generators) -> torch.Tensor:
@@ -134,6 +163,7 @@ def _check(
     step_size: float,
     steps: int,
     restarts: int,
+    draws: int,
     norm: str,
     loss: str | Loss,
     generator: Generators,
@@ -148,8 +178,8 @@ def _check(
         raise ValueError(f"got {len(generator)} generators for {len(images)} images")
     if norm == "linf" and not 0 <= eps <= 1:
         raise ValueError(f"eps is in units of [0, 1], got {eps}: for {eps} of 255 give {eps}/255")
-    if eps < 0 or step_size < 0 or steps < 0 or restarts < 1:
+    if eps < 0 or step_size < 0 or steps < 0 or restarts < 1 or draws < 1:
         raise ValueError(
-            f"eps, step_size and steps must be 0 or more and restarts 1 or more, "
-            f"got {eps}, {step_size}, {steps} and {restarts}"
+            f"eps, step_size and steps must be 0 or more, restarts and draws 1 or more, "
+            f"got {eps}, {step_size}, {steps}, {restarts} and {draws}"
         )

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,10 +29,19 @@ def choose_device(name: str) -> torch.device:
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
     """The sum over all processes; the values themselves where there is one."""
+    return _all_reduce(values, dist.ReduceOp.SUM)
+
+
+def all_max(values: torch.Tensor) -> torch.Tensor:
+    """The largest of each value over all processes."""
+    return _all_reduce(values, dist.ReduceOp.MAX)
+
+
+def _all_reduce(values: torch.Tensor, op: Any) -> torch.Tensor:
     if dist.is_initialized():
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         values = values.to(device)
-        dist.all_reduce(values)
+        dist.all_reduce(values, op)
     return values.cpu()
 
 

@@ -1,240 +1,226 @@
-"""Accuracy of a CLIP under attack, on the PyTorch model, white box.
+"""Accuracy of a CLIP under attack, white box, with the checks that make the figure believable.
 
-    python -m train.evaluate runs/fashion --data fashion-mnist --eps 8/255 -n 500 --out result.json
+    python -m train.evaluate runs/fashion --data fashion-mnist --eps 8/255 --out result.json
 
-Attacks see images in [0, 1] at the encoder's input size and change them within eps. The worst case
-counts an image as right only if it stays right under every attack. The result file is rewritten
-after every batch: the same command goes on where a killed one stopped.
+Attacks see images in [0, 1] at the encoder's input size and change them within eps; a purified model
+is attacked through every gradient of --gradient. The worst case counts an image as right only if it
+stays right under every attack. Then ten checks look for ways in which the attacks may have failed.
+The result file is rewritten all the time: the same command goes on where a killed one stopped, and
+one with a larger -n adds to what is there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-from collections.abc import Sequence
-from importlib.metadata import version
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchattacks
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import nn
 
-import edgeclip
-from export.bundle import wording
-from export.checkpoints import load
-from train import data
-from train.attacks import pgd
-from train.distributed import choose_device
-from train.model import (
-    Attack,
-    Classifier,
-    Pictures,
-    batches,
-    class_embeddings,
-    draw,
-    generators,
-    split,
-)
-from train.runs import write_atomically
-from train.settings import Parser, SettingsError, check_eps, check_number, run
+from train.defence import GRADIENTS
+from train.distributed import choose_device, processes
+from train.measurement import Measurement
+from train.protocols import Protocol, Radius, describe, find, missing
+from train.settings import Parser, SettingsError, check_eps, check_number, fraction, run
+from train.threat import ATTACKS
 
 EPILOG = """examples:
-  python -m train.evaluate runs/fashion --data fashion-mnist --eps 8/255 -n 500 --out plain.json
-  python -m train.evaluate ViT-B-32 --pretrained openai --data cifar10 --attack pgd apgd-ce apgd-t \\
+  python -m train.evaluate runs/fashion --data fashion-mnist --eps 8/255 --out plain.json
+  python -m train.evaluate ViT-B-32 --pretrained openai --data cifar10 --attack autoattack \\
       --eps 1/255 -n 1000 --out openai.json
+  python -m train.evaluate bundles/vit --checkpoint runs/vit --data cifar10 --eps 4/255 \\
+      --purify cos --gradient exact identity encoder released --out purified.json
+  python -m train.evaluate ViT-B-32 --pretrained openai --protocol tga-zsr-16 --out results/openai
+  torchrun --nproc-per-node 4 -m train.evaluate runs/fashion --data fashion-mnist --eps 8/255 \\
+      --attack autoattack --out plain.json
 
-attacks: apgd-ce and apgd-t (targeted, up to 9 classes) of AutoAttack by the library torchattacks; pgd
-with the cross-entropy and cw with the margin by train.attacks, step size eps / 4.
+attacks: autoattack (apgd-ce, apgd-t with 9 targets, fab-t, square, each on what is left right by those
+before it), these four alone, pgd and cw (PGD on the cross-entropy and on the margin), feature (PGD
+towards the embedding of an image of another class). Square reads no gradient and runs once.
+
+gradients through a purification: exact (of the function that it is), identity (as if it were none),
+encoder (attack the model without it, evaluate with it), released (as the published code computes
+it: shows how much of a figure is masking). Without a purification they are all the same.
 """
-TARGETS = 9  # classes that the targeted attack tries, as in AutoAttack
 
 
-class Logits(nn.Module):
-    """A classifier as attack libraries want it: images in [0, 1] -> logits."""
-
-    def __init__(self, model: Classifier) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(images).logits
-
-
-def build_attack(name: str, model: Classifier, args: argparse.Namespace) -> Attack:
-    logits, classes = Logits(model).eval(), len(model.classes)
-    norm = {"linf": "Linf", "l2": "L2"}[args.norm]
-    shared = {"norm": norm, "eps": args.eps, "steps": args.steps, "n_restarts": args.restarts}
-    if name == "apgd-ce":
-        library = torchattacks.APGD(logits, **shared, seed=args.seed, loss="ce")
-        return lambda images, labels, seeds: library(images, labels)
-    if name == "apgd-t":
-        if classes < 4:
-            raise SettingsError(f"apgd-t needs 4 classes or more, {args.data} has {classes}")
-        targets = min(classes, TARGETS + 1)
-        library = torchattacks.APGDT(logits, **shared, seed=args.seed, n_classes=targets)
-        return lambda images, labels, seeds: library(images, labels)
-    return lambda images, labels, seeds: pgd(
-        logits,
-        images,
-        labels,
-        eps=args.eps,
-        step_size=args.eps / 4,
-        steps=args.steps,
-        norm=args.norm,
-        loss={"pgd": "ce", "cw": "cw"}[name],
-        restarts=args.restarts,
-        generator=generators(seeds, images.device),
-    )
+ATTACK, STEPS, SAMPLES = ("apgd-ce", "apgd-t"), 100, 1000
 
 
 def build_parser() -> argparse.ArgumentParser:
     description = __doc__.split("\n\n")[0]
     parser = Parser("python -m train.evaluate", "SUBJECT", description, EPILOG)
     add = parser.add_argument
-    add("subject", metavar="SUBJECT", help="folder of a run, or open_clip's name of a model")
-    add("--pretrained", metavar="TAG", help="tag of open_clip's or a file of weights")
+    add(
+        "subject", metavar="SUBJECT", help="bundle, folder of a run, or open_clip's name of a model"
+    )
+    add("--pretrained", metavar="TAG", help="of a model's name: tag of open_clip's or a file")
+    add("--checkpoint", metavar="RUN", help="of a bundle: its weights (default: beside it)")
     add("--template", action="append", metavar="TEXT", help="prompt (default: as exported)")
-    add("--attack", nargs="+", default=["apgd-ce", "apgd-t"], metavar="NAME",
-        choices=("apgd-ce", "apgd-t", "pgd", "cw"), help="default: apgd-ce apgd-t")  # fmt: skip
-    add("--restarts", type=int, default=1, help="of each attack (default: 1)")
-    parser.add_measurement(steps=100, samples=1000, required=True)
-    add("--out", type=Path, required=True, metavar="JSON", help="the result file")
+    add("--attack", nargs="+", metavar="NAME", choices=("autoattack", *ATTACKS),
+        help=f"default: {' '.join(ATTACK)}")  # fmt: skip
+    add("--gradient", nargs="+", default=list(GRADIENTS), metavar="MODE", choices=GRADIENTS,
+        help="through the purification (default: all four)")  # fmt: skip
+    add("--purify", default="auto", choices=("auto", "none", "cos", "diff"),
+        help="default: what a bundle recommends, none for a model")  # fmt: skip
+    add("--purify-steps", type=int, metavar="N", help="of cos (default: 10, as published)")
+    add("--purify-step-size", type=fraction, metavar="F", help="of cos (default: 30, as published)")
+    add("--restarts", type=int, default=1, metavar="N", help="of each attack (default: 1)")
+    add("--step-size", type=fraction, metavar="F", help="of pgd, cw and feature (default: eps / 4)")
+    add("--queries", type=int, default=5000, metavar="N", help="of square (default: 5000)")
+    add("--eot", type=int, default=1, metavar="N",
+        help="draws per step against a random defence (default: 1)")  # fmt: skip
+    parser.add_measurement(steps=STEPS, samples=SAMPLES, required=False)
+    parser.set_defaults(steps=None, samples=None)  # a protocol has its own
+    add("--check-samples", type=int, default=100, metavar="N",
+        help="images of the ten checks; 0: none, and the report says so (default: 100)")  # fmt: skip
+    add("--transfer-from", metavar="RUN", help="another model, whose attacks are tried too")
+    add("--protocol", metavar="NAME", help="a paper's data sets, attacks, sizes and prompts")
+    add("--list", action="store_true", help="tell what the protocol is, and what of it is here")
+    add("--skip-missing", action="store_true", help="measure the protocol's other data sets")
+    add("--out", type=Path, metavar="JSON", help="the result file; of a protocol, their folder")
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises SettingsError."""
+    """Fill in what was not given. Raises SettingsError."""
+    for name in ("data", "eps", "out"):
+        if getattr(args, name) is None:
+            raise SettingsError(f"--{name} is missing (or --protocol; see --help)")
+    for name, default in (("attack", ATTACK), ("steps", STEPS), ("samples", SAMPLES)):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     check_eps("eps", args.eps, args.norm)
-    for name in ("steps", "restarts", "samples", "batch_size"):
+    for name in ("steps", "restarts", "samples", "batch_size", "queries", "eot"):
         check_number(name, getattr(args, name), 1)
+    check_number("check_samples", args.check_samples, 0)
     check_number("threads", args.threads, 0)
     check_number("seed", args.seed, 0, 2**63 - 1)
+    if args.step_size is not None:
+        check_eps("step-size", args.step_size, args.norm)
     if args.out.is_dir():
         raise SettingsError(f"{args.out} is a folder: --out names the result file")
 
 
-def previous_samples(path: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """What a killed run of the same command found so far: for each attack, 1 or 0 per image."""
-    if not path.is_file():
-        return {}
-    try:
-        before = json.loads(path.read_text())
-        if before["settings"] == settings:
-            return before["samples"]
-    except (ValueError, KeyError, TypeError) as err:
-        raise SettingsError(f"{path} is not a result file: remove it, or name another") from err
-    different = [key for key in settings if before["settings"].get(key) != settings[key]]
-    raise SettingsError(
-        f"{path} holds the results of other settings ({', '.join(different)}): name another file"
-    )
-
-
-def report(settings: dict[str, Any], samples: dict[str, str]) -> dict[str, Any]:
-    """The result file's contents; figures only of what is finished."""
-    done = {name: marks for name, marks in samples.items() if len(marks) == settings["samples"]}
-
-    def share(marks: Sequence[str]) -> float:
-        return sum(mark == "1" for mark in marks) / len(marks)
-
-    found: dict[str, Any] = {"settings": settings}
-    if "clean" in done:
-        found["clean_accuracy"] = share(done["clean"])
-    found["results"] = [
-        {
-            "attack": name,
-            "norm": settings["norm"],
-            "eps": settings["eps"],
-            "gradient": "exact",  # there is no purification whose gradient could be replaced
-            "robust_accuracy": share(done[name]),
-        }
-        for name in settings["attack"]
-        if name in done
-    ]
-    if len(done) == 1 + len(settings["attack"]):
-        worst = ["1" if set(marks) == {"1"} else "0" for marks in zip(*done.values(), strict=True)]
-        found["worst_case_accuracy"] = share(worst)
-    return found | {"samples": samples}
-
-
-def describe(args: argparse.Namespace, weights_sha256: str, templates: Sequence[str], count: int):
-    """Everything needed to run it again, and to tell whether a result file is of this run."""
-    packages = ("torch", "torchattacks", "open_clip_torch")
-    return {
-        "subject": args.subject,
-        "pretrained": args.pretrained,
-        "weights_sha256": weights_sha256,
-        "data": args.data,
-        "templates": list(templates),
-        "attack": list(dict.fromkeys(args.attack)),
-        "norm": args.norm,
-        "eps": args.eps,
-        "steps": args.steps,
-        "restarts": args.restarts,
-        "samples": count,
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-        "purification": "none",
-        "versions": {name: version(name) for name in packages}
-        | {"edgeclip": edgeclip.__version__, "python": platform.python_version()},
-    }
+def purification_text(settings: dict[str, Any]) -> str:
+    purifier = settings["purification"]
+    return "none" if purifier is None else f"cos, {purifier['steps']} x {purifier['step_size']:g}"
 
 
 def show(found: dict[str, Any]) -> None:
     settings = found["settings"]
+    eps = settings["eps"]
+    size = f"{eps * 255:g}/255" if settings["norm"] == "linf" else f"{eps:g}"
     title = (
-        f"{settings['subject']} on {settings['data']}, {settings['samples']} images, "
-        f"{settings['norm']} eps {settings['eps'] * 255:g}/255, {settings['steps']} steps"
+        f"{settings['subject']} on {settings['data']}, {found['finished']} images, "
+        f"{settings['norm']} eps {size}, {settings['steps']} steps, "
+        f"purification {purification_text(settings)}"
     )
-    table = Table("attack", "accuracy")
-    table.add_row("none", f"{found['clean_accuracy']:.2%}")
+    table = Table("attack", "gradient", "accuracy")
+    table.add_row("none", "", f"{found['clean_accuracy']:.2%}")
     for row in found["results"]:
-        table.add_row(row["attack"], f"{row['robust_accuracy']:.2%}")
-    table.add_row("worst case", f"{found['worst_case_accuracy']:.2%}")
+        for name, accuracy in row.get("stages", {}).items():
+            table.add_row(f"  after {name}", row["gradient"], f"{accuracy:.2%}")
+        table.add_row(row["attack"], row["gradient"], f"{row['robust_accuracy']:.2%}")
+    table.add_row("worst case", "", f"{found['worst_case_accuracy']:.2%}")
+    if found["masking"] is not None:
+        table.add_row("masking", "", f"{100 * found['masking']:+.2f} points")
+    checks = Table("check", "", "figure")
+    words = {True: "pass", False: "[bold red]FAIL[/]", None: "-"}
+    for i, row in enumerate(found["checks"], 1):
+        checks.add_row(f"{i} {row['name']}", words[row["passed"]], row["figure"])
     console = Console()
     console.print(title, soft_wrap=True)
     console.print(table)
+    console.print(checks)
+    failed = [str(i) for i, row in enumerate(found["checks"], 1) if row["passed"] is False]
+    if failed or not found["checks"]:
+        why = f"checks {', '.join(failed)} FAILED" if failed else "NO CHECK WAS RUN"
+        console.print(f"[bold red]DO NOT BELIEVE THESE FIGURES: {why}[/]", soft_wrap=True)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """One data set, one size: attack, check, show."""
+    check(args)
+    columns = (
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[cost]}"),
+    )
+    with processes(choose_device(args.device)) as (rank, world, device):
+        work = Measurement(args, rank, world, device)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        work.resume()
+        if rank == 0:
+            work.agree()
+        with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as progress:
+            work.attack(progress)
+            work.results.gather()
+            if rank == 0:
+                work.check(progress)
+                work.results.write(args.out)
+                show(work.results.figures())
+        if rank > 0:
+            work.own.unlink(missing_ok=True)
+
+
+def prescribed(
+    args: argparse.Namespace, protocol: Protocol, name: str, radius: Radius
+) -> argparse.Namespace:
+    """The settings of one of a protocol's measurements; what was given on the command line goes
+    before the protocol's own."""
+    size = f"{radius.norm}-{radius.eps * 255:g}" if radius.norm == "linf" else str(radius)
+    fixed = {
+        "data": name,
+        "norm": radius.norm,
+        "eps": radius.eps,
+        "out": args.out / f"{name}-{size.replace(' ', '-')}.json",
+    }
+    own = {
+        "attack": protocol.attacks,
+        "steps": protocol.steps,
+        "step_size": protocol.step_size,
+        "samples": protocol.samples or sys.maxsize,  # as many as there are
+        "template": protocol.templates,
+    }
+    own = {key: value for key, value in own.items() if getattr(args, key) is None}
+    if args.purify == "auto" and protocol.purify:
+        own["purify"] = protocol.purify
+    return argparse.Namespace(**vars(args) | own | fixed)
+
+
+def follow(args: argparse.Namespace) -> None:
+    """Every measurement of a protocol, into a folder. Raises SettingsError."""
+    protocol = find(args.protocol)
+    if args.list:
+        print(describe(protocol))
+        return
+    if args.data or args.eps:
+        raise SettingsError("--protocol has its own data and eps: leave --data and --eps out")
+    if args.out is None or args.out.is_file():
+        raise SettingsError("--protocol needs --out FOLDER, for a result file of each data set")
+    absent = missing(protocol, args.download)
+    for line in absent.values():
+        print(line, file=sys.stderr)
+    if absent and not args.skip_missing:
+        raise SettingsError(
+            f"{len(absent)} of the {len(protocol.data)} data sets of {args.protocol} are not "
+            "here: get them, or measure the others with --skip-missing"
+        )
+    for name in protocol.data:
+        for radius in protocol.radii if name not in absent else ():
+            measure(prescribed(args, protocol, name, radius))
 
 
 def main(args: argparse.Namespace) -> None:
-    check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
-    test_set = data.load(args.data, train=False, download=args.download)
-    source = load(args.subject, args.pretrained)
-    templates = wording(source, templates=args.template).templates
-    classes = class_embeddings(source, test_set.classes, templates)
-    model = Classifier(source, classes).to(device).eval()
-    attacks = {name: build_attack(name, model, args) for name in dict.fromkeys(args.attack)}
-
-    keys = draw(len(test_set), args.samples, args.seed)
-    count = len(keys)
-    settings = describe(args, source.weights_sha256, templates, count)
-    samples = previous_samples(args.out, settings)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = Pictures(test_set, source.model.visual)
-
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        for name in ["clean", *attacks]:
-            samples.setdefault(name, "")
-            start = len(samples[name])  # a whole number of batches, or all of them
-            bar = progress.add_task(name, total=count, completed=start)
-            for batch in batches(pictures, split(keys[start:], args.batch_size), workers=0):
-                images, labels, seeds = (x.to(device) for x in batch)
-                shown = images if name == "clean" else attacks[name](images, labels, seeds)
-                with torch.no_grad():
-                    right = model(shown).logits.argmax(1) == labels
-                samples[name] += "".join("1" if mark else "0" for mark in right.tolist())
-                text = json.dumps(report(settings, samples), indent=2) + "\n"
-                write_atomically(args.out, lambda part, text=text: part.write_text(text))
-                progress.update(bar, completed=len(samples[name]))
-    show(report(settings, samples))
+    (follow if args.protocol else measure)(args)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from edgeclip import _core
 from export.checkpoints import Source
-from export.towers import image_encoder
+from export.towers import PooledImageEncoder, image_encoder
 from train.data import DataSet
 
 TEXT_BATCH = 256  # prompts encoded at a time
@@ -48,14 +48,18 @@ class Classifier(nn.Module):
         *,
         train_classes: bool = False,
         bfloat16: bool = False,
+        tokens: bool = True,
     ) -> None:
         """classes: unit text embeddings (K, D); with train_classes they are a weight like others.
 
         bfloat16: the encoder's products in that precision; its outputs are the classes' either way.
+        tokens: whether patch tokens are computed, where the encoder has them.
         """
         super().__init__()
         self.bfloat16 = bfloat16
-        self.encoder, self.token_spec = image_encoder(source.model)
+        self.encoder, self.token_spec = (
+            image_encoder(source.model) if tokens else (PooledImageEncoder(source.model), None)
+        )
         preprocess = PreprocessCfg(**source.model.visual.preprocess_cfg)
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std).view(3, 1, 1), persistent=False)
@@ -71,8 +75,12 @@ class Classifier(nn.Module):
             embedding, *rest = self.encoder((images - self.mean) / self.std)
         dtype = self.classes.dtype
         embedding, tokens = embedding.to(dtype), rest[0].to(dtype) if rest else None
+        return Output(self.scores(embedding), embedding, tokens)
+
+    def scores(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K) of embeddings (B, D) of any norm."""
         cosines = F.normalize(embedding, dim=-1) @ F.normalize(self.classes, dim=-1).T
-        return Output(self.logit_scale * cosines, embedding, tokens)
+        return self.logit_scale * cosines
 
 
 @torch.no_grad()

@@ -2,80 +2,360 @@
 
     python -m train.report docs/results/*.json --into docs/training.md
 
-One table for each kind of measurement (data, images, norm, eps, steps, restarts, seed), one row for
-each model. --into replaces what stands between the two lines MARKS of a document.
+One table for each data set, norm, eps and seed. Figures are over the images that every attack is done
+with. --into replaces what a document has between MARKS.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.evaluate import report
+import numpy as np
+
+from train import plots
+from train.defence import GRADIENTS
 from train.runs import write_atomically
-from train.settings import Parser, SettingsError, run
+from train.settings import Parser, SettingsError, check_number, run
 
 MARKS = ("<!-- train.report -->", "<!-- /train.report -->")
-KIND = ("data", "samples", "norm", "eps", "steps", "restarts", "seed")
+NEEDED = ("subject", "data", "norm", "eps", "seed", "samples", "attack", "steps", "restarts")
+AUTOATTACK = ("autoattack", "exact")
+CHECKS = 10  # that a figure must pass
+PASSED = {True: "yes", False: "**NO**", None: "n/a"}
+Z = 1.96  # of a 95 % interval
+INTERVAL = "± is half the width of the 95 % Wilson interval of the worst case."
+DOUBT = "**! !** stands around a worst case that has not passed all checks: do not rely on it."
 EPILOG = """examples:
   python -m train.report docs/results/*.json
-  python -m train.report docs/results/*.json --samples 250 --into docs/training.md
+  python -m train.report docs/results/*.json --checks --into docs/ROBUSTNESS.md --plots docs/plots
+  python -m train.report docs/results/*.json --samples 250 --brief --into docs/training.md
 """
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A finished result file. Raises SettingsError."""
+@dataclass(frozen=True)
+class Result:
+    """A result file. Marks are (n,) booleans: whether each finished image is named rightly."""
+
+    settings: dict[str, Any]
+    wanted: int  # images of the draw
+    images: np.ndarray  # (n,) places in the draw of those on which every attack is done
+    clean: np.ndarray
+    stages: dict[tuple[str, str], dict[str, np.ndarray]]  # (attack, gradient) -> stage -> marks
+    seconds: dict[str, float]  # per image
+    checks: list[dict[str, Any]]  # name, figure, and passed: None where it does not apply
+
+    @property
+    def model(self) -> str:
+        """As the settings name it, with what tells its weights."""
+        settings = self.settings
+        name = " ".join(filter(None, (settings["subject"], settings.get("pretrained"))))
+        return f"{name} ({settings['checkpoint']})" if settings.get("checkpoint") else name
+
+    @property
+    def cos(self) -> tuple[int, float] | None:
+        """Steps and step size of CLIPure-Cos."""
+        found = self.settings.get("purification")
+        return None if found in (None, "none") else (found["steps"], found["step_size"])
+
+    @property
+    def purification(self) -> str:
+        return "cos {} x {:g}".format(*self.cos) if self.cos else "none"
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.purification}" if self.cos else self.model
+
+    @property
+    def size(self) -> str:
+        """eps as one reads it, with its norm."""
+        norm, eps = self.settings["norm"], self.settings["eps"]
+        return f"{norm} eps {eps * 255:g}/255" if norm == "linf" else f"{norm} eps {eps:g}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.settings['data']}, {self.size}, seed {self.settings['seed']}"
+
+    @property
+    def count(self) -> str:
+        done = len(self.images)
+        return str(done) if done == self.wanted else f"{done} of {self.wanted}"
+
+    @property
+    def budget(self) -> str:
+        """What the attacker had."""
+        attacks, settings = dict.fromkeys(attack for attack, _ in self.stages), self.settings
+        parts = [", ".join(attacks), f"{settings['steps']} steps"]
+        if settings.get("queries") and {"autoattack", "square"} & attacks.keys():
+            parts.append(f"{settings['queries']} queries")
+        if settings.get("eot", 1) > 1:
+            parts.append(f"EOT {settings['eot']}")
+        return "; ".join([*parts, f"restarts {settings['restarts']}"])
+
+    @property
+    def attacks(self) -> dict[tuple[str, str], np.ndarray]:
+        """(attack, gradient) -> marks; of stages an image has to withstand each."""
+        return {key: np.logical_and.reduce(list(s.values())) for key, s in self.stages.items()}
+
+    @property
+    def modes(self) -> dict[str, np.ndarray]:
+        """Gradient -> marks: each image at its worst over all attacks that use that gradient."""
+        marks: dict[str, np.ndarray] = {}
+        for (_, gradient), found in self.attacks.items():
+            marks[gradient] = marks.get(gradient, True) & found
+        return {gradient: marks[gradient] for gradient in GRADIENTS if gradient in marks}
+
+    @property
+    def worst(self) -> np.ndarray:
+        return np.logical_and.reduce([self.clean, *self.attacks.values()])
+
+    @property
+    def masking(self) -> float | None:
+        """How much better it looks by the gradient of the released code than by the others."""
+        shares = {mode: marks.mean() for mode, marks in self.modes.items()}
+        released = shares.pop("released", None)
+        return released - min(shares.values()) if released is not None and shares else None
+
+    @property
+    def failed(self) -> list[int]:
+        return [i for i, check in enumerate(self.checks, 1) if check["passed"] is False]
+
+    @property
+    def believed(self) -> bool:
+        return len(self.checks) >= CHECKS and not self.failed
+
+    @property
+    def verdict(self) -> str:
+        if self.believed:
+            applied = sum(check["passed"] is not None for check in self.checks)
+            other = len(self.checks) - applied
+            return f"{applied}/{applied} passed" + (f", {other} n/a" if other else "")
+        told = ["FAILED: " + ", ".join(map(str, self.failed))] if self.failed else []
+        if len(self.checks) < CHECKS:
+            told.append("UNFINISHED" if self.checks else "NOT CHECKED")
+        return "; ".join(told)
+
+
+def read(path: Path, first: int | None = None) -> Result:
+    """A result file, or what it holds of the `first` images of its draw. Raises SettingsError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if "worst_case_accuracy" in found:
-            return found
-    except (OSError, ValueError, TypeError) as err:
-        raise SettingsError(f"{path} is no result of python -m train.evaluate: {err}") from err
-    raise SettingsError(f"{path} is not finished: run its python -m train.evaluate again")
+        return _result(json.loads(path.read_text(encoding="utf-8")), first)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as err:
+        why = f"no {err}" if isinstance(err, KeyError) else str(err)
+        raise SettingsError(f"{path} is no result of python -m train.evaluate: {why}") from err
+    except SettingsError as err:
+        raise SettingsError(f"{path}: {err}") from err
 
 
-def first(found: dict[str, Any], count: int) -> dict[str, Any]:
-    """The result as it is on the first `count` images of its draw. Raises SettingsError."""
-    if found["settings"]["samples"] < count:
-        subject = found["settings"]["subject"]
-        raise SettingsError(f"{subject} was measured on {found['settings']['samples']} images only")
-    marks = {name: marks[:count] for name, marks in found["samples"].items()}
-    return report(found["settings"] | {"samples": count}, marks)
+def _result(found: dict[str, Any], first: int | None) -> Result:
+    settings, samples = found["settings"], found["samples"]
+    missing = [name for name in NEEDED if name not in settings]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)} among its settings")
+    if any(set(text) - set("01?") or len(text) > settings["samples"] for text in samples.values()):
+        raise ValueError("its marks are not one of 1, 0 and ? for each image")
+    # Older files have no "?": their marks end where the attack was stopped.
+    texts = {key: text.ljust(settings["samples"], "?") for key, text in samples.items()}
+    wanted = settings["samples"] if first is None else first
+    table = np.array([list(text) for text in texts.values()])
+    finished = np.flatnonzero((table != "?").all(0))
+    images = finished[finished < wanted]
+    marks = dict(zip(texts, table[:, images] == "1", strict=True))
+    clean, stages = marks.pop("clean"), {}
+    for key, found_by in marks.items():
+        attack, stage, gradient = _parse(key)
+        stages.setdefault((attack, gradient), {})[stage] = found_by
+    if not len(images) or not set(settings["attack"]) <= {attack for attack, _ in stages}:
+        raise SettingsError("no image is finished yet: let its python -m train.evaluate go on")
+    if first is not None and len(images) < first:
+        raise SettingsError(f"of its first {first} images only {len(images)} are finished")
+    seconds = {key: s / len(finished) for key, s in (found.get("seconds") or {}).items()}
+    checks = found.get("checks") or []
+    if any(check["passed"] not in PASSED or {"name", "figure"} - check.keys() for check in checks):
+        raise ValueError("a check has no name, figure or result")
+    return Result(settings, wanted, images, clean, stages, seconds, checks)
 
 
-def tables(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown for the results, in the order given."""
-    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for found in results:
-        kinds.setdefault(tuple(found["settings"][name] for name in KIND), []).append(found)
-    return "\n\n".join(_table(dict(zip(KIND, kind, strict=True)), kinds[kind]) for kind in kinds)
+def _parse(key: str) -> tuple[str, str, str]:
+    """Attack, stage and gradient of "apgd-ce/exact" or "autoattack square/exact"."""
+    name, _, gradient = key.partition("/")
+    attack, _, stage = name.partition(" ")
+    return attack, stage, gradient or "exact"
 
 
-def _table(kind: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(row["attack"] for found in results for row in found["results"]))
-    what = (
-        f"{kind['data']}, {kind['samples']} test images, {kind['norm']} eps "
-        f"{kind['eps'] * 255:g}/255, {kind['steps']} steps, restarts {kind['restarts']}, "
-        f"seed {kind['seed']}; white box, accuracy in %:"
-    )
-    lines = [
-        what,
-        "",
-        _row(["model", "clean", *names, "worst case"]),
-        "|---" * (len(names) + 3) + "|",
+def tables(measured: Sequence[Result], *, brief: bool = False, checks: bool = False) -> str:
+    """Markdown for the results: a block for each kind, smaller eps first, no purification first."""
+    blocks = []
+    ordered = sorted(measured, key=lambda row: (row.settings["eps"], row.model, row.cos or (0, 0)))
+    for rows in _grouped(ordered, lambda row: row.title):
+        blocks.append(_table(rows, brief))
+        if not brief:
+            blocks += _details(rows)
+        if checks and any(row.checks for row in rows):
+            blocks.append(_all_checks(rows))
+    return "\n\n".join(blocks)
+
+
+def _grouped(rows: Sequence[Result], key: Callable[..., Any]) -> list[list[Result]]:
+    groups: dict[Any, list[Result]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.values())
+
+
+def _table(rows: Sequence[Result], brief: bool) -> str:
+    """By gradient with the state of the checks; brief: by attack, under the exact gradient."""
+    if brief:
+        names = dict.fromkeys(a for row in rows for a, mode in row.stages if mode == "exact")
+        figures = {name: [row.attacks.get((name, "exact")) for row in rows] for name in names}
+    else:
+        modes = [mode for mode in GRADIENTS if any(mode in row.modes for row in rows)]
+        figures = {mode: [row.modes.get(mode) for row in rows] for mode in modes}
+    columns = {
+        **_names(rows),
+        "n": [row.count for row in rows],
+        "clean": [_percent(row.clean) for row in rows],
+        **{name: [_percent(marks) for marks in column] for name, column in figures.items()},
+        "worst case": [_worst(row) for row in rows],
+        "masking": ["" if row.masking is None else _points(row.masking) for row in rows],
+        "attacks": [row.budget for row in rows],
+        "checks": [row.verdict if row.believed else f"**{row.verdict}**" for row in rows],
+    }
+    doubted = [row for row in rows if not row.believed]
+    told, notes = [rows[0].title], [INTERVAL, DOUBT] if doubted else [INTERVAL]
+    if brief or not any(columns["masking"]):
+        del columns["masking"]
+    if brief:
+        del columns["checks"]
+        for group in _grouped(doubted, lambda row: row.verdict):
+            notes.append(f"{group[0].verdict}: {', '.join(row.name for row in group)}.")
+        if not any(row.cos for row in rows):
+            del columns["purification"]
+        if len(set(columns["attacks"])) == 1:
+            told.append(columns.pop("attacks")[0])
+    told.append("white box, accuracy in %:")
+    return "\n\n".join(["; ".join(told), _columns(columns), " ".join(notes)])
+
+
+def _details(rows: Sequence[Result]) -> list[str]:
+    """What stands below a table: failed checks, the stages of AutoAttack, the grids."""
+    failed = [
+        f"- {row.name}: check {number} {_check(row.checks[number - 1])}"
+        for row in rows
+        for number in row.failed
     ]
-    for found in results:
-        robust = {row["attack"]: row["robust_accuracy"] for row in found["results"]}
-        figures = [found["clean_accuracy"], *map(robust.get, names), found["worst_case_accuracy"]]
-        shown = ["" if figure is None else f"{100 * figure:.1f}" for figure in figures]
-        lines.append(_row([found["settings"]["subject"], *shown]))
-    return "\n".join(lines)
+    cascades = [row for row in rows if AUTOATTACK in row.stages]
+    blocks = ["\n".join(["Failed checks:", "", *failed])] if failed else []
+    blocks += [_autoattack(cascades)] if cascades else []
+    same = _grouped(rows, lambda row: (row.model, row.settings.get("weights_sha256"), row.budget))
+    return blocks + [_grid(group) for group in same if len({row.cos for row in group} - {None}) > 1]
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _autoattack(rows: Sequence[Result]) -> str:
+    stages = [row.stages[AUTOATTACK] for row in rows]
+    names = dict.fromkeys(name for marks in stages for name in marks)
+    costs = [sum(s for k, s in r.seconds.items() if _parse(k)[::2] == AUTOATTACK) for r in rows]
+    columns = {
+        **_names(rows),
+        **{name: [_percent(marks.get(name)) for marks in stages] for name in names},
+        "seconds per image": [f"{cost:.3g}" if cost else "" for cost in costs],
+    }
+    title = "AutoAttack, cumulative, exact gradient; accuracy in % after each stage:\n\n"
+    return title + _columns(columns)
+
+
+def _grid(rows: Sequence[Result]) -> str:
+    """Clean and worst-case accuracy by steps and step size, for one model under the same attacks."""
+    cells: dict[tuple[int, float] | None, Result] = {}
+    for row in rows:  # of several results of a setting the worst counts
+        if row.cos not in cells or row.worst.mean() < cells[row.cos].worst.mean():
+            cells[row.cos] = row
+    plain = cells.pop(None, None)
+    steps, sizes = (sorted({cos[i] for cos in cells}) for i in range(2))
+    columns = {"steps": [str(count) for count in steps]}
+    for size in sizes:
+        found = [cells.get((count, size)) for count in steps]
+        columns[f"step size {size:g}"] = ["" if row is None else _pair(row) for row in found]
+    title = f"{rows[0].model}, CLIPure-Cos, clean / worst case in % ({rows[0].budget})"
+    if plain is None:
+        return f"{title}; no result without purification:\n\n{_columns(columns)}"
+    title = f"{title}; without purification {_pair(plain)}:"
+    return "\n\n".join([title, _columns(columns), _gain(plain, list(cells.values()))])
+
+
+def _gain(plain: Result, purified: Sequence[Result]) -> str:
+    """What the best setting gains, on the images that it shares with the plain model."""
+    pairs = []
+    for row in purified:
+        _, i, j = np.intersect1d(row.images, plain.images, return_indices=True)
+        if len(i):
+            clean = row.clean[i].mean() - plain.clean[j].mean()
+            pairs.append((row, row.worst[i].astype(int) - plain.worst[j], clean))
+    if not pairs:
+        return "No setting shares images with the unpurified model."
+    row, change, clean = max(pairs, key=lambda pair: pair[1].mean())
+    gain = change.mean()
+    half = Z * change.std() / len(change) ** 0.5  # of paired marks, as in McNemar's test
+    what = "has the largest gain" if gain > 0 else "comes closest, none gains"
+    within = ", within sampling error" if abs(gain) <= half else ""
+    doubt = "" if row.believed and plain.believed else " **! Not all checks passed !**"
+    return (
+        f"Of {len(purified)} settings {row.purification} {what}: worst case {_points(gain)} points "
+        f"± {100 * half:.1f} over no purification (95 % interval of the paired difference, "
+        f"{len(change)} images){within}; clean accuracy {_points(clean)} points.{doubt}"
+    )
+
+
+def _all_checks(rows: Sequence[Result]) -> str:
+    found = [(row, i, check) for row in rows for i, check in enumerate(row.checks, 1)]
+    columns = {
+        **_names([row for row, _, _ in found]),
+        "check": [str(number) for _, number, _ in found],
+        "passed": [PASSED[check["passed"]] for _, _, check in found],
+        "what was found": [_check(check) for _, _, check in found],
+    }
+    return f"<details><summary>All checks</summary>\n\n{_columns(columns)}\n\n</details>"
+
+
+def _check(check: dict[str, Any]) -> str:
+    return " ".join(f"{check['name']}: {check['figure']}".split())
+
+
+def _names(rows: Sequence[Result]) -> dict[str, list[str]]:
+    return {"model": [r.model for r in rows], "purification": [r.purification for r in rows]}
+
+
+def _percent(marks: np.ndarray | None) -> str:
+    return "" if marks is None else f"{100 * marks.mean():.1f}"
+
+
+def _points(share: float) -> str:
+    return f"{round(100 * share, 1) + 0.0:+.1f}"  # never -0.0
+
+
+def _doubted(text: str, row: Result) -> str:
+    return text if row.believed else f"**! {text} !**"
+
+
+def _worst(row: Result) -> str:
+    n, p = len(row.worst), row.worst.mean()
+    half = Z / (1 + Z**2 / n) * (p * (1 - p) / n + Z**2 / (4 * n**2)) ** 0.5  # Wilson, 1927
+    return _doubted(f"{_percent(row.worst)} ± {100 * half:.1f}", row)
+
+
+def _pair(row: Result) -> str:
+    return f"{_percent(row.clean)} / {_doubted(_percent(row.worst), row)}"
+
+
+def _columns(columns: dict[str, list[str]]) -> str:
+    rows = [columns.keys(), *zip(*columns.values(), strict=True)]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])
 
 
 def insert(text: str, document: Path) -> None:
@@ -90,23 +370,32 @@ def insert(text: str, document: Path) -> None:
     write_atomically(document, lambda part: part.write_text(new, encoding="utf-8"))
 
 
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser("python -m train.report", "JSON ...", __doc__.split("\n\n")[0], EPILOG)
+    add = parser.add_argument
+    add("results", nargs="+", type=Path, metavar="JSON", help="result files")
+    add("--samples", type=int, metavar="N", help="of each draw the first N images alone")
+    detail = parser.add_mutually_exclusive_group()
+    detail.add_argument("--brief", action="store_true", help="a table alone, attack by attack")
+    detail.add_argument("--checks", action="store_true", help="all checks too, with their figures")
+    add("--into", type=Path, metavar="FILE", help="a document with the two marks")
+    add("--plots", type=Path, metavar="FOLDER", help="draw what can be drawn; --into shows it")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    description = __doc__.split("\n\n")[0]
-    parser = Parser("python -m train.report", "JSON ...", description, EPILOG)
-    parser.add_argument("results", nargs="+", type=Path, metavar="JSON", help="result files")
-    parser.add_argument(
-        "--samples", type=int, metavar="N", help="of each draw the first N images alone"
-    )
-    parser.add_argument("--into", type=Path, metavar="FILE", help="a document with the two marks")
-    args = parser.parse_args(arguments)
-    results = [read(path) for path in args.results]
+    args = build_parser().parse_args(arguments)
     if args.samples is not None:
-        results = [first(found, args.samples) for found in results]
-    text = tables(results)
+        check_number("samples", args.samples, 1)
+    measured = [read(path, args.samples) for path in args.results]
+    text = tables(measured, brief=args.brief, checks=args.checks)
+    drawn = {} if args.plots is None else plots.draw(measured, args.plots)
+    if args.plots is not None:
+        print(f"{args.plots}: {len(drawn)} plots", file=sys.stderr)
     if args.into is None:
         print(text)
     else:
-        insert(text, args.into)
+        insert("\n\n".join([text, *plots.links(drawn, args.into)]), args.into)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,138 @@
+"""What is measured: a model in PyTorch, or a bundle and the weights that it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edgeclip.bundle import MANIFEST, Bundle
+from edgeclip.labels import check_templates
+from edgeclip.purify import Purifier
+from edgeclip.runtime import Runtime
+from export import ExportError
+from export.bundle import null_text, wording
+from export.checkpoints import CONFIG, Source, load
+from train.defence import Defence
+from train.model import Classifier, class_embeddings
+from train.settings import SettingsError
+
+AGREEMENT = 1e-2  # of probabilities, between the bundle's runtime and its checkpoint
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its prompts, and its bundle if it is one's."""
+
+    source: Source
+    templates: tuple[str, ...]
+    null_templates: tuple[str, ...]
+    bundle: Bundle | None = None
+
+    def defence(self, classes: Sequence[str], purifier: Purifier) -> Defence:
+        """The model in PyTorch, which is what white-box attacks see."""
+        embeddings = class_embeddings(self.source, classes, self.templates)
+        null = torch.from_numpy(null_text(self.source, self.null_templates))
+        model = Classifier(self.source, embeddings, tokens=False)
+        return Defence(model, null, purifier).eval()
+
+
+def open_subject(
+    subject: str,
+    pretrained: str | None = None,
+    checkpoint: str | None = None,
+    templates: Sequence[str] | None = None,
+) -> Subject:
+    """A bundle's folder, a run's folder, or open_clip's name of a model with `pretrained` weights.
+
+    checkpoint: the weights of a bundle, a run's folder or a file; None looks for them beside it.
+    templates: instead of the model's own. Raises ExportError, BundleError and LabelError, and
+    SettingsError for weights that are not the bundle's.
+    """
+    folder = Path(subject)
+    if not (folder / MANIFEST).is_file():
+        if checkpoint:
+            raise SettingsError(f"--checkpoint goes with a bundle, and {subject} is none")
+        source = load(subject, pretrained)
+        words = wording(source, templates=templates)
+        return Subject(source, words.templates, words.null_templates)
+    bundle = Bundle(folder)
+    manifest = bundle.manifest
+    source = _weights(bundle, checkpoint)
+    if source.weights_sha256 != manifest.source.get("weights_sha256"):
+        raise SettingsError(
+            f"{subject} was exported from other weights than those of {source.name}: name its "
+            "own with --checkpoint"
+        )
+    chosen = tuple(templates or manifest.templates)
+    check_templates(chosen)
+    return Subject(source, chosen, manifest.null_templates, bundle)
+
+
+def _weights(bundle: Bundle, checkpoint: str | None) -> Source:
+    name = bundle.manifest.source.get("model", "")
+    if checkpoint:
+        return load(checkpoint, None) if Path(checkpoint).is_dir() else load(name, checkpoint)
+    parent = bundle.path.resolve().parent
+    for folder in (parent, parent / name):
+        if (folder / CONFIG).is_file():
+            return load(str(folder), None)
+    try:
+        return load(name, bundle.manifest.source.get("pretrained"))
+    except ExportError as err:
+        raise SettingsError(
+            f"the weights of {bundle.path} are not beside it: white-box attacks need them, name "
+            "the run or the file with --checkpoint"
+        ) from err
+
+
+class Shipped:
+    """A bundle as the runtime runs it, in one precision, for the classes of a data set."""
+
+    def __init__(
+        self, subject: Subject, classes: Sequence[str], purifier: Purifier, precision: str
+    ) -> None:
+        self.runtime = Runtime(subject.bundle, device="cpu", precision=precision, purify=purifier)
+        self.labels = self.runtime.labels(list(classes), subject.templates)
+
+    def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Of uint8 images (H, W, 3): (N, K)."""
+        return self._table(self.runtime.preprocess(images))
+
+    def answers(self, images: torch.Tensor) -> torch.Tensor:
+        """The classes (B,) of images (B, 3, H, W) in [0, 1] at the encoder's input size."""
+        spec = self.runtime.bundle.manifest.image
+        mean, std = (np.array(x, np.float32)[:, None, None] for x in (spec.mean, spec.std))
+        pixels = (images.cpu().numpy() - mean) / std
+        return torch.from_numpy(self._table(pixels).argmax(1)).to(images.device)
+
+    def _table(self, pixels: np.ndarray) -> np.ndarray:
+        table = np.empty((len(pixels), len(self.labels)), np.float32)
+        rows = self.runtime.classify_pixels(pixels, self.labels, top_k=len(self.labels))
+        for row, predictions in zip(table, rows, strict=True):
+            for prediction in predictions:
+                row[prediction.index] = prediction.score
+        return table
+
+
+def agreement(
+    shipped: Shipped, defence: Defence, raw: Sequence[np.ndarray], seen: torch.Tensor
+) -> float:
+    """The largest difference in probability between the runtime and PyTorch.
+
+    raw: uint8 images (H, W, 3); seen: the same as attacks see them. Raises SettingsError where it is
+    above AGREEMENT: figures of the one would say nothing about the other.
+    """
+    with torch.no_grad():
+        expected = torch.cat([defence(part) for part in seen.split(32)]).softmax(1).cpu().numpy()
+    found = shipped.probabilities(raw)
+    difference = float(np.abs(found - expected).max())
+    if not difference <= AGREEMENT:
+        raise SettingsError(
+            f"{shipped.runtime.bundle.path} does not compute what its checkpoint computes: "
+            f"probabilities differ by {difference:.2g}, more than {AGREEMENT:g}: export it again"
+        )
+    return difference
