@@ -150,13 +150,14 @@ def gradients(trial: Trial) -> Finding:
         "cross-entropy": lambda view, labels: cross_entropy(view.logits, labels),
         "margin": lambda view, labels: margin(view.logits, labels),
     }
-    found = {name: _gradient(trial.defence, trial, loss) for name, loss in by_loss.items()}
+    defence = Fixed(trial.defence, trial.threat.seed) if _random(trial) else trial.defence
+    found = {name: _gradient(defence, trial, loss) for name, loss in by_loss.items()}
     zero = max(_mean((rows == 0).all(1)) for rows in found.values())
     plain = _gradient(
         Defence(trial.defence.model, trial.defence.null_text), trial, by_loss["margin"]
     )
     ratio = (found["margin"].norm(dim=1) / plain.norm(dim=1).clamp(min=1e-30)).median().item()
-    cosine = _finite_difference_cosine(trial, found["margin"])
+    cosine = _finite_difference_cosine(defence, trial, found["margin"])
     passed = zero <= ZERO_GRADIENTS and ratio >= SMALL_GRADIENT and cosine >= AGREEING
     return Finding(
         passed,
@@ -165,9 +166,15 @@ def gradients(trial: Trial) -> Finding:
     )
 
 
-def _finite_difference_cosine(trial: Trial, gradient: Tensor) -> float:
+def _random(trial: Trial) -> bool:
+    """Whether the same images get other answers when they are asked again."""
+    with torch.no_grad():
+        return not torch.equal(trial.defence(trial.images), trial.defence(trial.images))
+
+
+def _finite_difference_cosine(defence: Defence, trial: Trial, gradient: Tensor) -> float:
     """The median, over some images, of the cosine between slopes along random directions."""
-    exact = copy.deepcopy(trial.defence).double()
+    exact = copy.deepcopy(defence).double()
     rng = torch.Generator().manual_seed(trial.threat.seed)
     pixels = gradient.shape[1]
     directions = torch.randn(DIRECTIONS, pixels, generator=rng).to(gradient).double()
@@ -297,13 +304,11 @@ def _with(trial: Trial, purifier: CosPurifier) -> tuple[float, float]:
 
 def randomness(trial: Trial) -> Finding:
     """A random defence is attacked on average, with its noise known, and by asking again."""
-    defence, images = trial.defence, trial.images
-    with torch.no_grad():
-        if torch.equal(defence(images), defence(images)):
-            return Finding(True, "the same answer twice, to the last bit")
+    if not _random(trial):
+        return Finding(True, "the same answer twice, to the last bit")
     steps = trial.brief()
     average = trial.attack("cw", steps=steps, eot=DRAWS)
-    fixed = Fixed(defence, trial.threat.seed).eval()
+    fixed = Fixed(trial.defence, trial.threat.seed).eval()
     known = trial.attack("cw", "exact", fixed, steps=steps)
     again = trial.held
     for _ in range(RESUBMISSIONS):

@@ -44,22 +44,29 @@ class Threat:
 
 @dataclass(frozen=True)
 class Bank:
-    """Images to be taken for: unit embeddings (M, D), as the defence gives them, and classes (M,)."""
+    """Images to be taken for: unit embeddings (M, D), purified and not, and their classes (M,)."""
 
-    embeddings: Tensor
+    purified: Tensor
+    plain: Tensor
     labels: Tensor
 
     @classmethod
     def of(cls, defence: Defence, images: Tensor, labels: Tensor) -> Bank:
         with torch.no_grad():
-            return cls(F.normalize(defence.view(images, "exact").embedding, dim=1), labels)
+            views = [defence.view(images, gradient) for gradient in ("exact", "encoder")]
+        return cls(*(F.normalize(view.embedding, dim=1) for view in views), labels)
 
-    def nearest(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """For each of B images the nearest one of another class, (B,)."""
+    def seen(self, gradient: str) -> Tensor:
+        """The embeddings in the space that an attack by this gradient sees."""
+        return self.plain if gradient == "encoder" else self.purified
+
+    def nearest(self, embeddings: Tensor, labels: Tensor, gradient: str) -> Tensor:
+        """For each of B images the nearest one of another class, (B,). Raises SettingsError."""
         same = labels[:, None] == self.labels
         if same.all(1).any():
             raise SettingsError("the attack 'feature' needs images of two classes: raise -n")
-        return (embeddings @ self.embeddings.T).masked_fill(same, -torch.inf).argmax(1)
+        cosines = F.normalize(embeddings, dim=1) @ self.seen(gradient).T
+        return cosines.masked_fill(same, -torch.inf).argmax(1)
 
 
 def build(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank) -> Attack:
@@ -91,7 +98,7 @@ def build(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank
             seen, **shared, n_queries=threat.queries, p_init=0.8, loss="margin", resc_schedule=False
         ),
     }[name]()  # fmt: skip
-    return lambda images, labels, seeds: library(images, labels)
+    return lambda images, labels, seeds: library(images, labels).detach()
 
 
 def _ours(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank) -> Attack:
@@ -102,7 +109,7 @@ def _ours(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank
     """
 
     def towards(view: View, target: Tensor) -> Tensor:
-        wanted = bank.embeddings[target[:, 1]]
+        wanted = bank.seen(gradient)[target[:, 1]]
         return -squared_distance(F.normalize(view.embedding, dim=1), wanted)
 
     def fooled(view: View, target: Tensor) -> Tensor:
@@ -118,8 +125,8 @@ def _ours(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank
         other = labels
         if name == "feature":
             with torch.no_grad():
-                own = F.normalize(defence.view(images, "exact").embedding, dim=1)
-            other = bank.nearest(own, labels)
+                own = defence.view(images, gradient).embedding
+            other = bank.nearest(own, labels, gradient)
         return pgd(
             lambda x: defence.view(x, gradient),
             images,
