@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -14,22 +15,35 @@ from edgeclip.purify import CosPurifier, Purifier
 from export import ExportError
 from export.checkpoints import Source
 
-COMPARABLE = ("data", "samples", "norm", "eps", "attack", "steps", "restarts", "seed")
-Z = 1.96  # of a 95 % interval
+CHECKS = 10  # that a figure has to pass
+ENOUGH = 1000  # images, before a purification is recommended
+LEVEL = 0.05  # of all comparisons together, two-sided
 
 
 def read(
     paths: Sequence[Path], source: Source, templates: Sequence[str]
 ) -> tuple[tuple[Robustness, ...], Purifier]:
-    """What was measured, one entry for each file, and the purification that it recommends.
+    """What was measured, without purification and with the recommended one, and which that is.
 
-    Raises ExportError for a file that is not finished, that was not checked or failed a check, or
-    that is not of these weights and templates: a bundle carries no figure of another model, and
-    none that is not to be believed.
+    Purified rows that failed a check are left out. Raises ExportError for any other row that did,
+    for a file that is not finished or not checked, and for one that is not of these weights and
+    templates: a bundle carries no figure of another model, and none that is not to be believed.
     """
-    found = [_load(path, source, templates) for path in paths]
-    rows = [_row(path, result) for path, result in zip(paths, found, strict=True)]
-    return tuple(rows), _recommended(found)
+    found = [(path, _load(path, source, templates)) for path in paths]
+    passed = [(path, result) for path, result in found if _passed(path, result)]
+    recommended = _recommended([result for _, result in passed])
+    kept = [pair for pair in passed if _purifier(pair[1]) in (None, recommended)]
+    return tuple(_row(*pair) for pair in kept), recommended
+
+
+def _passed(path: Path, found: dict[str, Any]) -> bool:
+    """Whether every check was passed. Raises ExportError where the row is not a purified one."""
+    failed = [row["name"] for row in found["checks"] if row["passed"] is False]
+    if failed and _purifier(found) is None:
+        raise ExportError(
+            f"{path} failed {', '.join(failed)}: a bundle carries only figures that passed every check"
+        )
+    return not failed
 
 
 def _load(path: Path, source: Source, templates: Sequence[str]) -> dict[str, Any]:
@@ -47,12 +61,8 @@ def _load(path: Path, source: Source, templates: Sequence[str]) -> dict[str, Any
             )
         if found["finished"] < settings["samples"]:
             raise ExportError(f"{path} is not finished: run its python -m train.evaluate again")
-        failed = [row["name"] for row in found["checks"] if row["passed"] is False]
-        if failed or not found["checks"]:
-            raise ExportError(
-                f"{path} {'failed ' + ', '.join(failed) if failed else 'was not checked'}: a bundle "
-                "carries only figures that passed every check"
-            )
+        if len(found["checks"]) < CHECKS:
+            raise ExportError(f"{path} was not checked: run its python -m train.evaluate again")
     except (OSError, ValueError, TypeError, KeyError) as err:
         raise ExportError(f"{path} is no result of python -m train.evaluate: {err!r}") from err
     return found
@@ -84,20 +94,29 @@ def _purifier(found: dict[str, Any]) -> Purifier:
 def _recommended(results: Sequence[dict[str, Any]]) -> Purifier:
     """The purification whose worst case is furthest above the one without, if any is.
 
-    Above: on the same images under the same attacks, by more than the 95 % interval of the paired
-    difference, so that no bundle recommends what chance has favoured.
+    Above: on the same images under the same attacks, by more than the interval of the paired
+    difference, widened for the number of comparisons, so that no bundle recommends what chance has
+    favoured.
     """
+    pairs = [
+        (_purifier(found), _worst(found).astype(int) - _worst(plain))
+        for found in results
+        for plain in results
+        if _purifier(found) and not _purifier(plain) and _attacked(found) == _attacked(plain)
+    ]
     best, largest = None, 0.0
-    for found in results:
-        for plain in results:
-            same = all(found["settings"][k] == plain["settings"][k] for k in COMPARABLE)
-            if _purifier(found) is None or _purifier(plain) is not None or not same:
-                continue
-            change = _worst(found).astype(int) - _worst(plain)
-            surely = change.mean() - Z * change.std() / len(change) ** 0.5
-            if surely > largest:
-                best, largest = _purifier(found), surely
+    for purifier, change in pairs:
+        z = NormalDist().inv_cdf(1 - LEVEL / 2 / len(pairs))
+        surely = change.mean() - z * change.std() / len(change) ** 0.5
+        if len(change) >= ENOUGH and surely > largest:
+            best, largest = purifier, surely
     return best
+
+
+def _attacked(found: dict[str, Any]) -> dict[str, Any]:
+    """All settings but the purification and the gradients through it."""
+    own = ("purification", "gradient")
+    return {key: value for key, value in found["settings"].items() if key not in own}
 
 
 def _worst(found: dict[str, Any]) -> np.ndarray:

@@ -194,6 +194,9 @@ def test_a_bundle_is_complete(made: Exported) -> None:
     assert manifest.robustness == ()
 
 
+CHECKED = [{"name": f"some {i}", "passed": True} for i in range(9)]
+
+
 def result_file(
     path: Path, made: Exported, held: str = "1100", purifier: Any = None, **changes: Any
 ) -> Path:
@@ -210,7 +213,7 @@ def result_file(
         "finished": len(held),
         "clean_accuracy": 0.75,
         "worst_case_accuracy": held.count("1") / len(held),
-        "checks": [{"name": "some", "passed": True}, {"name": "other", "passed": None}],
+        "checks": [*CHECKED, {"name": "other", "passed": None}],
         "samples": {"clean": "1" * len(held), "apgd-ce/exact": held},
     }
     path.write_text(json.dumps(found))
@@ -233,29 +236,53 @@ def test_robustness_is_that_of_the_results(tmp_path: Path, monkeypatch: pytest.M
     assert rows[0].purification == "none"
     assert recommended is None
     assert manifest.purification == CosPurifier(2, 0.5)
+    purified = result_file(tmp_path / "b.json", made, purifier={"steps": 1, "step_size": 2})
+    assert robustness.read([path, Path(purified)], made.source, words.templates)[0] == rows
 
 
 def test_purification_is_recommended_for_a_gain_that_is_no_chance(tmp_path: Path) -> None:
     made = exported("vit")
 
-    def recommended(*held: str, **changes: Any) -> Any:
+    def read(*held: str, **changes: Any) -> Any:
         """Of the first without purification, and the others each with one step more."""
         paths = []
         for i, marks in enumerate(held):
             purifier = {"steps": i, "step_size": 0.5} if i else None
             path = tmp_path / f"{i}.json"
             paths.append(result_file(path, made, marks, purifier, **(changes if i else {})))
-        return robustness.read(paths, made.source, wording(made.source).templates)[1]
+        return robustness.read(paths, made.source, wording(made.source).templates)
 
-    none = "10" * 20
+    def recommended(*held: str, **changes: Any) -> Any:
+        return read(*held, **changes)[1]
+
+    none = "10" * 500
     assert recommended(none) is None
-    assert recommended(none, "1" + none[1:]) is None
-    assert recommended(none, "11" + none[2:]) is None  # one image of forty: by chance
-    better, best = "1" * 10 + none[10:], "1" * 20 + none[20:]
-    assert recommended(none, better) == CosPurifier(1, 0.5)
-    assert recommended(none, better, best) == CosPurifier(2, 0.5)
+    assert recommended(none, none) is None
+    assert recommended(none, "111" + none[3:]) is None  # one image of a thousand: by chance
+    assert recommended(none, "1" * 6 + none[6:]) is None  # 3: 1.73 standard errors
+    some = "1" * 8 + none[8:]  # 4: 2.00 of them
+    assert recommended(none, some) == CosPurifier(1, 0.5)
+    assert recommended(none, some, none) is None  # the better of two has to be surer
+    better, best = "1" * 40 + none[40:], "1" * 80 + none[80:]
+    rows, chosen = read(none, better, best)
+    assert chosen == CosPurifier(2, 0.5)
+    assert [row.purification for row in rows] == ["none", "cos 2 x 0.5"]
     assert recommended(best, better) is None
     assert recommended(none, best, eps=0.25) is None  # not measured alike
+    assert recommended(none, best, steps=2) is None
+    assert recommended("10" * 400, "1" * 80 + "10" * 360) is None  # of too few images
+
+
+def test_purified_figures_that_failed_are_left_out(tmp_path: Path) -> None:
+    made = exported("vit")
+    words = wording(made.source)
+    none = result_file(tmp_path / "a.json", made, "10" * 500)
+    best = result_file(tmp_path / "b.json", made, "1" * 1000, {"steps": 1, "step_size": 0.5})
+    assert robustness.read([none, best], made.source, words.templates)[1] == CosPurifier(1, 0.5)
+    found = json.loads(best.read_text())
+    best.write_text(json.dumps(found | {"checks": [*CHECKED, {"name": "x", "passed": False}]}))
+    rows, recommended = robustness.read([none, best], made.source, words.templates)
+    assert (len(rows), recommended) == (1, None)
 
 
 def test_figures_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -276,10 +303,10 @@ def test_figures_of_another_model_are_refused(tmp_path: Path) -> None:
     found = json.loads(result_file(path, made).read_text())
     path.write_text(json.dumps(found | {"finished": 3}))
     assert "is not finished" in message()
-    path.write_text(json.dumps(found | {"checks": []}))
+    path.write_text(json.dumps(found | {"checks": CHECKED}))
     assert "was not checked" in message()
-    path.write_text(json.dumps(found | {"checks": [{"name": "some", "passed": False}]}))
-    assert "failed some" in message()
+    path.write_text(json.dumps(found | {"checks": [*CHECKED, {"name": "x", "passed": False}]}))
+    assert "failed x" in message()
     result_file(path, made, eps="much")
     assert "is no result of python -m train.evaluate" in message()
 

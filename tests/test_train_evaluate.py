@@ -165,6 +165,30 @@ def test_more_images_are_added_to_what_is_there(words: list[str]) -> None:
         run(words, "-n", "16")
 
 
+def test_last_part_of_a_batch_is_attacked_again_beside_others(words: list[str]) -> None:
+    some = run(words, "-n", "24")  # 16 and 8
+    spoilt = json.loads(json.dumps(some))
+    spoilt["samples"] = dict.fromkeys(some["samples"], "1" * 24)
+    Path(words[-1]).write_text(json.dumps(spoilt))
+    more = run(words)
+    Path(words[-1]).unlink()
+    whole = run(words)
+    for key in whole["samples"]:
+        assert more["samples"][key] == "1" * 16 + whole["samples"][key][16:]
+
+
+def test_square_alone_masks_nothing(words: list[str]) -> None:
+    found = run(words, "--attack", "square", "--purify", "cos")
+    assert [row["gradient"] for row in found["results"]] == ["exact"]
+    assert found["masking"] is None
+
+
+def test_other_model_of_another_size_is_refused(words: list[str], tmp_path: Path) -> None:
+    other = write_folder(tmp_path / "other", "vit")
+    with pytest.raises(SettingsError, match="takes images of another size"):
+        run(words, "--transfer-from", str(other))
+
+
 def test_partial_figures_are_over_finished_images(words: list[str]) -> None:
     whole = run(words, "--attack", "pgd")
     half = json.loads(json.dumps(whole))
@@ -348,9 +372,11 @@ def test_results_of_other_settings_are_not_mixed(words: list[str]) -> None:
     run(words, "--attack", "pgd")
     with pytest.raises(SettingsError, match=r"other settings \(eps, attack, step_size\)"):
         run(words, "--attack", "pgd", "cw", "--eps", "8/255")
-    Path(words[-1]).write_text("{}")
-    with pytest.raises(SettingsError, match="is not a result file"):
-        run(words)
+    found = json.loads(Path(words[-1]).read_text())
+    for text in ("{}", "[", json.dumps(found | {"samples": {"nothing": "1"}})):
+        Path(words[-1]).write_text(text)
+        with pytest.raises(SettingsError, match="is not a result file"):
+            run(words, "--attack", "pgd")
 
 
 @pytest.mark.parametrize(
@@ -366,6 +392,7 @@ def test_results_of_other_settings_are_not_mixed(words: list[str]) -> None:
         (["--eot", "0"], "--eot must be 1 or more"),
         (["--check-samples=-1"], "--check-samples must be 0 or more"),
         (["--purify-steps", "3"], "go with --purify cos"),
+        (["--purify", "none", "--purify-step-size", "3"], "go with --purify cos"),
         (["--purify", "cos", "--purify-steps=-3"], "purification steps must be"),
         (["--purify", "cos", "--purify-step-size=-1"], "step size must be 0 or more"),
     ],

@@ -20,6 +20,23 @@ NOTE = "± is half the width of the 95 % Wilson interval of the worst case."
 COS = {"steps": 10, "step_size": 30.0}
 
 
+@pytest.fixture(autouse=True)
+def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.report.ENOUGH", 1)
+
+
+def test_few_images_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.report.ENOUGH", 9)
+    text = shown(capsys, plain(tmp_path / "few.json", "1" * 8, "1" * 8))
+    assert rows(text, "runs/few")[0][2] == "**8**"
+    assert "A **bold n** is below 9: a first look." in text
+    text = shown(capsys, plain(tmp_path / "many.json", "1" * 9, "1" * 9))
+    assert rows(text, "runs/many")[0][2] == "9"
+    assert "bold n" not in text
+
+
 def result(path: Path, samples: dict[str, str], **changes: Any) -> str:
     """A result file; changes are of the settings, but for checks and seconds."""
     rest = {"checks": PASSED, "seconds": {}}

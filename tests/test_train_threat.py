@@ -214,7 +214,7 @@ def test_one_class_is_no_bank() -> None:
     images, labels = toy_images(defence, 10)
     same = labels == 0
     bank = Bank.of(defence, images[same], labels[same])
-    with pytest.raises(SettingsError, match="'feature' needs images of two classes: raise -n"):
+    with pytest.raises(SettingsError, match="'feature' needs images of two classes"):
         attack("feature", defence, images, labels, bank=bank)
     others = labels != 0  # for these alone the bank does
     found = attack("feature", defence, images[others], labels[others], bank=bank)

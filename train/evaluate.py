@@ -12,6 +12,7 @@ one with a larger -n adds to what is there.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(steps=None, samples=None)  # a protocol has its own
     add("--check-samples", type=int, default=100, metavar="N",
         help="images of the ten checks; 0: none, and the report says so (default: 100)")  # fmt: skip
-    add("--transfer-from", metavar="RUN", help="another model, whose attacks are tried too")
+    add("--transfer-from", metavar="RUN", help="another model, whose attacks the third check tries")
     add("--protocol", metavar="NAME", help="a paper's data sets, attacks, sizes and prompts")
     add("--list", action="store_true", help="tell what the protocol is, and what of it is here")
     add("--skip-missing", action="store_true", help="measure the protocol's other data sets")
@@ -160,13 +161,11 @@ def measure(args: argparse.Namespace) -> None:
             work.agree()
         with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as progress:
             work.attack(progress)
-            work.results.gather()
+            work.gather()
             if rank == 0:
                 work.check(progress)
                 work.results.write(args.out)
                 show(work.results.figures())
-        if rank > 0:
-            work.own.unlink(missing_ok=True)
 
 
 def prescribed(
@@ -189,8 +188,8 @@ def prescribed(
         "template": protocol.templates,
     }
     own = {key: value for key, value in own.items() if getattr(args, key) is None}
-    if args.purify == "auto" and protocol.purify:
-        own["purify"] = protocol.purify
+    if args.purify == "auto":
+        own["purify"] = protocol.purify or "none"
     return argparse.Namespace(**vars(args) | own | fixed)
 
 
@@ -204,6 +203,8 @@ def follow(args: argparse.Namespace) -> None:
         raise SettingsError("--protocol has its own data and eps: leave --data and --eps out")
     if args.out is None or args.out.is_file():
         raise SettingsError("--protocol needs --out FOLDER, for a result file of each data set")
+    if args.download and "RANK" in os.environ:
+        raise SettingsError("--download a protocol's data sets in one process first")
     absent = missing(protocol, args.download)
     for line in absent.values():
         print(line, file=sys.stderr)

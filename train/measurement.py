@@ -18,6 +18,7 @@ from rich.progress import Progress
 import edgeclip
 from edgeclip import purify
 from edgeclip.purify import CosPurifier, Purifier
+from export.bundle import image_spec
 from train import data
 from train.checks import CHECKS, Trial
 from train.defence import Defence, right
@@ -39,7 +40,7 @@ def choose_purifier(args: argparse.Namespace, subject: Subject) -> Purifier:
     given = {name: value for name, value in numbers.items() if value is not None}
     try:
         chosen = purify.resolve(args.purify, recommended)
-        if given and not isinstance(chosen, CosPurifier):
+        if given and args.purify != "cos":
             raise SettingsError("--purify-steps and --purify-step-size go with --purify cos")
         if args.purify == "cos":  # as published, not as a bundle may recommend
             return CosPurifier(**given)
@@ -68,7 +69,7 @@ def describe(
         "gradient": [g for g in defence.gradients if g in args.gradient or not purifier],
         "step_size": args.eps / 4 if args.step_size is None else args.step_size,
         "samples": count,
-        "check_samples": min(args.check_samples, count),
+        "check_samples": args.check_samples,
         "versions": versions,
     }
 
@@ -86,7 +87,10 @@ class Measurement:
         self.defence = self.subject.defence(classes, purifier).to(device)
         self.surrogate = None
         if args.transfer_from:
-            self.surrogate = open_subject(args.transfer_from).defence(classes, None).to(device)
+            other = open_subject(args.transfer_from)
+            if image_spec(other.source.model).size != image_spec(self.subject.source.model).size:
+                raise SettingsError(f"{args.transfer_from} takes images of another size")
+            self.surrogate = other.defence(classes, None).to(device)
         # What is drawn first does not depend on how much is drawn.
         order = draw(len(self.test_set), max(args.samples, FIRST), args.seed)
         self.keys = order[: args.samples]
@@ -123,10 +127,10 @@ class Measurement:
     def agree(self) -> None:
         """Before anything is attacked: does the bundle compute what is attacked?"""
         keys = self.keys[:FIRST]
-        for shipped in self.shipped.values():
+        if "fp32" in self.shipped:  # of the others the ninth check tells how far they are
             raw = [self.test_set[index][0] for index, _ in keys]
-            apart = agreement(shipped, self.defence, raw, self.load(keys)[0])
-            self.results.agreement = max(apart, self.results.agreement or 0.0)
+            shown = self.load(keys)[0]
+            self.results.agreement = agreement(self.shipped["fp32"], self.defence, raw, shown)
 
     def resume(self) -> None:
         """Read what earlier runs of the same command found, in any number of processes."""
@@ -137,13 +141,17 @@ class Measurement:
         for file in files:
             if file.is_file():
                 self.results.read(file)
+        self.gather(files)
+        if self.rank > 0:  # the first process counts the time that was spent before
+            self.results.seconds = dict.fromkeys(self.results.seconds, 0.0)
+
+    def gather(self, files: Sequence[Path] = ()) -> None:
+        """What all processes found into the one file; then the others' files may go."""
         self.results.gather()
         with main_first(self.rank):
             if self.rank == 0:
                 self.results.write(self.out)
-        if self.rank > 0:  # the first process counts the time that was spent before
-            self.results.seconds = dict.fromkeys(self.results.seconds, 0.0)
-        for file in files:
+        for file in (self.own, *files):
             if file != self.out:
                 file.unlink(missing_ok=True)
 
@@ -200,13 +208,16 @@ class Measurement:
 
     def check(self, progress: Progress) -> None:
         """The ten checks, on the first images; what is done already stays."""
-        count = self.results.settings["check_samples"]
+        count = min(self.results.settings["check_samples"], len(self.keys))
         done = {row["name"] for row in self.results.checks}
         left = [name for name in CHECKS if name not in done] if count else []
-        bar = progress.add_task("checks", total=len(left), cost="") if left else None
+        if not left:
+            return
+        trial = self.trial(count)
+        bar = progress.add_task("checks", total=len(left), cost="")
         for name in left:
             progress.update(bar, description=f"check: {name}")
-            finding = CHECKS[name](self.trial(count))
+            finding = CHECKS[name](trial)
             row = {"name": name, "passed": finding.passed, "figure": finding.figure}
             self.results.checks.append(row)
             self.results.checks.sort(key=lambda row: list(CHECKS).index(row["name"]))

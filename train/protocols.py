@@ -34,7 +34,7 @@ class Protocol:
     about: what it is, and the paper. data: names of train.data, in the paper's order.
     attacks: as train.evaluate names them. steps: of each attack that has steps.
     step_size: of pgd, in units of [0, 1]. samples: images of each data set; None for all of its
-    test split. templates: None for those of each data set. purify: as in edgeclip.Runtime.
+    test split. templates: None for the model's own. purify: as in edgeclip.Runtime.
     published: figures in percent, averaged over the data sets, each by what it is.
     assumed: settings that are ours, and why.
     """
@@ -202,7 +202,7 @@ def describe(protocol: Protocol) -> str:
         ("attacks", f"{', '.join(protocol.attacks)}; {protocol.steps} steps{pace}"),
         *(("radius", str(radius)) for radius in protocol.radii),
         ("images", f"{protocol.samples or 'all'} of each data set's test split"),
-        *(("prompt", text) for text in templates or ("those of each data set",)),
+        *(("prompt", text) for text in templates or ("the model's own",)),
         ("purified", protocol.purify or "no"),
         *(("published", f"{value:.2f}% {what}") for what, value in protocol.published.items()),
         *(("assumed", text) for text in protocol.assumed),

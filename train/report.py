@@ -27,6 +27,7 @@ MARKS = ("<!-- train.report -->", "<!-- /train.report -->")
 NEEDED = ("subject", "data", "norm", "eps", "seed", "samples", "attack", "steps", "restarts")
 AUTOATTACK = ("autoattack", "exact")
 CHECKS = 10  # that a figure must pass
+ENOUGH = 1000  # images for a figure that is published
 PASSED = {True: "yes", False: "**NO**", None: "n/a"}
 Z = 1.96  # of a 95 % interval
 INTERVAL = "± is half the width of the 95 % Wilson interval of the worst case."
@@ -84,7 +85,8 @@ class Result:
     @property
     def count(self) -> str:
         done = len(self.images)
-        return str(done) if done == self.wanted else f"{done} of {self.wanted}"
+        text = str(done) if done == self.wanted else f"{done} of {self.wanted}"
+        return text if done >= ENOUGH else f"**{text}**"
 
     @property
     def budget(self) -> str:
@@ -228,6 +230,8 @@ def _table(rows: Sequence[Result], brief: bool) -> str:
     }
     doubted = [row for row in rows if not row.believed]
     told, notes = [rows[0].title], [INTERVAL, DOUBT] if doubted else [INTERVAL]
+    if any(len(row.images) < ENOUGH for row in rows):
+        notes.append(f"A **bold n** is below {ENOUGH}: a first look.")
     if brief or not any(columns["masking"]):
         del columns["masking"]
     if brief:

@@ -98,8 +98,9 @@ class Results:
                         name: share([key]) for name, key in zip(names, keys, strict=True)
                     }
                 results.append(row)
-        others = [gradient for gradient in settings["gradient"] if gradient != "released"]
-        masked = "released" in settings["gradient"] and others
+        seen = dict.fromkeys(stage.gradient for stage in self.stages)
+        others = [gradient for gradient in seen if gradient != "released"]
+        masked = "released" in seen and others
         return {
             "clean_accuracy": share(["clean"]),
             "results": results,
@@ -124,18 +125,25 @@ class Results:
         """
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-            settings, samples = before["settings"], before["samples"]
+            settings = before["settings"]
             different = [k for k in self.settings if settings.get(k) != self.settings[k]]
             grown = settings["samples"] < self.settings["samples"]
-        except (ValueError, KeyError, TypeError, AttributeError) as err:
+            if not set(different) - ({"samples"} if grown else set()):
+                self._take(before, grown)
+                return
+        except (ValueError, LookupError, TypeError, AttributeError) as err:
             raise SettingsError(f"{path} is not a result file: remove it, or name another") from err
-        if set(different) - ({"samples"} if grown else set()):
-            raise SettingsError(
-                f"{path} holds the results of other settings ({', '.join(different)}): name "
-                "another file"
-            )
-        for key, marks in samples.items():
-            for i, mark in enumerate(marks):
+        raise SettingsError(
+            f"{path} holds the results of other settings ({', '.join(different)}): name another file"
+        )
+
+    def _take(self, before: dict[str, Any], grown: bool) -> None:
+        # What was the last batch may be a part of one now, and attacked beside other images.
+        size = self.settings["batch_size"]
+        whole = before["settings"]["samples"]
+        count = whole // size * size if grown else whole
+        for key, marks in before["samples"].items():
+            for i, mark in enumerate(marks[:count]):
                 if mark != WAITING:
                     self.marks[key][i] = mark
         for key, value in before["seconds"].items():

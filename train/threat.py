@@ -64,7 +64,10 @@ class Bank:
         """For each of B images the nearest one of another class, (B,). Raises SettingsError."""
         same = labels[:, None] == self.labels
         if same.all(1).any():
-            raise SettingsError("the attack 'feature' needs images of two classes: raise -n")
+            raise SettingsError(
+                "the attack 'feature' needs images of two classes, and the first of the draw are of "
+                "one: leave it out, or name another --seed"
+            )
         cosines = F.normalize(embeddings, dim=1) @ self.seen(gradient).T
         return cosines.masked_fill(same, -torch.inf).argmax(1)
 
@@ -79,7 +82,9 @@ def build(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank
     classes = len(defence.model.classes)
     needed = LOGITS if name == "apgd-t" else 2
     if classes < needed:
-        raise SettingsError(f"{name} needs {needed} classes or more, here are {classes}")
+        raise SettingsError(
+            f"{name} needs {needed} classes or more, here are {classes}: name others with --attack"
+        )
     norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
     shared = {"norm": norm, "eps": threat.eps, "n_restarts": threat.restarts, "seed": threat.seed}
     apgd = shared | {"steps": threat.steps, "eot_iter": threat.eot, "rho": 0.75}
@@ -98,7 +103,19 @@ def build(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank
             seen, **shared, n_queries=threat.queries, p_init=0.8, loss="margin", resc_schedule=False
         ),
     }[name]()  # fmt: skip
-    return lambda images, labels, seeds: library(images, labels).detach()
+
+    def attack(images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+        found = library(images, labels).detach()
+        if gradient == "encoder" and name != "square":
+            # The library leaves alone what it sees named wrongly; the whole may name it rightly.
+            with torch.no_grad():
+                left = seen(images).argmax(1) != labels
+            if left.any():
+                cw = _ours("cw", defence, gradient, threat, bank)
+                found[left] = cw(images[left], labels[left], seeds[left])
+        return found
+
+    return attack
 
 
 def _ours(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank) -> Attack:
