@@ -44,14 +44,16 @@ def test_attacked_examples_keep_their_answer_in_sight(rt: Runtime, labels: list[
 
 def test_embedded_bundle_tells_its_robustness(rt: Runtime) -> None:
     """As measured, in the file that python -m train.evaluate wrote of these very weights."""
-    (row,) = rt.bundle.manifest.robustness
-    results = Path(__file__).parent.parent / "docs" / "results" / "fashion-robust.json"
+    row = rt.bundle.manifest.robustness[0]
+    assert rt.bundle.manifest.purification is None
+    results = Path(__file__).parent.parent / "docs" / "results" / "robust-autoattack-8.json"
     found = json.loads(results.read_text())
     weights = rt.bundle.manifest.source["weights_sha256"]
     assert found["settings"]["weights_sha256"] == weights
-    assert (row.norm, row.eps, row.steps, row.samples) == ("linf", 8 / 255, 100, 500)
-    assert row.attacks == ("apgd-ce", "apgd-t")
-    assert row.clean_accuracy == found["clean_accuracy"] >= 0.82
+    assert (row.norm, row.eps, row.steps) == ("linf", 8 / 255, 100)
+    assert row.samples == found["finished"] >= 500
+    assert (row.attacks, row.purification) == (("autoattack",), "none")
+    assert row.clean_accuracy == found["clean_accuracy"] >= 0.8
     assert row.worst_case_accuracy == found["worst_case_accuracy"] >= 0.65
 
 
@@ -132,6 +134,18 @@ def test_one_image_many_images_and_every_source(rt: Runtime, labels: list[str]) 
     assert rt.classify([path, path.read_bytes()], labels) == [answer, answer]
     assert rt.classify([], labels) == []
     assert len(rt.classify(path, labels, top_k=100)) == len(labels)
+
+
+def test_pixels_are_classified_as_their_images(
+    labels: list[str], fashion: tuple[np.ndarray, np.ndarray]
+) -> None:
+    runtime = Runtime(purify=CosPurifier(2, 0.3), labels=labels, batch_size=4)
+    images = list(fashion[0][:9])
+    pixels = runtime.preprocess(images)
+    assert runtime.classify_pixels(pixels, top_k=3) == runtime.classify(images, top_k=3)
+    assert runtime.classify_pixels(pixels[:0]) == []
+    with pytest.raises(ValueError, match="top_k"):
+        runtime.classify_pixels(pixels, top_k=0)
 
 
 def test_same_answer_alone_and_in_a_batch(
