@@ -15,7 +15,7 @@ EPILOG = """examples:
   python -m export ViT-B-32 --pretrained laion2b_s34b_b79k -o bundles/vit-b-32
   python -m export ViT-B-32-quickgelu --pretrained openai -o bundles/openai --template "a photo of a {}."
   python -m export ViT-B-16 --pretrained checkpoints/epoch_32.pt -o bundles/mine
-  python -m export runs/fashion-tga -o bundles/fashion --robustness docs/results/fashion-tga.json
+  python -m export runs/fashion-tga -o bundles/fashion --robustness fashion-tga.json
 """
 
 

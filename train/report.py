@@ -1,6 +1,6 @@
 """Tables of accuracy under attack, in Markdown, from the files of python -m train.evaluate alone.
 
-    python -m train.report docs/results/*.json --into docs/training.md
+    python -m train.report docs/results/*.json --checks --into docs/ROBUSTNESS.md
 
 One table for each data set, norm, eps and seed. Figures are over the images that every attack is done
 with. --into replaces what a document has between MARKS.
