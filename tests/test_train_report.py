@@ -38,8 +38,8 @@ def test_few_images_are_told(
 
 
 def result(path: Path, samples: dict[str, str], **changes: Any) -> str:
-    """A result file; changes are of the settings, but for checks and seconds."""
-    rest = {"checks": PASSED, "seconds": {}}
+    """A result file; changes are of the settings, but for checks, seconds and devices."""
+    rest = {"checks": PASSED, "seconds": {}, "devices": ["some GPU"]}
     rest |= {name: changes.pop(name) for name in tuple(rest) if name in changes}
     attacked = [key.partition("/") for key in samples if key != "clean"]
     settings = {
@@ -226,8 +226,8 @@ def test_autoattack_by_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         plain(tmp_path / "b.json", "1111", "1100"),
     ]
     text = shown(capsys, *files)
-    assert "| model | purification | apgd-ce | square | seconds per image |" in text
-    assert "\n| runs/a | none | 75.0 | 25.0 | 1.5 |\n" in text
+    assert "| model | purification | apgd-ce | square | seconds per image | on |" in text
+    assert "\n| runs/a | none | 75.0 | 25.0 | 1.5 | some GPU |\n" in text
     assert "| autoattack, feature; 100 steps; 5000 queries; restarts 1 |" in text
     (first, *_) = rows(text, "runs/a")
     assert first[4:5] == ["0.0"]

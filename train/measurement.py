@@ -22,7 +22,7 @@ from export.bundle import image_spec
 from train import data
 from train.checks import CHECKS, Trial
 from train.defence import Defence, right
-from train.distributed import main_first
+from train.distributed import device_name, main_first
 from train.model import Pictures, batches, draw, split
 from train.results import Results
 from train.settings import SettingsError
@@ -101,7 +101,9 @@ class Measurement:
             for name in ("norm", "eps", "steps", "step_size", "restarts", "queries", "eot", "seed")
         })  # fmt: skip
         self.results = Results(
-            settings, plan(settings["attack"], settings["gradient"], len(classes))
+            settings,
+            plan(settings["attack"], settings["gradient"], len(classes)),
+            devices=[device_name(device)],
         )
         self.out = args.out
         self.own = args.out if rank == 0 else _part(args.out, rank)

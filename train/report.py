@@ -50,6 +50,7 @@ class Result:
     stages: dict[tuple[str, str], dict[str, np.ndarray]]  # (attack, gradient) -> stage -> marks
     seconds: dict[str, float]  # per image
     checks: list[dict[str, Any]]  # name, figure, and passed: None where it does not apply
+    devices: tuple[str, ...] = ()
 
     @property
     def model(self) -> str:
@@ -180,7 +181,8 @@ def _result(found: dict[str, Any], first: int | None) -> Result:
     checks = found.get("checks") or []
     if any(check["passed"] not in PASSED or {"name", "figure"} - check.keys() for check in checks):
         raise ValueError("a check has no name, figure or result")
-    return Result(settings, wanted, images, clean, stages, seconds, checks)
+    devices = tuple(found.get("devices") or ())
+    return Result(settings, wanted, images, clean, stages, seconds, checks, devices)
 
 
 def _parse(key: str) -> tuple[str, str, str]:
@@ -268,6 +270,7 @@ def _autoattack(rows: Sequence[Result]) -> str:
         **_names(rows),
         **{name: [_percent(marks.get(name)) for marks in stages] for name in names},
         "seconds per image": [f"{cost:.3g}" if cost else "" for cost in costs],
+        "on": [", ".join(row.devices) or "not recorded" for row in rows],
     }
     title = "AutoAttack, cumulative, exact gradient; accuracy in % after each stage:\n\n"
     return title + _columns(columns)
