@@ -23,6 +23,7 @@ def preprocess(
 def purify_cos(
     embeddings: _Float32, null_text: _Float32, *, steps: int, step_size: float
 ) -> _Float32: ...
+def polar_step(embeddings: _Float32, gradients: _Float32, *, step_size: float) -> _Float32: ...
 @overload
 def classify(
     embeddings: _Float32,
