@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgeclip.manifest import Robustness
-from edgeclip.purify import CosPurifier, Purifier
+from edgeclip.purify import Purifier, from_dict
 from export import ExportError
 from export.checkpoints import Source
 
@@ -70,13 +70,12 @@ def _load(path: Path, source: Source, templates: Sequence[str]) -> dict[str, Any
 
 def _row(path: Path, found: dict[str, Any]) -> Robustness:
     settings = found["settings"]
-    purifier = _purifier(found)
     try:
         return Robustness(
             attacks=tuple(settings["attack"]),
             clean_accuracy=found["clean_accuracy"],
             worst_case_accuracy=found["worst_case_accuracy"],
-            purification=f"cos {purifier.steps} x {purifier.step_size:g}" if purifier else "none",
+            purification=str(_purifier(found) or "none"),
             **{
                 name: settings[name]
                 for name in ("data", "samples", "norm", "eps", "steps", "restarts", "seed")
@@ -87,8 +86,7 @@ def _row(path: Path, found: dict[str, Any]) -> Robustness:
 
 
 def _purifier(found: dict[str, Any]) -> Purifier:
-    given = found["settings"]["purification"]
-    return CosPurifier(given["steps"], given["step_size"]) if given else None
+    return from_dict(found["settings"]["purification"])
 
 
 def _recommended(results: Sequence[dict[str, Any]]) -> Purifier:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgeclip import BundleError, CosPurifier
+from edgeclip import CosPurifier, DiffPurifier
 from edgeclip.purify import resolve
 
 
@@ -37,7 +37,8 @@ def test_names() -> None:
     assert resolve("cos", recommended) is recommended
     assert resolve("cos", None) == CosPurifier()
     assert resolve(CosPurifier(1, 2.0), None) == CosPurifier(1, 2.0)
-    with pytest.raises(BundleError, match="needs a bundle with a diffusion prior"):
-        resolve("diff", None)
+    assert resolve("diff", recommended) == DiffPurifier()
+    assert resolve("diff", DiffPurifier(2, 0.1)) == DiffPurifier(2, 0.1)
+    assert resolve("cos", DiffPurifier(2, 0.1)) == CosPurifier()
     with pytest.raises(ValueError, match="must be auto, none, cos or diff"):
         resolve("Cos", None)
