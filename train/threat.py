@@ -16,8 +16,9 @@ import torch.nn.functional as F
 import torchattacks
 from torch import Tensor
 
+from edgeclip.purify import DiffPurifier
 from train.attacks import cross_entropy, margin, pgd
-from train.defence import Defence, Seen, View
+from train.defence import Defence, Guessed, Seen, View
 from train.losses import squared_distance
 from train.model import Attack, generators
 from train.settings import SettingsError
@@ -75,8 +76,23 @@ class Bank:
 def build(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank) -> Attack:
     """The attack as a function of images (B, 3, H, W), labels (B,) and seeds (B,).
 
-    Raises SettingsError for an attack that this number of classes does not allow.
+    With more than one draw per step the seed of CLIPure-Diff is not known to it, and the gradients of
+    other seeds are averaged. Raises SettingsError for an attack that this number of classes does not
+    allow.
     """
+    if threat.eot > 1 and isinstance(defence.purifier, DiffPurifier) and name != "square":
+        guessed = Guessed(defence, threat.seed)
+        inner = _build(name, guessed, gradient, threat, bank)
+
+        def attack(images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+            guessed.restart()
+            return inner(images, labels, seeds)
+
+        return attack
+    return _build(name, defence, gradient, threat, bank)
+
+
+def _build(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank) -> Attack:
     if name in ("pgd", "cw", "feature"):
         return _ours(name, defence, gradient, threat, bank)
     classes = len(defence.model.classes)
