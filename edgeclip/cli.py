@@ -25,7 +25,7 @@ from edgeclip.errors import EdgeclipError, ImageError
 from edgeclip.images import ImageSource, expand
 from edgeclip.labels import check_labels, read_labels, read_templates
 from edgeclip.output import WRITERS, Answer, show_progress, text_progress
-from edgeclip.purify import MAX_SEED, MAX_STEPS, DiffPurifier, resolve
+from edgeclip.purify import MAX_SEED, MAX_STEPS, MAX_TIMESTEP, resolve
 from edgeclip.runtime import MAX_BATCH, MAX_THREADS, Runtime
 
 CLASSIFY_EXAMPLES = """examples:
@@ -85,7 +85,9 @@ def _up_to(limit: int) -> Callable[[str], int]:
 
 def _from_zero(limit: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        return 0 if text == "0" else _up_to(limit)(text)
+        if not (text.isdecimal() and len(text) <= len(str(limit)) and int(text) <= limit):
+            raise argparse.ArgumentTypeError(f"expected a number from 0 to {limit}, got {text!r}")
+        return int(text)
 
     return parse
 
@@ -215,7 +217,7 @@ def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timesteps",
         nargs=2,
-        type=_from_zero(MAX_STEPS),
+        type=_from_zero(MAX_TIMESTEP),
         metavar=("FIRST", "LAST"),
         help="that --purify diff draws from (default: 900 999)",
     )
@@ -313,10 +315,10 @@ def _open_runtime(args: argparse.Namespace) -> Runtime:
     purifier = resolve(args.purify, bundle.manifest.purification)
     names = ("steps", "step_size", "timesteps", "seed")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if {"timesteps", "seed"} & given.keys() and args.purify != "diff":
+        raise EdgeclipError("--timesteps and --seed need --purify diff")
     if given and args.purify not in ("cos", "diff"):
         raise EdgeclipError("--steps and --step-size need --purify cos or --purify diff")
-    if {"timesteps", "seed"} & given.keys() and not isinstance(purifier, DiffPurifier):
-        raise EdgeclipError("--timesteps and --seed need --purify diff")
     if given.get("timesteps"):
         first, last = given["timesteps"]
         if first > last:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgeclip import _core
 from edgeclip.encoders import open_session, run_session
-from edgeclip.errors import BundleError
+from edgeclip.errors import BundleError, DeviceError
 from edgeclip.purify import DiffPurifier
 
 INPUTS = ("z", "timestep", "noise")  # unit embeddings (N, D), int64 (N,), float32 (N, D)
@@ -33,11 +33,14 @@ class Prior:
     ) -> None:
         self._session = open_session(path, device, threads)
         self._path, self._device, self._dim = path, device, embed_dim
-        names = tuple(node.name for node in self._session.get_inputs())
-        shapes = [node.shape[1:] for node in self._session.get_inputs()]
-        if names != INPUTS or shapes != [[embed_dim], [], [embed_dim]]:
+        found = {
+            node.name: node.shape[1:]
+            for node in (*self._session.get_inputs(), *self._session.get_outputs())
+        }
+        row: list[int] = [embed_dim]
+        if found != dict(zip((*INPUTS, *OUTPUTS), (row, [], row, [], row), strict=True)):
             raise BundleError(
-                f"{path} takes {names} of {shapes}, which is not what the manifest says"
+                f"{path} takes and gives {found}, which is not what the manifest says"
             )
 
     def loss_and_grad(
@@ -61,5 +64,7 @@ class Prior:
         """Unit embeddings (N, D), purified; see DiffPurifier."""
         for timestep, noise in zip(*purifier.draws(self._dim), strict=True):
             _, gradient = self.loss_and_grad(embeddings, int(timestep), noise)
+            if not np.isfinite(gradient).all():
+                raise DeviceError(f"{self._path.name} gave no finite gradient on {self._device}")
             embeddings = _core.polar_step(embeddings, gradient, step_size=purifier.step_size)
         return embeddings

@@ -17,6 +17,11 @@ from numpy.typing import NDArray
 from edgeclip.errors import BundleError
 
 MAX_STEPS = 10_000  # far beyond any use, and of CLIPure-Cos still answered at once
+NO_PRIOR = (
+    "purify 'diff' needs a bundle with a diffusion prior, and this one has none: "
+    "export it with --prior"
+)
+MAX_TIMESTEP = 2**20
 MAX_SEED = 2**32 - 1
 
 
@@ -56,10 +61,11 @@ class DiffPurifier:
 
     def __post_init__(self) -> None:
         _check(self)
-        first, last = self.timesteps
-        if not (isinstance(first, int) and isinstance(last, int) and 0 <= first <= last):
-            raise ValueError(f"timesteps must be the first and the last, got {self.timesteps}")
-        if not (isinstance(self.seed, int) and 0 <= self.seed <= MAX_SEED):
+        times = self.timesteps
+        whole = isinstance(times, tuple) and all(type(time) is int for time in times)
+        if not (whole and len(times) == 2 and 0 <= times[0] <= times[1] <= MAX_TIMESTEP):
+            raise ValueError(f"timesteps must be the first and the last, got {times!r}")
+        if not (type(self.seed) is int and 0 <= self.seed <= MAX_SEED):
             raise ValueError(f"purification seed must be 0 to {MAX_SEED}, got {self.seed}")
 
     def __str__(self) -> str:
@@ -117,14 +123,13 @@ def from_dict(data: Mapping[str, Any] | None) -> Purifier:
     """Raises ValueError, TypeError or KeyError for what `to_dict` does not write."""
     if data is None:
         return None
-    steps, step_size = int(data["steps"]), float(data["step_size"])
+    steps, step_size = data["steps"], float(data["step_size"])
     method = data.get("method", "cos")
     if method == "cos":
         return CosPurifier(steps, step_size)
     if method != "diff":
         raise ValueError(f"unknown purification {method!r}")
-    first, last = data["timesteps"]
-    return DiffPurifier(steps, step_size, (int(first), int(last)), int(data["seed"]))
+    return DiffPurifier(steps, step_size, tuple(data["timesteps"]), data["seed"])
 
 
 def check_prior(purifier: Purifier, timesteps: int | None) -> None:
@@ -132,9 +137,9 @@ def check_prior(purifier: Purifier, timesteps: int | None) -> None:
     if not isinstance(purifier, DiffPurifier):
         return
     if timesteps is None:
-        raise BundleError(
-            "purify 'diff' needs a bundle with a diffusion prior, and this one has none: "
-            "export it with --prior"
-        )
+        raise BundleError(NO_PRIOR)
     if purifier.timesteps[1] >= timesteps:
-        raise BundleError(f"the prior has timesteps 0 to {timesteps - 1}: got {purifier.timesteps}")
+        raise BundleError(
+            f"the bundle's prior has the timesteps 0 to {timesteps - 1}, and {purifier.timesteps[1]} is "
+            "none of them: name others with --timesteps, or as DiffPurifier(timesteps=...)"
+        )

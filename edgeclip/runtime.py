@@ -15,11 +15,18 @@ from numpy.typing import NDArray
 from edgeclip import _core
 from edgeclip.bundle import EMBEDDED, TOKENIZER, Bundle
 from edgeclip.encoders import Encoder, open_encoder
-from edgeclip.errors import DeviceError, ImageError
+from edgeclip.errors import BundleError, DeviceError, ImageError
 from edgeclip.images import ImageSource, decode
 from edgeclip.labels import EmbeddingCache, Label, LabelSet, check_labels, check_templates
 from edgeclip.prior import Prior
-from edgeclip.purify import CosPurifier, DiffPurifier, Purifier, check_prior, resolve
+from edgeclip.purify import (
+    NO_PRIOR,
+    CosPurifier,
+    DiffPurifier,
+    Purifier,
+    check_prior,
+    resolve,
+)
 from edgeclip.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -87,22 +94,16 @@ class Runtime:
         self._image_encoder, self.device = open_encoder(path, device, threads)
         manifest = self.bundle.manifest
         self._image_encoder.check_shapes((3, *manifest.image.size), manifest.embed_dim)
-        self._prior = self._open_prior()
+        spec = manifest.prior
+        check_prior(self.purifier, None if spec is None else spec.timesteps)
+        self._prior_lock = threading.Lock()
+        self._prior: Prior | None = None
         self._text_lock = threading.Lock()
         self._text: tuple[Tokenizer, Encoder] | None = None
         self._label_lock = threading.Lock()
         self._label_sets: dict[tuple[tuple[Label, ...], tuple[str, ...]], LabelSet] = {}
         self._cache = EmbeddingCache()
         self._default_labels = None if labels is None else self.labels(labels)
-
-    def _open_prior(self) -> Prior | None:
-        """Only where it is used: a prior may be larger than the encoders together."""
-        spec, dim = self.bundle.manifest.prior, self.bundle.manifest.embed_dim
-        check_prior(self.purifier, None if spec is None else spec.timesteps)
-        if spec is None or not isinstance(self.purifier, DiffPurifier):
-            return None
-        path = self.bundle.graph(spec.file)
-        return Prior(path, dim, device=self.device, threads=self._threads)
 
     def _choose_precision(self, precision: str) -> str:
         available = list(self.bundle.manifest.precisions)
@@ -317,8 +318,8 @@ class Runtime:
     ) -> list[list[Prediction]]:
         manifest = self.bundle.manifest
         embeddings = self._image_encoder.embed(batch)
-        if self._prior is not None:
-            embeddings = self._purify(_unit(embeddings))
+        if isinstance(self.purifier, DiffPurifier):
+            embeddings = self._open_prior().purify(_unit(embeddings), self.purifier)
         cos = self.purifier if isinstance(self.purifier, CosPurifier) else None
         indices, scores = _core.classify(
             embeddings,
@@ -340,13 +341,9 @@ class Runtime:
         ]
 
     def _embed(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self._purify(self.encode(batch))
-
-    def _purify(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Unit embeddings (N, D), purified where the Runtime purifies."""
-        own = self.purifier
-        if isinstance(own, DiffPurifier) and self._prior is not None:
-            return self._prior.purify(rows, own)
+        rows, own = self.encode(batch), self.purifier
+        if isinstance(own, DiffPurifier):
+            return self._open_prior().purify(rows, own)
         if isinstance(own, CosPurifier):
             null_text = self.bundle.null_text
             return _core.purify_cos(rows, null_text, steps=own.steps, step_size=own.step_size)
@@ -375,6 +372,17 @@ class Runtime:
         classes = _unit(np.add.reduceat(rows, starts, axis=0))
         self._cache.store(key, classes)
         return classes
+
+    def _open_prior(self) -> Prior:
+        """Loaded when first needed: it may be larger than the encoders together."""
+        with self._prior_lock:
+            if self._prior is None:
+                spec, dim = self.bundle.manifest.prior, self.bundle.manifest.embed_dim
+                if spec is None:
+                    raise BundleError(NO_PRIOR)
+                path = self.bundle.graph(spec.file)
+                self._prior = Prior(path, dim, device=self.device, threads=self._threads)
+            return self._prior
 
     def _text_encoder(self) -> tuple[Tokenizer, Encoder]:
         """Loaded when first needed: labels that are cached need neither."""

@@ -82,7 +82,9 @@ def run(options: argparse.Namespace) -> None:
     source = checkpoints.load(options.model, options.pretrained, quick_gelu=options.quickgelu)
     words = bundle.wording(source, options.description, options.template, options.null_template)
     prior = options.prior and diffusion_prior.load_prior(options.prior)
-    measured, recommended = robustness.read(options.robustness, source, words.templates)
+    measured, recommended = robustness.read(
+        options.robustness, source, words.templates, prior, options.prior_gradient
+    )
     manifest = bundle.export_bundle(
         source,
         options.out,

@@ -11,7 +11,9 @@ and three tokens are left to be computed rather than eighty.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from edgeclip.bundle import sha256
+from edgeclip.bundle import GOLDEN, sha256
 from edgeclip.errors import EdgeclipError
 from edgeclip.manifest import PRIOR_GRADIENTS, PriorSpec
 from edgeclip.prior import INPUTS, OUTPUTS
+from edgeclip.purify import DiffPurifier
 from export import ExportError
 from export.checkpoints import Source, read_file
 from export.progress import step
@@ -90,6 +93,9 @@ class _Ignored:
     def __init__(self, *_: object) -> None:
         pass
 
+    def __setstate__(self, _: object) -> None:
+        pass
+
 
 _VERSION = (
     "packaging.version.Version",
@@ -102,7 +108,10 @@ _VERSION = (
 @torch.no_grad()
 def text_tokens(source: Source, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Unit text embeddings (P, D), and the text tower's tokens (P, L, width) after its last norm,
-    zero behind the end of each prompt. Raises ExportError for a tower without such tokens."""
+    zero behind the end of each prompt where the tower reads that end.
+
+    Raises ExportError for a tower without such tokens.
+    """
     tower = getattr(source.model, "text", source.model)
     if not hasattr(tower, "ln_final"):
         raise ExportError(f"the text tower of {source.name} gives a prior no tokens")
@@ -113,8 +122,12 @@ def text_tokens(source: Source, prompts: Sequence[str]) -> tuple[Tensor, Tensor]
         embeddings = source.model.encode_text(ids, normalize=True)
     finally:
         handle.remove()
-    places = torch.arange(ids.shape[1])
-    inside = places <= ids.argmax(1)[:, None]  # the end mark has the highest id
+    inside = torch.ones_like(ids, dtype=torch.bool)
+    if getattr(tower, "pool_type", getattr(source.model, "text_pool_type", "")) in (
+        "argmax",
+        "eos",
+    ):
+        inside = torch.arange(ids.shape[1]) <= ids.argmax(1)[:, None]  # the end mark is the highest
     return embeddings, found[0] * inside[:, :, None]
 
 
@@ -247,15 +260,24 @@ def verify_step(
 def write_prior(
     folder: Path, prior: TrainedPrior, source: Source, null_templates: Sequence[str], gradient: str
 ) -> PriorSpec:
-    """Write and check a bundle's prior.onnx. Raises ExportError."""
+    """Write and check a bundle's prior.onnx, and add PyTorch's to its golden values.
+
+    Raises ExportError.
+    """
     path = folder / PRIOR_FILE
     context = null_context(prior.model, source, null_templates)
     with step("exporting the diffusion prior"):
         export_step(prior.model, path, context, gradient)
     with step("comparing the prior with PyTorch"):
         parity = verify_step(prior.model, path, context, gradient)
-    shape = prior.model.shape
-    return PriorSpec(PRIOR_FILE, prior.weights_sha256, shape.timesteps, gradient, parity)
+    timesteps = prior.model.shape.timesteps
+    with np.load(folder / GOLDEN) as arrays:
+        golden = dict(arrays)
+    z, times = torch.from_numpy(golden["embedding"])[None], torch.tensor([timesteps // 2])
+    noise = torch.from_numpy(DiffPurifier(steps=1).draws(z.shape[1])[1])
+    golden["prior_gradient"] = Step(prior.model, context, gradient)(z, times, noise)[1][0].numpy()
+    np.savez(folder / GOLDEN, **golden)
+    return PriorSpec(PRIOR_FILE, prior.weights_sha256, timesteps, gradient, parity)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -269,18 +291,25 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("prior", metavar="PRIOR", type=Path, help="run, safetensors or dalle2-pytorch checkpoint")
     add("-o", "--out", metavar="ONNX", type=Path, required=True, help="file to write")
+    add("--force", action="store_true", help="replace the file at -o")
     add("--gradient", choices=PRIOR_GRADIENTS, default="exact", help="default: exact")
     add("--text-length", type=int, default=77, metavar="L", help="tokens of the text (77)")
     options = parser.parse_args(arguments)
     try:
         if options.text_length < 1:
             raise ExportError(f"--text-length must be 1 or more, got {options.text_length}")
+        if options.out.exists() and not options.force:
+            raise ExportError(f"{options.out} exists: add --force to replace it")
         prior = load_prior(options.prior).model
-        case = options.out, None, options.gradient, options.text_length
-        with step("exporting the step"):
-            export_step(prior, *case)
-        with step("comparing it with PyTorch"):
-            parity = verify_step(prior, *case)
+        # Beside its place, and there only once it is known to be right.
+        with tempfile.TemporaryDirectory(dir=options.out.resolve().parent) as work:
+            case = Path(work) / options.out.name, None, options.gradient, options.text_length
+            with step("exporting the step"):
+                export_step(prior, *case)
+            with step("comparing it with PyTorch"):
+                parity = verify_step(prior, *case)
+            for file in Path(work).iterdir():  # with a file of weights beside it if it is large
+                os.replace(file, options.out.with_name(file.name))
     except (EdgeclipError, OSError) as err:
         print(f"error: {err}", file=sys.stderr)
         return 2

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from edgeclip.manifest import Robustness
-from edgeclip.purify import Purifier, from_dict
+from edgeclip.purify import DiffPurifier, Purifier, from_dict
 from export import ExportError
 from export.checkpoints import Source
+from export.diffusion_prior import TrainedPrior
 
 CHECKS = 10  # that a figure has to pass
 ENOUGH = 1000  # images, before a purification is recommended
@@ -21,15 +22,26 @@ LEVEL = 0.05  # of all comparisons together, two-sided
 
 
 def read(
-    paths: Sequence[Path], source: Source, templates: Sequence[str]
+    paths: Sequence[Path],
+    source: Source,
+    templates: Sequence[str],
+    prior: TrainedPrior | None = None,
+    prior_gradient: str = "exact",
 ) -> tuple[tuple[Robustness, ...], Purifier]:
     """What was measured, without purification and with the recommended one, and which that is.
 
     Purified rows that failed a check are left out. Raises ExportError for any other row that did,
-    for a file that is not finished or not checked, and for one that is not of these weights and
-    templates: a bundle carries no figure of another model, and none that is not to be believed.
+    for a file that is not finished or not checked, and for one that is not of these weights,
+    templates and prior: a bundle carries no figure of another model, and none that is not to be believed.
     """
     found = [(path, _load(path, source, templates)) for path in paths]
+    for path, result in found:
+        told = result["settings"]["purification"]
+        own = (prior and prior.weights_sha256, prior_gradient)
+        if isinstance(_purifier(result), DiffPurifier) and own != (
+            told.get("prior_sha256"), told.get("gradient")
+        ):  # fmt: skip
+            raise ExportError(f"{path} was measured with another prior: name its own with --prior")
     passed = [(path, result) for path, result in found if _passed(path, result)]
     recommended = _recommended([result for _, result in passed])
     kept = [pair for pair in passed if _purifier(pair[1]) in (None, recommended)]

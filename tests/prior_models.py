@@ -27,7 +27,7 @@ def write_prior(path: Path, *, depth: int = 2, heads: int = 2, seed: int = 0) ->
     for key, value in state.items():
         if not key.startswith("noise_scheduler.") and "freqs" not in key:
             value += 0.3 * torch.randn_like(value)
-    save_file({key: value.contiguous() for key, value in state.items()}, path)
+    save_file({key: value.clone() for key, value in state.items()}, path)
     return path
 
 

@@ -68,7 +68,7 @@ class Settings:
     )
     depth: int = setting(3, help="layers")
     heads: int = setting(2, help="attention heads, each 64 wide")
-    steps: int = setting(3000, help="steps of training")
+    steps: int = setting(1500, help="steps of training")
     batch_size: int = setting(256, help="embeddings per step")
     learning_rate: float = setting(1e-3, help="highest learning rate of AdamW; cosine to zero")
     weight_decay: float = setting(0.01, help="of matrices; vectors have none")
@@ -246,6 +246,7 @@ def open_folder(settings: Settings, now: dict[str, Any]) -> dict[str, Any] | Non
 def train(settings: Settings) -> None:
     """Train, or go on; prior.safetensors is there at the end."""
     settings, device = checked(settings), choose_device(settings.device)
+    out = settings.out
     if settings.threads:
         torch.set_num_threads(settings.threads)
     source = load(settings.bundle_checkpoint, settings.pretrained)
@@ -253,6 +254,9 @@ def train(settings: Settings) -> None:
             for key, value in asdict(settings).items()}  # fmt: skip
     told["weights_sha256"] = source.weights_sha256
     previous = open_folder(settings, told)
+    if previous is not None and previous["step"] == settings.steps and (out / WEIGHTS).is_file():
+        print(f"{out} is finished already")
+        return
     if previous is None:  # embeddings of another run say nothing about this one
         (settings.out / EMBEDDINGS).unlink(missing_ok=True)
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -261,28 +265,26 @@ def train(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     prior = DiffusionPrior(Shape(rows.shape[1], settings.depth, settings.heads)).to(device)
     mean = copy.deepcopy(prior).requires_grad_(False)
-    matrices = [p for p in prior.parameters() if p.ndim >= 2]
-    others = [p for p in prior.parameters() if p.ndim < 2]
+    trained = [p for p in prior.parameters() if p.requires_grad]
+    matrices, others = ([p for p in trained if (p.ndim >= 2) == x] for x in (True, False))
     groups = [{"params": matrices, "weight_decay": settings.weight_decay},
               {"params": others, "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
-    step = 0
+    step, total = 0, 0.0  # the sum of the losses since the last row of metrics
     if previous is not None:
         prior.load_state_dict(previous["prior"])
         mean.load_state_dict(previous["mean"])
         optimizer.load_state_dict(previous["optimizer"])
-        step = previous["step"]
+        step, total = previous["step"], previous["loss"]
 
     def save() -> None:
         state = {"prior": prior.state_dict(), "mean": mean.state_dict(), "step": step}
-        save_checkpoint(
-            settings.out, state | {"optimizer": optimizer.state_dict(), "training": told}
-        )
+        state |= {"optimizer": optimizer.state_dict(), "loss": total, "training": told}
+        save_checkpoint(settings.out, state)
 
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with closing(Metrics(settings.out, step)) as metrics, Progress(*columns) as bar:
         task = bar.add_task("prior", total=settings.steps, completed=step)
-        total = 0.0
         while step < settings.steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings)
@@ -312,7 +314,7 @@ def train(settings: Settings) -> None:
             row = {"step": step} | validate(mean.eval(), texts, test, settings.seed)
             metrics.write(row)
             bar.console.print(row)
-    weights = {key: value.cpu().contiguous() for key, value in mean.state_dict().items()}
+    weights = {key: value.cpu().clone() for key, value in mean.state_dict().items()}
     write_atomically(settings.out / WEIGHTS, lambda part: save_file(weights, part))
     print(
         f"{settings.out} is ready: python -m export {settings.bundle_checkpoint} "

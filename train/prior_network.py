@@ -51,12 +51,14 @@ class Context(NamedTuple):
 
 
 class Norm(nn.Module):
-    """Layer normalisation, with its parameters as dalle2-pytorch calls them."""
+    """Layer normalisation; as in dalle2-pytorch beta is not trained."""
+
+    beta: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
-        self.beta = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("beta", torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta, EPS)
@@ -71,12 +73,10 @@ class SwiGLU(nn.Module):
 class Rotary(nn.Module):
     """Rotates pairs of neighbouring values by angles that grow with the position (arXiv 2104.09864)."""
 
-    freqs: Tensor
-
     def __init__(self) -> None:
         super().__init__()
         exponents = torch.arange(0, ROTATED, 2, dtype=torch.float64) / ROTATED
-        self.register_buffer("freqs", (THETA**-exponents).float())
+        self.freqs = nn.Parameter((THETA**-exponents).float(), requires_grad=False)
 
     def forward(self, x: Tensor, first: int) -> Tensor:
         """x: (..., n, HEAD), of the tokens from position `first` on."""
@@ -92,14 +92,14 @@ class Rotary(nn.Module):
 class Attention(nn.Module):
     """Causal attention to one shared key and value per token, and to one that is always there."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, rotary: Rotary) -> None:
         super().__init__()
         self.heads, inner = shape.heads, shape.heads * HEAD
         self.norm = Norm(shape.dim)
         self.null_kv = nn.Parameter(torch.randn(2, HEAD))
         self.to_q = nn.Linear(shape.dim, inner, bias=False)
         self.to_kv = nn.Linear(shape.dim, 2 * HEAD, bias=False)
-        self.rotary_emb = Rotary()
+        self.rotary_emb = rotary
         self.to_out = nn.Sequential(nn.Linear(inner, shape.dim, bias=False), Norm(shape.dim))
 
     def forward(
@@ -125,7 +125,9 @@ class Attention(nn.Module):
         similarity = queries @ keys[:, None].transpose(-1, -2) + bias
         hidden = torch.finfo(similarity.dtype).min
         weights = similarity.masked_fill(~seen[:, None], hidden).softmax(-1)
-        mixed = (weights @ values[:, None]).transpose(1, 2).reshape(count, length, -1)
+        mixed = (
+            (weights @ values[:, None]).transpose(1, 2).reshape(count, length, self.heads * HEAD)
+        )
         return self.to_out(mixed), memory
 
 
@@ -135,10 +137,10 @@ class Transformer(nn.Module):
         self.rel_pos_bias = nn.ModuleDict({
             "relative_attention_bias": nn.Embedding(BUCKETS, shape.heads)
         })  # fmt: skip
-        inner = EXPANSION * shape.dim
+        inner, rotary = EXPANSION * shape.dim, Rotary()
         self.layers = nn.ModuleList(
             nn.ModuleList([
-                Attention(shape),
+                Attention(shape, rotary),
                 nn.Sequential(
                     Norm(shape.dim),
                     nn.Linear(shape.dim, 2 * inner, bias=False),
@@ -281,6 +283,8 @@ class DiffusionPrior(nn.Module):
                 f"expected text_embed (T, {self.shape.dim}) and text_encodings (T, n, "
                 f"{self.shape.dim}), got {tuple(text_embed.shape)}, {tuple(text_encodings.shape)}"
             )
+        if text_mask is not None and text_mask.shape != (count, length):
+            raise ValueError(f"expected text_mask {(count, length)}, got {tuple(text_mask.shape)}")
         if text_mask is None:
             text_mask = torch.ones(count, length, dtype=torch.bool, device=text_embed.device)
         own = torch.ones_like(text_mask[:, :1])
@@ -325,13 +329,13 @@ class DiffusionPrior(nn.Module):
         is part of a graph, both can be differentiated again.
         """
         length = self.shape.dim**0.5
+        attached = torch.is_grad_enabled() and z.requires_grad
         if not exact:
             x0 = length * z
-            with torch.no_grad():
+            with torch.set_grad_enabled(attached):
                 noisy = self.noise_scheduler(x0, timesteps, noise)
                 predicted = self.denoise(noisy, timesteps, context)
             return (predicted - x0).square().mean(1), 2 / length * (x0 - predicted)
-        attached = torch.is_grad_enabled() and z.requires_grad
         with torch.enable_grad():
             z = z if attached else z.detach().requires_grad_()
             losses = self.losses(length * z, timesteps, noise, context)
@@ -359,8 +363,10 @@ def _shape(state: Mapping[str, Tensor]) -> Shape:
     try:
         timesteps, dim = state["net.to_time_embeds.0.weight"].shape
         inner, _ = state[layer.format(0)].shape
-    except (KeyError, ValueError) as err:
+    except KeyError as err:
         raise ExportError(f"not the weights of a diffusion prior: no {err}") from err
+    except ValueError as err:
+        raise ExportError("not the weights of a diffusion prior: a matrix is none") from err
     depth = 0
     while layer.format(depth) in state:
         depth += 1

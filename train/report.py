@@ -51,6 +51,7 @@ class Result:
     stages: dict[tuple[str, str], dict[str, np.ndarray]]  # (attack, gradient) -> stage -> marks
     seconds: dict[str, float]  # per image
     checks: list[dict[str, Any]]  # name, figure, and passed: None where it does not apply
+    purifier: Purifier = None
     devices: tuple[str, ...] = ()
 
     @property
@@ -61,20 +62,28 @@ class Result:
         return f"{name} ({settings['checkpoint']})" if settings.get("checkpoint") else name
 
     @property
-    def purifier(self) -> Purifier:
-        found = self.settings.get("purification")
-        return None if found == "none" else from_dict(found)
+    def purification(self) -> str:
+        return str(self.purifier or "none") + self._forward
 
     @property
-    def purification(self) -> str:
-        return str(self.purifier or "none")
+    def _forward(self) -> str:
+        """What tells a bundle's approximate prior gradient from the exact one."""
+        told = self.settings.get("purification")
+        forward = isinstance(told, dict) and told.get("gradient") == "forward"
+        return ", forward gradient" if forward else ""
+
+    @property
+    def prior(self) -> str | None:
+        told = self.settings.get("purification")
+        return told.get("prior_sha256") if isinstance(told, dict) else None
 
     @property
     def method(self) -> str:
         """The purification without its steps and their size."""
         own = self.purifier
         if isinstance(own, DiffPurifier):
-            return "CLIPure-Diff, timesteps {} to {}, seed {}".format(*own.timesteps, own.seed)
+            times = "timesteps {} to {}".format(*own.timesteps)
+            return f"CLIPure-Diff, {times}, seed {own.seed}{self._forward}"
         return "CLIPure-Cos" if own else ""
 
     @property
@@ -195,7 +204,9 @@ def _result(found: dict[str, Any], first: int | None) -> Result:
     if any(check["passed"] not in PASSED or {"name", "figure"} - check.keys() for check in checks):
         raise ValueError("a check has no name, figure or result")
     devices = tuple(found.get("devices") or ())
-    return Result(settings, wanted, images, clean, stages, seconds, checks, devices)
+    told = settings.get("purification")
+    purifier = None if told == "none" else from_dict(told)
+    return Result(settings, wanted, images, clean, stages, seconds, checks, purifier, devices)
 
 
 def _parse(key: str) -> tuple[str, str, str]:
@@ -277,11 +288,15 @@ def _details(rows: Sequence[Result]) -> list[str]:
     blocks += [_autoattack(cascades)] if cascades else []
     same = _grouped(rows, lambda row: (row.model, row.settings.get("weights_sha256"), row.budget))
     for group in same:
-        for own in _grouped([row for row in group if row.purifier], lambda row: row.method):
+        for own in _grouped([row for row in group if row.purifier], _kind):
             if len({row.setting for row in own}) > 1:
                 plain = [row for row in group if row.purifier is None]
                 blocks.append(_grid(own, min(plain, key=_mean_worst, default=None)))
     return blocks
+
+
+def _kind(row: Result) -> tuple[str, str | None]:
+    return row.method, row.prior
 
 
 def _mean_worst(row: Result) -> float:

@@ -71,8 +71,8 @@ def open_subject(
     """A bundle's folder, a run's folder, or open_clip's name of a model with `pretrained` weights.
 
     checkpoint: the weights of a bundle, a run's folder or a file; None looks for them beside it.
-    templates: instead of the model's own. prior: a run of train.diffusion_prior, or a file. Raises ExportError, BundleError and LabelError, and
-    SettingsError for weights that are not the bundle's.
+    templates: instead of the model's own. prior: a run of train.diffusion_prior, or a file. Raises
+    ExportError, BundleError and LabelError, and SettingsError for weights that are not the bundle's.
     """
     folder = Path(subject)
     trained = load_prior(Path(prior)) if prior else None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from edgeclip.purify import DiffPurifier
 from train.attacks import cross_entropy, margin, pgd
-from train.defence import Defence, Guessed, Seen, View
+from train.defence import Defence, Guessed, Seen, View, right
 from train.losses import squared_distance
 from train.model import Attack, generators
 from train.settings import SettingsError
@@ -80,7 +80,9 @@ def build(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank
     other seeds are averaged. Raises SettingsError for an attack that this number of classes does not
     allow.
     """
-    if threat.eot > 1 and isinstance(defence.purifier, DiffPurifier) and name != "square":
+    # Not what only stands for a defence, as the checks have it: its view is not its purifier's.
+    drawn = type(defence) is Defence and isinstance(defence.purifier, DiffPurifier)
+    if threat.eot > 1 and drawn and name != "square":
         guessed = Guessed(defence, threat.seed)
         inner = _build(name, guessed, gradient, threat, bank)
 
@@ -122,13 +124,17 @@ def _build(name: str, defence: Defence, gradient: str, threat: Threat, bank: Ban
 
     def attack(images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         found = library(images, labels).detach()
-        if gradient == "encoder" and name != "square":
-            # The library leaves alone what it sees named wrongly; the whole may name it rightly.
+        # The library leaves alone what it sees named wrongly; the defence may name it rightly.
+        if isinstance(defence, Guessed):
+            left = right(defence.defence, found, labels)
+        elif gradient == "encoder" and name != "square":
             with torch.no_grad():
                 left = seen(images).argmax(1) != labels
-            if left.any():
-                cw = _ours("cw", defence, gradient, threat, bank)
-                found[left] = cw(images[left], labels[left], seeds[left])
+        else:
+            return found
+        if left.any():
+            cw = _ours("cw", defence, gradient, threat, bank)
+            found[left] = cw(images[left], labels[left], seeds[left])
         return found
 
     return attack

@@ -24,16 +24,18 @@ void combine(const float* z, double a, const float* t, double b, int64_t dim, fl
 // the two cancel no embedding is left: both leave z as it is.
 void descend(const float* z, double norm, const float* g, double g_norm, double eta, int64_t dim,
              float* out) {
-  const double along = g_norm > 0 ? eta / g_norm : 0.0;
+  // Both divided by the larger, so that no step size is too large.
+  const double length = std::fmax(1.0, eta);
+  const double along = g_norm > 0 ? eta / length / g_norm : 0.0;
   double square = 0;
   for (int64_t i = 0; i < dim; ++i) {
-    const double value = z[i] / norm - along * g[i];
+    const double value = z[i] / norm / length - along * g[i];
     square += value * value;
   }
   const bool stays = along == 0.0 || square < kMinSine * kMinSine;
   const double scale = stays ? 1.0 : norm / std::sqrt(square);
   for (int64_t i = 0; i < dim; ++i) {
-    const double value = stays ? z[i] : (z[i] / norm - along * g[i]) * scale;
+    const double value = stays ? z[i] : (z[i] / norm / length - along * g[i]) * scale;
     out[i] = static_cast<float>(value);
   }
 }
