@@ -123,7 +123,7 @@ def export_graph(
 ) -> None:
     """Write a module as ONNX; dims are the symbolic sizes of each input. Raises ExportError.
 
-    rewrite: changes the graph before the exporter's own optimisations.
+    rewrite: optimises the graph instead of the exporter.
     """
     try:
         with quiet():
@@ -147,7 +147,6 @@ def export_graph(
         raise ExportError("PyTorch returned no ONNX model")
     if rewrite is not None:
         rewrite(program.model)
-        program.optimize()
     _save(program.model, path)
 
 
