@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
+    ROOT / "csrc" / "geometry.cc",
     ROOT / "csrc" / "ops.cc",
     *sorted((ROOT / "csrc" / "cpu").glob("*.cc")),
     ROOT / "csrc" / "cuda" / "no_cuda.cc",
