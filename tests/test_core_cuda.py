@@ -106,7 +106,7 @@ def check(got: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...]) -> None
     powers = np.exp(logits.astype(float) - logits.max(axis=1, keepdims=True))
     softmax = powers / powers.sum(axis=1, keepdims=True)
     reference = np.take_along_axis(softmax, order, axis=1)
-    np.testing.assert_allclose(probabilities, reference, rtol=5e-6, atol=1e-30)
+    np.testing.assert_allclose(probabilities, reference, rtol=2e-5, atol=1e-30)
 
 
 SIZES = [(1, 1), (7, 5), (33, 100), (2049, 33), (97, 2049), (640, 481), (480, 640), (1000, 200)]
@@ -182,11 +182,11 @@ def test_alone_and_in_any_batch_bit_for_bit(k: int, d: int, half: bool) -> None:
 
 def test_a_misaligned_view_gives_the_same_bits() -> None:
     arrays = Problem(1, 50, 64).device_arrays()
-    _core.classify(**arrays, logit_scale=20.0)
+    _core.classify(**arrays, logit_scale=20.0, top_k=7)
     expected = arrays["out_logits"].clone()
     shifted = torch.empty(65, device="cuda")[1:]
     shifted.copy_(arrays["embeddings"][0])
-    _core.classify(**{**arrays, "embeddings": shifted[None]}, logit_scale=20.0)
+    _core.classify(**{**arrays, "embeddings": shifted[None]}, logit_scale=20.0, top_k=7)
     assert torch.equal(arrays["out_logits"], expected)
 
 
@@ -301,7 +301,7 @@ def test_a_graph_replays_with_changed_inputs(n: int, k: int) -> None:
         expected = preprocess_on_cpu(image, (224, 224)).astype(np.float16)
         np.testing.assert_array_equal(out.cpu().numpy(), expected)
         rows = _core.purify_cos(problem.embeddings, problem.null_text, **how)
-        np.testing.assert_allclose(purified.cpu().numpy(), rows, atol=1e-5)
+        np.testing.assert_allclose(purified.cpu().numpy(), rows, atol=1e-5, rtol=1e-5)
 
 
 def test_what_does_not_fit_is_refused() -> None:
