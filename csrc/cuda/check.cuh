@@ -9,12 +9,12 @@
 
 namespace edgeclip::cuda {
 
-// Throws std::runtime_error that names the operation, the call and CUDA's error.
-inline void check(cudaError_t error, const std::string& op, const std::string& call) {
+// Throws std::runtime_error that names the operation, the call, what it was of, and CUDA's error.
+inline void check(cudaError_t error, const char* op, const char* call, const char* of) {
   if (error == cudaSuccess) return;
   static_cast<void>(cudaGetLastError());  // or somebody else's next check would report it again
-  throw std::runtime_error("[" + op + "] " + call + ": " + cudaGetErrorName(error) + ": " +
-                           cudaGetErrorString(error));
+  throw std::runtime_error("[" + std::string(op) + "] " + call + "(" + of +
+                           "): " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
 // A kernel of one parameter, launched without the <<<>>> that only nvcc can parse. What a launch
@@ -24,7 +24,7 @@ void launch(const char* op, const char* name, void (*kernel)(Params), dim3 grid,
             size_t shared_bytes, cudaStream_t stream, Params params) {
   void* arguments[] = {&params};
   check(cudaLaunchKernel(kernel, grid, block, arguments, shared_bytes, stream), op,
-        "cudaLaunchKernel(" + std::string(name) + ")");
+        "cudaLaunchKernel", name);
 }
 
 // The block's dynamic shared memory. All shared memory is taken from it, none declared in place,

@@ -6,10 +6,9 @@
 namespace edgeclip::cuda {
 namespace {
 
-[[noreturn]] void refuse(const char* op) {
-  throw std::runtime_error("[" + std::string(op) +
-                           "] got a CUDA tensor, but edgeclip was built without CUDA "
-                           "(EDGECLIP_CUDA=OFF)");
+[[noreturn]] void refuse(const char* op, const char* because = "got a CUDA tensor, but ") {
+  throw std::runtime_error("[" + std::string(op) + "] " + because +
+                           "edgeclip was built without CUDA (EDGECLIP_CUDA=OFF)");
 }
 
 }  // namespace
@@ -32,9 +31,9 @@ void classify(const ClassifyInputs&, const ClassifyOutputs&, const ClassifyOptio
 }
 
 int64_t preprocess_workspace(const TensorView&, const TensorView&, const PreprocessOptions&) {
-  refuse("preprocess_workspace");
+  refuse("preprocess_workspace", "");
 }
 
-int64_t classify_workspace(const ClassifySizes&) { refuse("classify_workspace"); }
+int64_t classify_workspace(const ClassifySizes&) { refuse("classify_workspace", ""); }
 
 }  // namespace edgeclip::cuda
