@@ -121,6 +121,17 @@ py::object purify_cos_py(const py::object& embeddings, const py::object& null_te
   return result;
 }
 
+py::array_t<float> polar_step_py(const py::object& embeddings, const py::object& gradients,
+                                 double step_size) {
+  const TensorView embeddings_view = view_of("polar_step", "embeddings", embeddings);
+  const TensorView gradients_view = view_of("polar_step", "gradients", gradients);
+  py::array_t<float> out(check_polar_step(embeddings_view, gradients_view, step_size));
+  const TensorView out_view = view_numpy(out);
+  py::gil_scoped_release release;
+  polar_step(embeddings_view, gradients_view, out_view, step_size);
+  return out;
+}
+
 py::tuple classify_py(const py::object& embeddings, const py::object& classes, double logit_scale,
                       double logit_bias, const py::object& null_text, const py::object& null_scores,
                       int64_t steps, double step_size, int64_t top_k, bool return_logits,
@@ -189,6 +200,17 @@ finite, or any row if the null text is, becomes NaN: to raise, one would have to
 
 Returns `out`, or a new float32 (N, D). Raises ValueError for arrays and values that do not fit.)";
 
+constexpr const char* kPolarStepDoc =
+    R"(One step of CLIPure-Diff: down the gradient of a loss by direction alone, and back to the norm.
+
+z <- |z| normalize(z / |z| - step_size g / |g|), for each row by itself (Zhang et al., CLIPure, ICLR
+2025, arXiv 2502.18176). A row without a gradient stays, and one that the step would cancel.
+
+embeddings: float32 (N, D), C-contiguous, any norms but 0. gradients: float32 (N, D). step_size: >= 0.
+
+Returns float32 (N, D). Raises ValueError for arrays and values that do not fit, and for rows that
+are not finite.)";
+
 constexpr const char* kClassifyDoc =
     R"(Class probabilities of image embeddings, purified on the way.
 
@@ -231,6 +253,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("purify_cos", &purify_cos_py, py::arg("embeddings"), py::arg("null_text"), py::kw_only(),
         py::arg("steps"), py::arg("step_size"), py::arg("out") = py::none(), py::arg("stream") = 0,
         kPurifyDoc);
+  m.def("polar_step", &polar_step_py, py::arg("embeddings"), py::arg("gradients"), py::kw_only(),
+        py::arg("step_size"), kPolarStepDoc);
   m.def("classify", &classify_py, py::arg("embeddings"), py::arg("classes"), py::kw_only(),
         py::arg("logit_scale"), py::arg("logit_bias") = 0.0, py::arg("null_text") = py::none(),
         py::arg("null_scores") = py::none(), py::arg("steps") = 0, py::arg("step_size") = 0.0,

@@ -105,11 +105,15 @@ void check_output(const char* op, const TensorView& view, const Expected& expect
   check_writable(op, view, expected.name);
 }
 
+void check_step_size(const char* op, double step_size) {
+  if (!std::isfinite(step_size) || step_size < 0) {
+    fail(op, "expected a finite step_size >= 0, got " + std::to_string(step_size));
+  }
+}
+
 void check_purify_options(const char* op, const PurifyOptions& options) {
   if (options.steps < 0) fail(op, "expected steps >= 0, got " + std::to_string(options.steps));
-  if (!std::isfinite(options.step_size) || options.step_size < 0) {
-    fail(op, "expected a finite step_size >= 0, got " + std::to_string(options.step_size));
-  }
+  check_step_size(op, options.step_size);
 }
 
 void check_normalization(const PreprocessOptions& options) {
@@ -217,6 +221,28 @@ void purify_cos(const TensorView& embeddings, const TensorView& null_text, const
   check_output("purify_cos", out, {"out", embeddings.shape, {}, embeddings.dtype}, device);
   if (device == Device::kCuda) return cuda::purify_cos(embeddings, null_text, out, options, cuda);
   cpu::purify_cos(embeddings, null_text, out, options);
+}
+
+// The gradients come from ONNX Runtime, in host memory, and so does this run there.
+std::array<int64_t, 2> check_polar_step(const TensorView& embeddings, const TensorView& gradients,
+                                        double step_size) {
+  const char* op = "polar_step";
+  check_dense(op, embeddings, {"embeddings", {kAny, kAny}, {"N", "D"}, kFloat32});
+  check_device(op, embeddings, "embeddings", Device::kCpu);
+  const int64_t samples = embeddings.shape[0], dim = embeddings.shape[1];
+  if (dim == 0) fail(op, "expected embeddings with D >= 1, got " + tuple(embeddings.shape));
+  check_dense(op, gradients, {"gradients", {samples, dim}, {}, kFloat32});
+  check_device(op, gradients, "gradients", Device::kCpu);
+  check_step_size(op, step_size);
+  return {samples, dim};
+}
+
+void polar_step(const TensorView& embeddings, const TensorView& gradients, const TensorView& out,
+                double step_size) {
+  check_polar_step(embeddings, gradients, step_size);
+  check_dense("polar_step", out, {"out", embeddings.shape, {}, kFloat32});
+  check_writable("polar_step", out, "out");
+  cpu::polar_step(embeddings, gradients, out, step_size);
 }
 
 ClassifySizes check_classify(const ClassifyInputs& inputs, const ClassifyOptions& options) {

@@ -104,12 +104,17 @@ void preprocess(const TensorView& image, const TensorView& out, const Preprocess
 void purify_cos(const TensorView& embeddings, const TensorView& null_text, const TensorView& out,
                 const PurifyOptions& options, const CudaOptions& cuda = {});
 
+void polar_step(const TensorView& embeddings, const TensorView& gradients, const TensorView& out,
+                double step_size);
+
 void classify(const ClassifyInputs& inputs, const ClassifyOutputs& outputs,
               const ClassifyOptions& options, const CudaOptions& cuda = {});
 
 // The checks on their own, for callers that must know the sizes to allocate the outputs.
 std::array<int64_t, 2> check_purify_cos(const TensorView& embeddings, const TensorView& null_text,
                                         const PurifyOptions& options);
+std::array<int64_t, 2> check_polar_step(const TensorView& embeddings, const TensorView& gradients,
+                                        double step_size);
 ClassifySizes check_classify(const ClassifyInputs& inputs, const ClassifyOptions& options);
 
 // How many bytes of workspace the CUDA operations need. For `preprocess` the tensors' shapes are
@@ -125,6 +130,8 @@ namespace cpu {
 void preprocess(const TensorView& image, const TensorView& out, const PreprocessOptions& options);
 void purify_cos(const TensorView& embeddings, const TensorView& null_text, const TensorView& out,
                 const PurifyOptions& options);
+void polar_step(const TensorView& embeddings, const TensorView& gradients, const TensorView& out,
+                double step_size);
 void classify(const ClassifyInputs& inputs, const ClassifyOutputs& outputs,
               const ClassifyOptions& options, const ClassifySizes& sizes);
 }  // namespace cpu

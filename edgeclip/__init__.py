@@ -13,7 +13,7 @@ except ImportError as err:
 from edgeclip.bundle import Bundle
 from edgeclip.errors import BundleError, DeviceError, EdgeclipError, ImageError, LabelError
 from edgeclip.labels import Label, LabelSet, read_labels
-from edgeclip.purify import CosPurifier
+from edgeclip.purify import CosPurifier, DiffPurifier
 from edgeclip.runtime import Prediction, Runtime
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "BundleError",
     "CosPurifier",
     "DeviceError",
+    "DiffPurifier",
     "EdgeclipError",
     "ImageError",
     "Label",

@@ -60,6 +60,7 @@ def purify_cos(
     step_size: float,
     out: _Float32 | None = None,
 ) -> _Float32: ...
+def polar_step(embeddings: _Float32, gradients: _Float32, *, step_size: float) -> _Float32: ...
 @overload
 def purify_cos(
     embeddings: _CudaArray,

@@ -6,6 +6,7 @@ text_encoder.<precision>.onnx     ids (N, L) int64 -> embedding (N, D)
 tokenizer.json                    for the tokenizers library
 embeddings.safetensors            null_text (D,): the unit embedding of "no class in particular"
 golden.npz                        one input and its outputs at every stage
+prior.onnx                        only for CLIPure-Diff: z, timestep, noise -> loss, gradient
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class Bundle:
     def _needed(self) -> list[str]:
         variants = self.manifest.precisions.values()
         encoders = [name for v in variants for name in (v.image_encoder, v.text_encoder)]
-        return [*encoders, TOKENIZER, EMBEDDINGS, GOLDEN]
+        prior = self.manifest.prior
+        return [*encoders, TOKENIZER, EMBEDDINGS, GOLDEN, *([prior.file] if prior else [])]
 
     def file(self, name: str) -> Path:
         """The path of one of the bundle's files, once its contents are known to be intact."""
@@ -101,8 +103,11 @@ class Bundle:
             )
 
     def encoder(self, kind: str, precision: str) -> Path:
-        """The ONNX file of the `image_encoder` or `text_encoder`, with its external data checked."""
-        name: str = getattr(self.manifest.precisions[precision], kind)
+        """The ONNX file of the `image_encoder` or `text_encoder`."""
+        return self.graph(getattr(self.manifest.precisions[precision], kind))
+
+    def graph(self, name: str) -> Path:
+        """An ONNX file, with its external data checked."""
         data = f"{name}.data"
         if data in self.manifest.files:
             self.file(data)

@@ -25,7 +25,7 @@ from edgeclip.errors import EdgeclipError, ImageError
 from edgeclip.images import ImageSource, expand
 from edgeclip.labels import check_labels, read_labels, read_templates
 from edgeclip.output import WRITERS, Answer, show_progress, text_progress
-from edgeclip.purify import MAX_STEPS, CosPurifier, Purifier
+from edgeclip.purify import MAX_SEED, MAX_STEPS, MAX_TIMESTEP, resolve
 from edgeclip.runtime import MAX_BATCH, MAX_THREADS, Runtime
 
 CLASSIFY_EXAMPLES = """examples:
@@ -83,6 +83,15 @@ def _up_to(limit: int) -> Callable[[str], int]:
     return parse
 
 
+def _from_zero(limit: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not (text.isdecimal() and len(text) <= len(str(limit)) and int(text) <= limit):
+            raise argparse.ArgumentTypeError(f"expected a number from 0 to {limit}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
 def _step_size(text: str) -> float:
     try:
         value = float(text)
@@ -127,7 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     explain = _add(commands, "explain", "Draw where an image speaks for a label.", EXPLAIN_EXAMPLES)
     # Not offered: purification does not touch the tokens, and there are two images at most.
-    explain.set_defaults(run=run_explain, purify="none", steps=None, step_size=None, batch_size=1)
+    explain.set_defaults(run=run_explain, purify="none", batch_size=1)
+    explain.set_defaults(steps=None, step_size=None, timesteps=None, seed=None)
     explain.add_argument("image", metavar="IMAGE", help="file, or - for stdin")
     explain.add_argument("attacked", nargs="?", metavar="ATTACKED", help="to compare with IMAGE")
     explain.add_argument(
@@ -199,10 +209,20 @@ def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
         help="default: auto, what the bundle recommends",
     )
     parser.add_argument(
-        "--steps", type=_up_to(MAX_STEPS), metavar="N", help="of --purify cos (the bundle's, or 10)"
+        "--steps", type=_up_to(MAX_STEPS), metavar="N", help="of the purification (default: 10)"
     )
     parser.add_argument(
-        "--step-size", type=_step_size, metavar="F", help="of --purify cos (the bundle's, or 30)"
+        "--step-size", type=_step_size, metavar="F", help="of the purification (default: 30)"
+    )
+    parser.add_argument(
+        "--timesteps",
+        nargs=2,
+        type=_from_zero(MAX_TIMESTEP),
+        metavar=("FIRST", "LAST"),
+        help="that --purify diff draws from (default: 900 999)",
+    )
+    parser.add_argument(
+        "--seed", type=_from_zero(MAX_SEED), metavar="S", help="of --purify diff (default: 0)"
     )
     parser.add_argument(
         "--batch-size", type=_up_to(MAX_BATCH), default=8, metavar="B", help="images at a time (8)"
@@ -292,18 +312,25 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def _open_runtime(args: argparse.Namespace) -> Runtime:
     bundle = Bundle(args.bundle)
-    purify: str | Purifier = args.purify
-    chosen = {"steps": args.steps, "step_size": args.step_size}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    if given:
-        if args.purify != "cos":
-            raise EdgeclipError("--steps and --step-size need --purify cos")
-        purify = replace(bundle.manifest.purification or CosPurifier(), **given)
+    purifier = resolve(args.purify, bundle.manifest.purification)
+    names = ("steps", "step_size", "timesteps", "seed")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if {"timesteps", "seed"} & given.keys() and args.purify != "diff":
+        raise EdgeclipError("--timesteps and --seed need --purify diff")
+    if given and args.purify not in ("cos", "diff"):
+        raise EdgeclipError("--steps and --step-size need --purify cos or --purify diff")
+    if given.get("timesteps"):
+        first, last = given["timesteps"]
+        if first > last:
+            raise EdgeclipError(f"--timesteps: {first} is after {last}")
+        given["timesteps"] = first, last
+    if purifier is not None:
+        purifier = replace(purifier, **given)
     return Runtime(
         bundle,
         device=args.device,
         precision=args.precision,
-        purify=purify,
+        purify=purifier,
         batch_size=args.batch_size,
         threads=args.threads,
     )

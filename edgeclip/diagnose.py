@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from typing import Any
@@ -12,7 +11,7 @@ from edgeclip import __version__, _core, golden
 from edgeclip.bundle import Bundle
 from edgeclip.encoders import available_devices
 from edgeclip.errors import EdgeclipError
-from edgeclip.manifest import Robustness, TokenSpec
+from edgeclip.manifest import PriorSpec, Robustness, TokenSpec
 from edgeclip.runtime import Runtime
 
 PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "tensorrt")
@@ -22,7 +21,6 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     """A bundle in a few entries, each a value or a list of lines."""
     manifest = bundle.manifest
     height, width = manifest.image.size
-    cos = manifest.purification
     return {
         "bundle": str(bundle.path),
         "description": manifest.description,
@@ -38,7 +36,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             for name, variant in manifest.precisions.items()
             for key, value in variant.parity.items()
         ],
-        "purification": "none" if cos is None else asdict(cos),
+        "purification": str(manifest.purification or "none"),
+        "prior": _describe_prior(manifest.prior),
         "robustness": [_describe_robustness(row) for row in manifest.robustness] or "not measured",
         "size": f"{sum((bundle.path / f).stat().st_size for f in manifest.files) / 1e6:.1f} MB",
     }
@@ -95,6 +94,13 @@ def _describe_tokens(tokens: TokenSpec | None) -> str:
         return ""
     rows, columns = tokens.grid
     return f"{rows} x {columns} patches, after {tokens.prefix} others"
+
+
+def _describe_prior(prior: PriorSpec | None) -> str | list[str]:
+    if prior is None:
+        return "none: --purify diff is not there"
+    told = f"{prior.file}, {prior.gradient} gradient, {prior.timesteps} timesteps"
+    return [told, *(f"{key} {value:.3g}" for key, value in prior.parity.items())]
 
 
 def _installed(package: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -50,6 +51,45 @@ def available_devices() -> list[str]:
     return ["cuda", "cpu"] if "CUDAExecutionProvider" in providers else ["cpu"]
 
 
+def open_session(path: Path, device: str, threads: int | None = None) -> ort.InferenceSession:
+    """A graph in ONNX Runtime; device and threads, and what is raised, as for OnnxEncoder."""
+    ort = import_onnxruntime()
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+    if provider not in ort.get_available_providers():
+        raise DeviceError(
+            f"device {device!r} needs ONNX Runtime's {provider}, which is not installed: "
+            "pip uninstall onnxruntime, then pip install 'edgeclip[gpu]'"
+        )
+    try:
+        session = ort.InferenceSession(
+            str(path), _session_options(ort, threads), providers=[provider], enable_fallback=0
+        )
+    except Exception as err:  # the library has no public base class for its errors
+        error = BundleError if device == "cpu" else DeviceError
+        raise error(f"{path} does not load on {device}: {_first_line(err)}") from err
+    if session.get_providers()[0] != provider:  # it falls back with only a log line
+        raise DeviceError(f"device {device!r} does not work here: see edgeclip doctor")
+    session.disable_fallback()  # it would go on elsewhere, and say so on stdout
+    return session
+
+
+def run_session(
+    session: ort.InferenceSession,
+    outputs: Sequence[str],
+    inputs: Mapping[str, NDArray[Any]],
+    path: Path,
+    device: str,
+) -> list[NDArray[np.float32]]:
+    """The outputs named; of the graph only the path to them is run. Raises DeviceError."""
+    options = import_onnxruntime().RunOptions()
+    options.only_execute_path_to_fetches = True
+    try:
+        found: list[NDArray[np.float32]] = session.run(list(outputs), dict(inputs), options)
+    except Exception as err:  # the library has no public base class for its errors
+        raise DeviceError(f"{path.name} failed on {device}: {_first_line(err)}") from err
+    return found
+
+
 class OnnxEncoder:
     """An encoder run by ONNX Runtime. May be shared by threads.
 
@@ -58,28 +98,9 @@ class OnnxEncoder:
     """
 
     def __init__(self, path: Path, *, device: str, threads: int | None = None) -> None:
-        ort = import_onnxruntime()
-        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
-        if provider not in ort.get_available_providers():
-            raise DeviceError(
-                f"device {device!r} needs ONNX Runtime's {provider}, which is not installed: "
-                "pip uninstall onnxruntime, then pip install 'edgeclip[gpu]'"
-            )
-        try:
-            self._session = ort.InferenceSession(
-                str(path), _session_options(ort, threads), providers=[provider], enable_fallback=0
-            )
-        except Exception as err:  # the library has no public base class for its errors
-            error = BundleError if device == "cpu" else DeviceError
-            raise error(f"{path} does not load on {device}: {_first_line(err)}") from err
-        if self._session.get_providers()[0] != provider:  # it falls back with only a log line
-            raise DeviceError(f"device {device!r} does not work here: see edgeclip doctor")
-        self._session.disable_fallback()  # it would go on elsewhere, and say so on stdout
+        self._session = open_session(path, device, threads)
         self._path, self._device = path, device
         self._input = self._session.get_inputs()[0].name
-        # One graph serves "embedding" and "tokens": only the path to what is asked for is run.
-        self._run_options = ort.RunOptions()
-        self._run_options.only_execute_path_to_fetches = True
 
     def check_shapes(self, inputs: tuple[int, ...], embed_dim: int) -> None:
         """Raises BundleError where the graph is not made for inputs (N, *inputs), or for embed_dim.
@@ -101,13 +122,8 @@ class OnnxEncoder:
         return self._fetch("tokens", inputs)
 
     def _fetch(self, output: str, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        found: NDArray[np.float32]
-        try:
-            (found,) = self._session.run([output], {self._input: inputs}, self._run_options)
-        except Exception as err:  # the library has no public base class for its errors
-            raise DeviceError(
-                f"{self._path.name} failed on {self._device}: {_first_line(err)}"
-            ) from err
+        named = {self._input: inputs}
+        (found,) = run_session(self._session, (output,), named, self._path, self._device)
         return found
 
 

@@ -10,11 +10,15 @@ from numpy.typing import NDArray
 from edgeclip.bundle import GOLDEN
 from edgeclip.errors import BundleError
 from edgeclip.labels import Label
+from edgeclip.manifest import PriorSpec
+from edgeclip.prior import Prior
+from edgeclip.purify import DiffPurifier
 from edgeclip.runtime import Runtime
 
 # Largest difference between unit embeddings, by precision.
 TOLERANCE = {"fp32": 1e-4}
 PIXEL_TOLERANCE = 1.0  # steps of 8 bits: Pillow resized the golden image, of whatever version
+PRIOR_TOLERANCE = 1e-3  # of a gradient, relative to its norm
 SCORE_TOLERANCE = 1e-2  # of probabilities, whose logits are embeddings times a scale of up to 100
 
 
@@ -23,8 +27,9 @@ def check(runtime: Runtime) -> dict[str, float]:
 
     golden.npz is what PyTorch computed at export: `image` uint8 (H, W, 3), its `pixels`
     (3, h, w) and unit `embedding` (D,); `prompts` (P,), their `ids` (P, L) and unit
-    `text_embeddings` (P, D). Raises BundleError where a difference is above its tolerance, token
-    ids differ, or an array is not as said.
+    `text_embeddings` (P, D); with a prior the `prior_gradient` (D,) of its loss there, halfway of
+    its timesteps, with the first noise of DiffPurifier. Raises BundleError where a difference is
+    above its tolerance, token ids differ, or an array is not as said.
     """
     manifest = runtime.bundle.manifest
     arrays = _Arrays(runtime)
@@ -44,8 +49,11 @@ def check(runtime: Runtime) -> dict[str, float]:
         "text": _distance(runtime.embed_texts(texts), text_embeddings),
         "scores": _score_distance(runtime, image, texts, embedding, text_embeddings),
     }
+    if manifest.prior is not None:
+        expected_gradient = arrays.get("prior_gradient", 1, (manifest.embed_dim,))
+        found["prior"] = _prior_distance(runtime, manifest.prior, embedding, expected_gradient)
     limits = dict.fromkeys(("image", "text"), TOLERANCE[runtime.precision])
-    limits |= {"pixels": PIXEL_TOLERANCE, "scores": SCORE_TOLERANCE}
+    limits |= {"pixels": PIXEL_TOLERANCE, "scores": SCORE_TOLERANCE, "prior": PRIOR_TOLERANCE}
     for name, difference in found.items():
         if not difference <= limits[name]:
             raise BundleError(
@@ -84,6 +92,20 @@ def _score_distance(
     for prediction in runtime.classify(image, labels, top_k=len(labels)):
         found[prediction.index] = prediction.score
     return _distance(found, expected)
+
+
+def _prior_distance(
+    runtime: Runtime,
+    spec: PriorSpec,
+    embedding: NDArray[np.float32],
+    expected: NDArray[np.float32],
+) -> float:
+    """How far the gradient of the bundle's prior is from the golden one, relative to its norm."""
+    dim = len(embedding)
+    prior = Prior(runtime.bundle.graph(spec.file), dim, device=runtime.device)
+    (noise,) = DiffPurifier(steps=1).draws(dim)[1]
+    _, (gradient,) = prior.loss_and_grad(embedding[None], spec.timesteps // 2, noise)
+    return float(np.linalg.norm(gradient - expected) / np.linalg.norm(expected))
 
 
 def _distance(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:

@@ -13,15 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+from edgeclip import purify
 from edgeclip.errors import BundleError
 from edgeclip.labels import check_templates
-from edgeclip.purify import CosPurifier, Purifier
+from edgeclip.purify import Purifier
 from edgeclip.tokenizer import CLEANERS
 
 SCHEMA_VERSION = 1
 PRECISIONS = ("fp32",)  # of encoders that this version can check and run
 RESIZES = ("shortest", "longest", "squash")  # as open_clip means them
 INTERPOLATIONS = ("bicubic", "bilinear")
+PRIOR_GRADIENTS = ("exact", "forward")
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
@@ -118,6 +120,27 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class PriorSpec:
+    """The diffusion prior's step, prior.onnx: see edgeclip.prior."""
+
+    file: str
+    weights_sha256: str
+    timesteps: int  # of its noise schedule
+    gradient: str  # exact, or forward: without what the prediction itself depends on
+    parity: Mapping[str, float] = field(default_factory=dict)  # differences from PyTorch
+
+    def __post_init__(self) -> None:
+        for name in (self.file, self.weights_sha256):
+            _check(isinstance(name, str), "prior file and weights_sha256 must be texts", name)
+        _check(
+            _whole(self.timesteps, 1, 1 << 20), "prior timesteps must be a number", self.timesteps
+        )
+        good = self.gradient in PRIOR_GRADIENTS
+        _check(good, f"prior gradient must be one of {PRIOR_GRADIENTS}", self.gradient)
+        _check(_table(self.parity, (int, float)), "parity must be numbers by name", self.parity)
+
+
+@dataclass(frozen=True)
 class Robustness:
     """One measurement under attack: of the model in PyTorch, white box, by python -m train.evaluate."""
 
@@ -163,6 +186,7 @@ class Manifest:
     purification: Purifier
     precisions: Mapping[str, Variant]
     robustness: tuple[Robustness, ...] = ()  # empty: not measured
+    prior: PriorSpec | None = None  # of CLIPure-Diff
     files: Mapping[str, str] = field(default_factory=dict)  # name -> sha256
     schema_version: int = SCHEMA_VERSION
 
@@ -180,11 +204,14 @@ class Manifest:
         for name in self.precisions:
             _check(name in PRECISIONS, f"precision must be one of {PRECISIONS}", name)
         _check(_table(self.files, str), "files must be sha256 by name", self.files)
+        timesteps = None if self.prior is None else self.prior.timesteps
+        purify.check_prior(self.purification, timesteps)
         for name in self.files:  # a bundle never reaches outside its directory
             _check(PurePath(name).name == name, "files must have plain file names", name)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        entries = dataclasses.asdict(self) | {"purification": purify.to_dict(self.purification)}
+        return json.dumps(entries, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -206,9 +233,10 @@ class Manifest:
                 "image": _record(ImageSpec, data["image"]),
                 "text": _record(TextSpec, data["text"]),
                 "tokens": None if data["tokens"] is None else _record(TokenSpec, data["tokens"]),
-                "purification": _purifier(data["purification"]),
+                "purification": purify.from_dict(data["purification"]),
                 "precisions": {k: _record(Variant, v) for k, v in data["precisions"].items()},
                 "robustness": [_record(Robustness, row) for row in data.get("robustness", [])],
+                "prior": _record(PriorSpec, data["prior"]) if data.get("prior") else None,
             }
             manifest: Manifest = _record(cls, data | nested)
         except KeyError as err:
@@ -228,7 +256,3 @@ def _record(cls: type[Any], data: Mapping[str, Any]) -> Any:
         elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
             raise KeyError(entry.name)
     return cls(**values)
-
-
-def _purifier(data: Mapping[str, Any] | None) -> Purifier:
-    return None if data is None else CosPurifier(int(data["steps"]), float(data["step_size"]))

@@ -1,16 +1,28 @@
-"""What a purification is: its parameters and their validation.
+"""What a purification is: its parameters, their validation, and the numbers it draws.
 
 The arithmetic is in `_core`. How much it protects has to be measured; its name promises nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgeclip.errors import BundleError
 
-MAX_STEPS = 10_000  # far beyond any use, and still answered at once
+MAX_STEPS = 10_000  # far beyond any use, and of CLIPure-Cos still answered at once
+NO_PRIOR = (
+    "purify 'diff' needs a bundle with a diffusion prior, and this one has none: "
+    "export it with --prior"
+)
+MAX_TIMESTEP = 2**20
+MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -26,28 +38,108 @@ class CosPurifier:
     step_size: float = 30.0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.steps, int) and 0 <= self.steps <= MAX_STEPS):
-            raise ValueError(f"purification steps must be 0 to {MAX_STEPS}, got {self.steps}")
-        if not (math.isfinite(self.step_size) and self.step_size >= 0):
-            raise ValueError(f"purification step size must be 0 or more, got {self.step_size}")
+        _check(self)
+
+    def __str__(self) -> str:
+        return f"cos {self.steps} x {self.step_size:g}"
 
 
-Purifier = CosPurifier | None
+@dataclass(frozen=True)
+class DiffPurifier:
+    """CLIPure-Diff: `steps` steps of size step_size up the likelihood that a diffusion prior gives.
+
+    Each step draws one of `timesteps` (the first and the last one) and noise, and goes along the
+    gradient of the prior's loss, by its direction alone (CLIPure, section 4). What is drawn depends
+    on `seed` and on nothing else: the same for all images, in any batch. The defaults are the
+    published setting. Raises ValueError for numbers that make no sense.
+    """
+
+    steps: int = 10
+    step_size: float = 30.0
+    timesteps: tuple[int, int] = (900, 999)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self)
+        times = self.timesteps
+        whole = isinstance(times, tuple) and all(type(time) is int for time in times)
+        if not (whole and len(times) == 2 and 0 <= times[0] <= times[1] <= MAX_TIMESTEP):
+            raise ValueError(f"timesteps must be the first and the last, got {times!r}")
+        if not (type(self.seed) is int and 0 <= self.seed <= MAX_SEED):
+            raise ValueError(f"purification seed must be 0 to {MAX_SEED}, got {self.seed}")
+
+    def __str__(self) -> str:
+        text = f"diff {self.steps} x {self.step_size:g}"
+        return text + " t {}-{} seed {}".format(*self.timesteps, self.seed)
+
+    def draws(self, dim: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The timestep (steps,) and the noise (steps, dim) of each step."""
+        # NumPy promises the same numbers in every version for this generator alone.
+        random = np.random.RandomState(self.seed)
+        first, last = self.timesteps
+        times = random.randint(first, last + 1, size=self.steps)
+        noise = random.standard_normal((self.steps, dim))
+        return times.astype(np.int64), noise.astype(np.float32)
+
+
+Purifier = CosPurifier | DiffPurifier | None
+
+
+def _check(purifier: CosPurifier | DiffPurifier) -> None:
+    steps, step_size = purifier.steps, purifier.step_size
+    if not (isinstance(steps, int) and 0 <= steps <= MAX_STEPS):
+        raise ValueError(f"purification steps must be 0 to {MAX_STEPS}, got {steps}")
+    if not (math.isfinite(step_size) and step_size >= 0):
+        raise ValueError(f"purification step size must be 0 or more, got {step_size}")
 
 
 def resolve(purify: str | Purifier, recommended: Purifier) -> Purifier:
-    """The purifier that an option names: auto (the bundle's own), none, cos, or a purifier.
+    """The purifier that an option names: auto (the bundle's own), none, cos, diff, or a purifier.
 
-    Raises BundleError for diff, which needs a bundle with a prior; ValueError for any other name.
+    cos and diff are the bundle's own where it recommends one of that kind, and else as published.
+    Raises ValueError for any other name.
     """
-    if purify is None or isinstance(purify, CosPurifier):
+    if not isinstance(purify, str):
         return purify
     if purify == "auto":
         return recommended
     if purify == "none":
         return None
-    if purify == "cos":
-        return recommended or CosPurifier()
-    if purify == "diff":
-        raise BundleError("purify 'diff' needs a bundle with a diffusion prior; this one has none")
+    for name, kind in (("cos", CosPurifier), ("diff", DiffPurifier)):
+        if purify == name:
+            return recommended if isinstance(recommended, kind) else kind()
     raise ValueError(f"purify must be auto, none, cos or diff, got {purify!r}")
+
+
+def to_dict(purifier: Purifier) -> dict[str, Any] | None:
+    """As JSON has it: `method` tells the kind, and is left out of CLIPure-Cos's."""
+    if purifier is None:
+        return None
+    method = {"method": "diff"} if isinstance(purifier, DiffPurifier) else {}
+    return method | dataclasses.asdict(purifier)
+
+
+def from_dict(data: Mapping[str, Any] | None) -> Purifier:
+    """Raises ValueError, TypeError or KeyError for what `to_dict` does not write."""
+    if data is None:
+        return None
+    steps, step_size = data["steps"], float(data["step_size"])
+    method = data.get("method", "cos")
+    if method == "cos":
+        return CosPurifier(steps, step_size)
+    if method != "diff":
+        raise ValueError(f"unknown purification {method!r}")
+    return DiffPurifier(steps, step_size, tuple(data["timesteps"]), data["seed"])
+
+
+def check_prior(purifier: Purifier, timesteps: int | None) -> None:
+    """Raises BundleError where a purifier needs a prior with other timesteps; None: there is none."""
+    if not isinstance(purifier, DiffPurifier):
+        return
+    if timesteps is None:
+        raise BundleError(NO_PRIOR)
+    if purifier.timesteps[1] >= timesteps:
+        raise BundleError(
+            f"the bundle's prior has the timesteps 0 to {timesteps - 1}, and {purifier.timesteps[1]} is "
+            "none of them: name others with --timesteps, or as DiffPurifier(timesteps=...)"
+        )

@@ -15,10 +15,18 @@ from numpy.typing import NDArray
 from edgeclip import _core
 from edgeclip.bundle import EMBEDDED, TOKENIZER, Bundle
 from edgeclip.encoders import Encoder, open_encoder
-from edgeclip.errors import DeviceError, ImageError
+from edgeclip.errors import BundleError, DeviceError, ImageError
 from edgeclip.images import ImageSource, decode
 from edgeclip.labels import EmbeddingCache, Label, LabelSet, check_labels, check_templates
-from edgeclip.purify import Purifier, resolve
+from edgeclip.prior import Prior
+from edgeclip.purify import (
+    NO_PRIOR,
+    CosPurifier,
+    DiffPurifier,
+    Purifier,
+    check_prior,
+    resolve,
+)
 from edgeclip.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -50,7 +58,7 @@ class Runtime:
 
     bundle: a directory, a Bundle, or None for the embedded demonstration bundle.
     device: auto (the best that works), cpu or cuda. precision: auto, or one that the bundle has.
-    purify: auto (what the bundle recommends), none, cos, or a CosPurifier.
+    purify: auto (what the bundle recommends), none, cos, diff, a CosPurifier or a DiffPurifier.
     labels: what `classify` uses where it is given none.
     batch_size: images in one run of the encoder. threads: inside one run; None for one per core.
 
@@ -86,6 +94,10 @@ class Runtime:
         self._image_encoder, self.device = open_encoder(path, device, threads)
         manifest = self.bundle.manifest
         self._image_encoder.check_shapes((3, *manifest.image.size), manifest.embed_dim)
+        spec = manifest.prior
+        check_prior(self.purifier, None if spec is None else spec.timesteps)
+        self._prior_lock = threading.Lock()
+        self._prior: Prior | None = None
         self._text_lock = threading.Lock()
         self._text: tuple[Tokenizer, Encoder] | None = None
         self._label_lock = threading.Lock()
@@ -305,15 +317,19 @@ class Runtime:
         self, batch: NDArray[np.float32], labels: LabelSet, top_k: int
     ) -> list[list[Prediction]]:
         manifest = self.bundle.manifest
+        embeddings = self._image_encoder.embed(batch)
+        if isinstance(self.purifier, DiffPurifier):
+            embeddings = self._open_prior().purify(_unit(embeddings), self.purifier)
+        cos = self.purifier if isinstance(self.purifier, CosPurifier) else None
         indices, scores = _core.classify(
-            self._image_encoder.embed(batch),
+            embeddings,
             labels.embeddings,
             logit_scale=manifest.logit_scale,
             logit_bias=manifest.logit_bias,
-            null_text=self.bundle.null_text if self.purifier else None,
-            null_scores=labels.null_scores if self.purifier else None,
-            steps=self.purifier.steps if self.purifier else 0,
-            step_size=self.purifier.step_size if self.purifier else 0.0,
+            null_text=self.bundle.null_text if cos else None,
+            null_scores=labels.null_scores if cos else None,
+            steps=cos.steps if cos else 0,
+            step_size=cos.step_size if cos else 0.0,
             top_k=min(top_k, len(labels)),
         )
         return [
@@ -325,15 +341,13 @@ class Runtime:
         ]
 
     def _embed(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        rows = self.encode(batch)
-        if self.purifier is None:
-            return rows
-        return _core.purify_cos(
-            rows,
-            self.bundle.null_text,
-            steps=self.purifier.steps,
-            step_size=self.purifier.step_size,
-        )
+        rows, own = self.encode(batch), self.purifier
+        if isinstance(own, DiffPurifier):
+            return self._open_prior().purify(rows, own)
+        if isinstance(own, CosPurifier):
+            null_text = self.bundle.null_text
+            return _core.purify_cos(rows, null_text, steps=own.steps, step_size=own.step_size)
+        return rows
 
     def _label_set(self, labels: Labels | None) -> LabelSet:
         if labels is not None:
@@ -358,6 +372,17 @@ class Runtime:
         classes = _unit(np.add.reduceat(rows, starts, axis=0))
         self._cache.store(key, classes)
         return classes
+
+    def _open_prior(self) -> Prior:
+        """Loaded when first needed: it may be larger than the encoders together."""
+        with self._prior_lock:
+            if self._prior is None:
+                spec, dim = self.bundle.manifest.prior, self.bundle.manifest.embed_dim
+                if spec is None:
+                    raise BundleError(NO_PRIOR)
+                path = self.bundle.graph(spec.file)
+                self._prior = Prior(path, dim, device=self.device, threads=self._threads)
+            return self._prior
 
     def _text_encoder(self) -> tuple[Tokenizer, Encoder]:
         """Loaded when first needed: labels that are cached need neither."""

@@ -16,6 +16,7 @@ EPILOG = """examples:
   python -m export ViT-B-32-quickgelu --pretrained openai -o bundles/openai --template "a photo of a {}."
   python -m export ViT-B-16 --pretrained checkpoints/epoch_32.pt -o bundles/mine
   python -m export runs/fashion-tga -o bundles/fashion --robustness fashion-tga.json
+  python -m export runs/fashion-tga -o bundles/fashion --prior runs/fashion-tga-prior
 """
 
 
@@ -51,6 +52,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="result of python -m train.evaluate on this model, with or without a purification: "
         "what gains by it is recommended; may be given several times",
     )
+    add(
+        "--prior",
+        metavar="RUN_OR_FILE",
+        type=Path,
+        help="a diffusion prior for --purify diff: run of train.diffusion_prior, or a checkpoint of "
+        "dalle2-pytorch",
+    )
+    add(
+        "--prior-gradient",
+        choices=["exact", "forward"],
+        default="exact",
+        help="forward: half of the work, by a gradient that is not the exact one (default: exact)",
+    )
     add("--quickgelu", action="store_true", help="the weights were trained with QuickGELU")
     add("--force", action="store_true", help="replace the bundle at -o")
     return parser.parse_args(arguments)
@@ -61,13 +75,16 @@ def run(options: argparse.Namespace) -> None:
     # Imported late: what is wrong with the arguments is said before PyTorch has loaded.
     try:
         with step("loading PyTorch"):
-            from export import bundle, checkpoints, robustness
+            from export import bundle, checkpoints, diffusion_prior, robustness
     except ImportError as err:
         raise ExportError(f"{err}: exporting needs pip install 'edgeclip[export]'") from err
     bundle.check_target(options.out, options.force)  # before minutes of work
     source = checkpoints.load(options.model, options.pretrained, quick_gelu=options.quickgelu)
     words = bundle.wording(source, options.description, options.template, options.null_template)
-    measured, recommended = robustness.read(options.robustness, source, words.templates)
+    prior = options.prior and diffusion_prior.load_prior(options.prior)
+    measured, recommended = robustness.read(
+        options.robustness, source, words.templates, prior, options.prior_gradient
+    )
     manifest = bundle.export_bundle(
         source,
         options.out,
@@ -75,6 +92,8 @@ def run(options: argparse.Namespace) -> None:
         precision=options.precision,
         robustness=measured,
         purification=recommended,
+        prior=prior,
+        prior_gradient=options.prior_gradient,
         force=options.force,
     )
     size = sum(path.stat().st_size for path in options.out.iterdir())
@@ -83,6 +102,13 @@ def run(options: argparse.Namespace) -> None:
     print("largest difference from PyTorch, by ONNX Runtime:")
     for name, value in parity.items():
         print(f"  {name:24} {value:.7f}" if "cosine" in name else f"  {name:24} {value:.1e}")
+    if manifest.prior is not None:
+        for name, value in manifest.prior.parity.items():
+            print(
+                f"  prior {name:18} {value:.7f}"
+                if "cosine" in name
+                else f"  prior {name:18} {value:.1e}"
+            )
     print(f"use it: edgeclip classify IMAGE --labels FILE --bundle {options.out}")
 
 

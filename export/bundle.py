@@ -31,6 +31,7 @@ from edgeclip.manifest import (
 from edgeclip.purify import Purifier
 from export import ExportError, to_onnx
 from export.checkpoints import Source
+from export.diffusion_prior import TrainedPrior, write_prior
 from export.progress import step
 from export.tokenizer import clean_kind, convert, pad_id
 from export.verify import golden, verify
@@ -72,11 +73,14 @@ def export_bundle(
     precision: str = "fp32",
     robustness: tuple[Robustness, ...] = (),
     purification: Purifier = None,
+    prior: TrainedPrior | None = None,
+    prior_gradient: str = "exact",
     force: bool = False,
 ) -> Manifest:
     """Write the bundle of `source` to `out`, and return its manifest.
 
-    purification: what the bundle recommends; it has to be earned by a measurement.
+    purification: what the bundle recommends; it has to be earned by a measurement. prior: what
+    CLIPure-Diff needs; prior_gradient is exact or forward, see export.diffusion_prior.
 
     An existing bundle is replaced only with `force`, and only once the new one is verified. Raises
     ExportError; then nothing is left behind.
@@ -94,12 +98,14 @@ def export_bundle(
             np.savez(work / GOLDEN, **golden(work, source, manifest))
         with step("comparing ONNX Runtime with PyTorch"):
             parity = verify(work, source, manifest, precision)
+        spec = prior and write_prior(work, prior, source, words.null_templates, prior_gradient)
         variant = dataclasses.replace(manifest.precisions[precision], parity=parity)
         manifest = dataclasses.replace(
             manifest,
             precisions={precision: variant},
             robustness=robustness,
             purification=purification,
+            prior=spec,
         )
         Bundle.write_manifest(work, manifest)
         Bundle(work).verify()

@@ -217,20 +217,23 @@ def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
 
 
 def read_weights(path: Path) -> tuple[StateDict, bool]:
-    """The tensors of a file by name, and whether they are known to be OpenAI's.
+    """The tensors of a file by name, and whether they are known to be OpenAI's; see `read_file`."""
+    return _unwrapped(read_file(path), path)
 
-    safetensors, TorchScript archives and what torch.save wrote. No Python code in them is run; a
-    TorchScript archive may run TorchScript of its own, so open only those whose origin you trust.
-    Raises ExportError for any other file.
+
+def read_file(path: Path) -> Any:
+    """What a file holds: safetensors, TorchScript archives and what torch.save wrote.
+
+    No Python code in them is run; a TorchScript archive may run TorchScript of its own, so open only
+    those whose origin you trust. Raises ExportError for any other file.
     """
     try:
         with quiet():  # torch.jit.load is deprecated, and the only reader of OpenAI's archives
             if path.suffix == ".safetensors":
-                found: Any = load_file(path)
-            elif _is_torchscript(path):
-                found = torch.jit.load(path, map_location="cpu").state_dict()
-            else:
-                found = torch.load(path, map_location="cpu", weights_only=True)
+                return load_file(path)
+            if _is_torchscript(path):
+                return torch.jit.load(path, map_location="cpu").state_dict()
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:  # its own text says how to run the code after all
         raise ExportError(
             f"{path} holds pickled code, which is not run, or is no checkpoint of PyTorch's: "
@@ -238,7 +241,6 @@ def read_weights(path: Path) -> tuple[StateDict, bool]:
         ) from err
     except Exception as err:  # on a broken file the readers raise anything, IndexError included
         raise ExportError(f"{path} is not a checkpoint that can be read: {brief(err)}") from err
-    return _unwrapped(found, path)
 
 
 def _is_torchscript(path: Path) -> bool:

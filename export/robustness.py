@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from edgeclip.manifest import Robustness
-from edgeclip.purify import CosPurifier, Purifier
+from edgeclip.purify import DiffPurifier, Purifier, from_dict
 from export import ExportError
 from export.checkpoints import Source
+from export.diffusion_prior import TrainedPrior
 
 CHECKS = 10  # that a figure has to pass
 ENOUGH = 1000  # images, before a purification is recommended
@@ -21,15 +22,26 @@ LEVEL = 0.05  # of all comparisons together, two-sided
 
 
 def read(
-    paths: Sequence[Path], source: Source, templates: Sequence[str]
+    paths: Sequence[Path],
+    source: Source,
+    templates: Sequence[str],
+    prior: TrainedPrior | None = None,
+    prior_gradient: str = "exact",
 ) -> tuple[tuple[Robustness, ...], Purifier]:
     """What was measured, without purification and with the recommended one, and which that is.
 
     Purified rows that failed a check are left out. Raises ExportError for any other row that did,
-    for a file that is not finished or not checked, and for one that is not of these weights and
-    templates: a bundle carries no figure of another model, and none that is not to be believed.
+    for a file that is not finished or not checked, and for one that is not of these weights,
+    templates and prior: a bundle carries no figure of another model, and none that is not to be believed.
     """
     found = [(path, _load(path, source, templates)) for path in paths]
+    for path, result in found:
+        told = result["settings"]["purification"]
+        own = (prior and prior.weights_sha256, prior_gradient)
+        if isinstance(_purifier(result), DiffPurifier) and own != (
+            told.get("prior_sha256"), told.get("gradient")
+        ):  # fmt: skip
+            raise ExportError(f"{path} was measured with another prior: name its own with --prior")
     passed = [(path, result) for path, result in found if _passed(path, result)]
     recommended = _recommended([result for _, result in passed])
     kept = [pair for pair in passed if _purifier(pair[1]) in (None, recommended)]
@@ -70,13 +82,12 @@ def _load(path: Path, source: Source, templates: Sequence[str]) -> dict[str, Any
 
 def _row(path: Path, found: dict[str, Any]) -> Robustness:
     settings = found["settings"]
-    purifier = _purifier(found)
     try:
         return Robustness(
             attacks=tuple(settings["attack"]),
             clean_accuracy=found["clean_accuracy"],
             worst_case_accuracy=found["worst_case_accuracy"],
-            purification=f"cos {purifier.steps} x {purifier.step_size:g}" if purifier else "none",
+            purification=str(_purifier(found) or "none"),
             **{
                 name: settings[name]
                 for name in ("data", "samples", "norm", "eps", "steps", "restarts", "seed")
@@ -87,8 +98,7 @@ def _row(path: Path, found: dict[str, Any]) -> Robustness:
 
 
 def _purifier(found: dict[str, Any]) -> Purifier:
-    given = found["settings"]["purification"]
-    return CosPurifier(given["steps"], given["step_size"]) if given else None
+    return from_dict(found["settings"]["purification"])
 
 
 def _recommended(results: Sequence[dict[str, Any]]) -> Purifier:

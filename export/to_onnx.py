@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,12 @@ def export_image_encoder(model: Any, size: tuple[int, int], path: Path) -> Token
     encoder, spec = image_encoder(model)
     example = torch.zeros(2, 3, *size)  # a batch of 1 would be taken for a constant
     names = ["embedding", "tokens"] if spec else ["embedding"]
-    _export(encoder, example, "pixels", names, {0: torch.export.Dim("batch")}, path)
+    export_graph(encoder, (example,), ["pixels"], names, ({0: torch.export.Dim("batch")},), path)
     width = _embed_dim(encoder, example[:1])
     outputs: dict[str, Shape] = {"embedding": ("batch", width)}
     if spec:
         outputs["tokens"] = ("batch", spec.prefix + spec.grid[0] * spec.grid[1], width)
-    _check_shapes(path, {"pixels": ("batch", 3, *size)}, outputs)
+    check_shapes(path, {"pixels": ("batch", 3, *size)}, outputs)
     return spec
 
 
@@ -98,9 +99,9 @@ def export_text_encoder(model: Any, context_length: int, path: Path) -> bool:
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}
     if cut:
         dims[1] = torch.export.Dim("length", max=context_length)
-    _export(encoder, example, "ids", ["embedding"], dims, path)
+    export_graph(encoder, (example,), ["ids"], ["embedding"], (dims,), path)
     ids: Shape = ("batch", "length" if cut else context_length)
-    _check_shapes(path, {"ids": ids}, {"embedding": ("batch", _embed_dim(encoder, example))})
+    check_shapes(path, {"ids": ids}, {"embedding": ("batch", _embed_dim(encoder, example))})
     return cut
 
 
@@ -111,23 +112,29 @@ def _embed_dim(encoder: nn.Module, example: Tensor) -> int:
 
 
 @torch.no_grad()
-def _export(
-    encoder: nn.Module,
-    example: Tensor,
-    input_name: str,
+def export_graph(
+    module: nn.Module,
+    example: tuple[Tensor, ...],
+    input_names: list[str],
     output_names: list[str],
-    dims: dict[int, Any],
+    dims: tuple[dict[int, Any], ...],
     path: Path,
+    rewrite: Callable[[onnx_ir.Model], None] | None = None,
 ) -> None:
+    """Write a module as ONNX; dims are the symbolic sizes of each input. Raises ExportError.
+
+    rewrite: changes the graph before the exporter's own optimisations.
+    """
     try:
         with quiet():
             program = torch.onnx.export(
-                encoder.eval(),
-                (example,),
-                input_names=[input_name],
+                module.eval(),
+                example,
+                input_names=input_names,
                 output_names=output_names,
-                dynamic_shapes=(dims,),
+                dynamic_shapes=dims,
                 opset_version=OPSET,
+                optimize=rewrite is None,
                 dynamo=True,
                 verbose=False,
             )
@@ -138,6 +145,9 @@ def _export(
         raise ExportError(f"PyTorch cannot export this model to ONNX: {brief(cause)}") from err
     if program is None:
         raise ExportError("PyTorch returned no ONNX model")
+    if rewrite is not None:
+        rewrite(program.model)
+        program.optimize()
     _save(program.model, path)
 
 
@@ -173,7 +183,7 @@ def _keep_names_apart(graph: onnx_ir.Graph) -> None:
                 value.name = f"inner_{value.name}"
 
 
-def _check_shapes(path: Path, inputs: dict[str, Shape], outputs: dict[str, Shape]) -> None:
+def check_shapes(path: Path, inputs: dict[str, Shape], outputs: dict[str, Shape]) -> None:
     """Raises ExportError unless the file has just these inputs and outputs, symbols included."""
     graph = onnx.load(path, load_external_data=False).graph
     for values, wanted in ((graph.input, inputs), (graph.output, outputs)):

@@ -91,8 +91,8 @@ def verify(directory: Path, source: Source, manifest: Manifest, precision: str) 
     its limit (or not a number), or where tokenizer.json gives other ids than open_clip.
     """
     variant = manifest.precisions[precision]
-    image = _session(directory / variant.image_encoder)
-    text = _session(directory / variant.text_encoder)
+    image = session(directory / variant.image_encoder)
+    text = session(directory / variant.text_encoder)
     parity = {
         **_image_parity(image, source, manifest),
         **_text_parity(text, directory, source, manifest),
@@ -190,7 +190,7 @@ def _unit(rows: Array) -> NDArray[np.float64]:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def _session(path: Path) -> Any:
+def session(path: Path) -> Any:
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3

@@ -159,13 +159,17 @@ def write_sentencepiece_like(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_folder(folder: Path, family: str, *, seed: int = 1, **vision: Any) -> Path:
+def write_folder(
+    folder: Path, family: str, *, seed: int = 1, embed_dim: int | None = None, **vision: Any
+) -> Path:
     """A folder as a training run leaves it, with random weights of which none is zero.
 
-    vision: what differs from the family's image tower.
+    embed_dim, vision: what differs from the family's own, and from its image tower.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model_cfg = CONFIGS[family]
+    model_cfg = dict(CONFIGS[family])
+    if embed_dim is not None:
+        model_cfg["embed_dim"] = embed_dim
     config = {
         "model_cfg": model_cfg | {"vision_cfg": model_cfg["vision_cfg"] | vision},
         "preprocess_cfg": PREPROCESSING,

@@ -191,3 +191,120 @@ def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011
         _core.purify_cos(arguments.pop("embeddings"), arguments.pop("null_text"), **arguments)
     assert str(error.value) == "[purify_cos] " + message
+
+
+# The step of CLIPure-Diff.
+
+
+def polar_by_vectors(z: np.ndarray, g: np.ndarray, step_size: float) -> np.ndarray:
+    """The published step over whole vectors, in float64."""
+    z, g = z.astype(np.float64), g.astype(np.float64)
+    norms = np.linalg.norm(z, axis=1, keepdims=True)
+    moved = z / norms - step_size * g / np.linalg.norm(g, axis=1, keepdims=True)
+    return norms * moved / np.linalg.norm(moved, axis=1, keepdims=True)
+
+
+def rows_of_all_sizes(n: int, dim: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    sizes = np.logspace(-20, 20, n)[:, None] if n else np.empty((0, 1))
+    rows = rng.standard_normal((n, dim))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True) * sizes).astype(np.float32)
+
+
+@pytest.mark.parametrize("step_size", [0.0, 0.01, 0.5, 30.0])
+@pytest.mark.parametrize("n", [0, 1, 33])
+@pytest.mark.parametrize("dim", [1, 33, 2049])
+def test_polar_step_equals_vectors(dim: int, n: int, step_size: float) -> None:
+    z, g = rows_of_all_sizes(n, dim, 0), rows_of_all_sizes(n, dim, 1)[::-1].copy()
+    kept = z.copy(), g.copy()
+    got = _core.polar_step(z, g, step_size=step_size)
+    assert got.dtype == np.float32
+    assert got.shape == z.shape
+    assert relative_error(got, polar_by_vectors(z, g, step_size)) < 1e-6
+    norms = [np.linalg.norm(a.astype(np.float64), axis=1) for a in (got, z)]
+    np.testing.assert_allclose(*norms, rtol=1e-6)
+    assert np.array_equal(z, kept[0])
+    assert np.array_equal(g, kept[1])
+
+
+def test_polar_step_goes_down_the_gradient() -> None:
+    z = np.array([[3.0, 0.0]], np.float32)
+    got = _core.polar_step(z, np.array([[0.0, 1e-9]], np.float32), step_size=1.0)
+    np.testing.assert_allclose(got, [[3 * 0.5**0.5, -3 * 0.5**0.5]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("step_size", [0.0, 0.5, 30.0])
+def test_polar_step_without_a_gradient(step_size: float) -> None:
+    z = rows_of_all_sizes(5, 33, 0)
+    g = rows_of_all_sizes(5, 33, 1)
+    g[[0, 3]] = 0
+    got = _core.polar_step(z, g, step_size=step_size)
+    assert np.array_equal(got[[0, 3]], z[[0, 3]])
+    assert (np.array_equal(got[1], z[1])) is (step_size == 0)
+
+
+def test_polar_step_that_would_leave_nothing() -> None:
+    z = rows_of_all_sizes(3, 33, 0)
+    g = z.copy()
+    g[1] *= -1
+    wide = z.astype(np.float64)
+    got = _core.polar_step(z, g, step_size=1.0)
+    assert np.array_equal(got[[0, 2]], z[[0, 2]])
+    assert relative_error(got[1:2], wide[1:2]) < 1e-6
+    beyond = _core.polar_step(z, g, step_size=2.0)
+    assert relative_error(beyond[[0, 2]], -wide[[0, 2]]) < 1e-6
+
+
+@pytest.mark.parametrize("step_size", [1e30, 1e160, 1e300])
+def test_polar_step_of_a_size_beyond_all_use(step_size: float) -> None:
+    z, g = rows_of_all_sizes(9, 33, 0), rows_of_all_sizes(9, 33, 1)
+    got = _core.polar_step(z, g, step_size=step_size)
+    wide = g.astype(np.float64)
+    norms = [np.linalg.norm(a.astype(np.float64), axis=1, keepdims=True) for a in (z, g)]
+    assert relative_error(got, -norms[0] * wide / norms[1]) < 1e-6
+
+
+def test_polar_step_alone_and_in_a_batch() -> None:
+    z, g = rows_of_all_sizes(33, 33, 0), rows_of_all_sizes(33, 33, 1)
+    together = _core.polar_step(z, g, step_size=0.3)
+    for i in range(33):
+        row = slice(i, i + 1)
+        assert np.array_equal(_core.polar_step(z[row], g[row], step_size=0.3), together[row])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embeddings": Z.astype(float)}, "expected embeddings (N, D) float32, got (3, 4) float64"),
+        ({"embeddings": Z[0]}, "expected embeddings (N, D) float32, got (4,) float32"),
+        ({"embeddings": Z[:, :0]}, "expected embeddings with D >= 1, got (3, 0)"),
+        (
+            {"embeddings": np.asfortranarray(Z)},
+            "expected embeddings to be C-contiguous, got strides (4, 12) for shape (3, 4)",
+        ),
+        ({"gradients": Z[:2]}, "expected gradients (3, 4) float32, got (2, 4) float32"),
+        ({"gradients": Z[:, :3].copy()}, "expected gradients (3, 4) float32, got (3, 3) float32"),
+        ({"gradients": Z[0]}, "expected gradients (3, 4) float32, got (4,) float32"),
+        (
+            {"gradients": Z.astype(np.float16)},
+            "expected gradients (3, 4) float32, got (3, 4) float16",
+        ),
+        (
+            {"gradients": np.ones((6, 4), np.float32)[::2]},
+            "expected gradients to be C-contiguous, got strides (32, 4) for shape (3, 4)",
+        ),
+        ({"step_size": -0.5}, "expected a finite step_size >= 0, got -0.500000"),
+        ({"step_size": float("inf")}, "expected a finite step_size >= 0, got inf"),
+        ({"step_size": float("nan")}, "expected a finite step_size >= 0, got nan"),
+        ({"embeddings": with_value(Z, (2, 3), np.nan)}, "embedding 2 contains NaN or infinity"),
+        ({"embeddings": with_value(Z, (1, 0), -np.inf)}, "embedding 1 contains NaN or infinity"),
+        ({"embeddings": Z * np.float32(0)}, "embedding 0 is zero"),
+        ({"gradients": with_value(Z, (2, 3), np.nan)}, "gradient 2 contains NaN or infinity"),
+        ({"gradients": with_value(Z, (1, 0), np.inf)}, "gradient 1 contains NaN or infinity"),
+    ],
+)
+def test_polar_step_refuses_what_does_not_fit(change: dict, message: str) -> None:
+    given = {"embeddings": Z, "gradients": np.ones_like(Z), "step_size": 0.5, **change}
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        _core.polar_step(given["embeddings"], given["gradients"], step_size=given["step_size"])
+    assert str(error.value) == "[polar_step] " + message

@@ -413,7 +413,9 @@ def test_weights_too_large_for_one_file_lie_beside_it(
 
 def export_by_itself(encoder: torch.nn.Module, path: Path) -> None:
     dims = {0: torch.export.Dim("batch")}
-    to_onnx._export(encoder, torch.zeros(2, 3, 4, 4), "pixels", ["embedding"], dims, path)
+    to_onnx.export_graph(
+        encoder, (torch.zeros(2, 3, 4, 4),), ["pixels"], ["embedding"], (dims,), path
+    )
 
 
 def test_a_fixed_batch_is_noticed(tmp_path: Path) -> None:
@@ -425,7 +427,7 @@ def test_a_fixed_batch_is_noticed(tmp_path: Path) -> None:
     export_by_itself(Fixed(), path)  # PyTorch does not mind
     wanted = ("batch", 3, 4, 4)
     with pytest.raises(ExportError, match="has the shapes"):
-        to_onnx._check_shapes(path, {"pixels": wanted}, {"embedding": wanted})
+        to_onnx.check_shapes(path, {"pixels": wanted}, {"embedding": wanted})
 
 
 def test_a_model_that_cannot_be_exported_is_one_line(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def subject(tmp_path: Path) -> Path:
 def words(subject: Path, fashion_folder: Path, tmp_path: Path) -> list[str]:
     """Without checks, which have tests of their own."""
     line = f"{subject} --data fashion-mnist:{fashion_folder} --eps 4/255 --steps 3 -n 40"
-    line += " --batch-size 16 --queries 20 --check-samples 0"
+    line += " --batch-size 16 --queries 20 --check-samples 0 --device cpu"
     return [*line.split(), "--out", str(tmp_path / "found.json")]
 
 

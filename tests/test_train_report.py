@@ -38,8 +38,8 @@ def test_few_images_are_told(
 
 
 def result(path: Path, samples: dict[str, str], **changes: Any) -> str:
-    """A result file; changes are of the settings, but for checks and seconds."""
-    rest = {"checks": PASSED, "seconds": {}}
+    """A result file; changes are of the settings, but for checks, seconds and devices."""
+    rest = {"checks": PASSED, "seconds": {}, "devices": ["some GPU"]}
     rest |= {name: changes.pop(name) for name in tuple(rest) if name in changes}
     attacked = [key.partition("/") for key in samples if key != "clean"]
     settings = {
@@ -226,8 +226,8 @@ def test_autoattack_by_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         plain(tmp_path / "b.json", "1111", "1100"),
     ]
     text = shown(capsys, *files)
-    assert "| model | purification | apgd-ce | square | seconds per image |" in text
-    assert "\n| runs/a | none | 75.0 | 25.0 | 1.5 |\n" in text
+    assert "| model | purification | apgd-ce | square | seconds per image | on |" in text
+    assert "\n| runs/a | none | 75.0 | 25.0 | 1.5 | some GPU |\n" in text
     assert "| autoattack, feature; 100 steps; 5000 queries; restarts 1 |" in text
     (first, *_) = rows(text, "runs/a")
     assert first[4:5] == ["0.0"]
@@ -411,3 +411,70 @@ def test_help_shows_how(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["a.json", "--brief", "--checks"])
     assert capsys.readouterr().err.startswith("error: ")
+
+
+DIFF = {
+    "method": "diff", "steps": 10, "step_size": 30.0, "timesteps": [900, 999], "seed": 0,
+    "prior_sha256": "p", "gradient": "exact",
+}  # fmt: skip
+
+
+def diff_rows(folder: Path) -> list[str]:
+    """A model with no purification, with two settings of cos, and with two of diff."""
+    clean = "1" * 100
+    given = [
+        (None, 40), (COS, 41), (COS | {"steps": 2}, 42), (DIFF, 50), (DIFF | {"step_size": 0.1}, 60),
+        (DIFF | {"seed": 1}, 70), (DIFF | {"step_size": 0.1}, 55),
+    ]  # fmt: skip
+    return [
+        plain(
+            folder / f"{i}.json", clean, "1" * left + "0" * (100 - left),
+            subject="runs/m", weights_sha256="m", purification=purification,
+        )
+        for i, (purification, left) in enumerate(given)
+    ]  # fmt: skip
+
+
+def test_grid_of_diff_is_apart_from_that_of_cos(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = shown(capsys, *diff_rows(tmp_path))
+    shared = "clean / worst case in % (pgd; 100 steps; restarts 1); without purification"
+    cos = text.index(f"runs/m, CLIPure-Cos, {shared} 100.0 / 40.0:")
+    diff = text.index(f"runs/m, CLIPure-Diff, timesteps 900 to 999, seed 0, {shared} 100.0 / 40.0:")
+    assert cos < diff
+    below = text[diff:].splitlines()
+    table = [[c.strip() for c in line.strip("|").split("|")] for line in below if "|" in line]
+    assert table[0] == ["steps", "step size 0.1", "step size 30"]
+    assert table[2] == ["10", "100.0 / 55.0", "100.0 / 50.0"]  # of two results the worse
+    between = text[cos:diff]
+    assert "50.0" not in between
+    assert "55.0" not in between
+    assert "seed 1, clean" not in text  # a single setting makes no grid
+
+
+def test_rows_of_diff_name_their_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, *diff_rows(tmp_path))
+    named = [row[1] for row in rows(text, "runs/m")]
+    assert named == [
+        "none", "cos 2 x 30", "cos 10 x 30", "diff 10 x 0.1 t 900-999 seed 0",
+        "diff 10 x 0.1 t 900-999 seed 0", "diff 10 x 30 t 900-999 seed 0",
+        "diff 10 x 30 t 900-999 seed 1",
+    ]  # fmt: skip
+
+
+def test_diff_has_its_place_in_the_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (figures.append(f), save(f, *a, **k)))
+    main([*diff_rows(tmp_path), "--plots", str(tmp_path / "plots")])
+    labels = [
+        label.get_text() for figure in figures for axes in figure.axes for label in axes.texts
+    ]
+    assert any("diff" in label for label in labels)
+
+
+def test_purifications_that_make_no_sense(tmp_path: Path) -> None:
+    for bad in (DIFF | {"method": "best"}, {"method": "diff", "steps": 1, "step_size": 1.0}):
+        with pytest.raises(SettingsError, match=r"a\.json is no result"):
+            main([plain(tmp_path / "a.json", "11", "10", purification=bad)])

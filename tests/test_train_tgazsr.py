@@ -51,6 +51,7 @@ def settings(model: Path, fashion_folder: Path, tmp_path: Path) -> Settings:
         warmup_steps=2,
         validate=20,
         validate_steps=2,
+        device="cpu",
         threads=1,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +11,10 @@ import torch
 import torch.nn.functional as F
 import torchattacks
 from test_train_defence import toy, toy_images
+from test_train_purification import null_prior
 
-from edgeclip.purify import CosPurifier
-from train.defence import GRADIENTS, Defence, right
+from edgeclip.purify import CosPurifier, DiffPurifier
+from train.defence import GRADIENTS, Defence, Guessed, right
 from train.settings import SettingsError
 from train.threat import ATTACKS, AUTOATTACK, Bank, Stage, Threat, build, plan
 
@@ -448,3 +451,125 @@ def test_stages_have_keys_of_their_own_and_come_after_what_they_need() -> None:
         assert stage.after in known
         known.add(stage.key)
     assert plan([], GRADIENTS, 10) == []
+
+
+# CLIPure-Diff, whose seed an attack may not know.
+
+UNSURE = DiffPurifier(2, 0.1, (0, 999), 5)
+
+
+def diff_toy(purifier: DiffPurifier = UNSURE, prior: torch.nn.Module | None = None) -> Defence:
+    plain = toy(purifier=purifier)
+    prior = prior or null_prior(6).float()
+    return Defence(plain.model, plain.null_text, purifier, prior).eval()
+
+
+def with_seed(defence: Defence, seed: int) -> Defence:
+    return diff_toy(replace(defence.purifier, seed=seed), defence.prior)
+
+
+@pytest.mark.parametrize("mode", GRADIENTS)
+def test_answers_are_the_defences_own_and_gradients_of_guessed_seeds(mode: str) -> None:
+    defence = diff_toy()
+    images, _ = toy_images(defence, 5)
+    guessed = Guessed(defence, 9)
+    draws = random.Random(9)
+    for _ in range(3):
+        other = with_seed(defence, draws.randint(0, 2**32 - 1))
+        seen = images.clone().requires_grad_()
+        view = guessed.view(seen, mode)
+        mirrored = images.clone().requires_grad_()
+        wanted = other.view(mirrored, mode)
+        assert torch.equal(view.answer, defence(images))
+        assert not view.answer.requires_grad
+        assert torch.equal(view.logits, wanted.logits)
+        assert torch.equal(view.embedding, wanted.embedding)
+        slopes = [
+            torch.autograd.grad(x.logits[:, 0].sum(), y)[0]
+            for x, y in ((view, seen), (wanted, mirrored))
+        ]
+        assert torch.equal(*slopes)
+        if mode != "encoder":  # which sees no seed at all
+            assert not torch.allclose(view.logits, view.answer, rtol=1e-4)
+    assert defence.purifier == UNSURE
+
+
+def test_guesses_begin_again() -> None:
+    defence = diff_toy()
+    images, _ = toy_images(defence, 3)
+    guessed = Guessed(defence, 9)
+    first = [guessed.view(images, "exact").logits for _ in range(3)]
+    assert not torch.equal(first[0], first[1])
+    guessed.restart()
+    again = [guessed.view(images, "exact").logits for _ in range(3)]
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    other = Guessed(defence, 10).view(images, "exact").logits
+    assert not torch.equal(first[0], other)
+
+
+@pytest.fixture
+def guesses(monkeypatch: pytest.MonkeyPatch) -> list[Guessed]:
+    """Those that are made while the test runs."""
+    made: list[Guessed] = []
+
+    class Noted(Guessed):
+        def __init__(self, defence: Defence, seed: int) -> None:
+            super().__init__(defence, seed)
+            made.append(self)
+
+    monkeypatch.setattr("train.threat.Guessed", Noted)
+    return made
+
+
+def test_seed_is_guessed_where_draws_are_averaged(guesses: list[Guessed]) -> None:
+    defence = diff_toy()
+    bank = Bank.of(defence, *toy_images(defence, 20))
+    for name in ATTACKS:
+        build(name, defence, "exact", threat(eot=1), bank)
+        build(name, toy(purifier=CosPurifier(3, 0.02)), "exact", threat(eot=3), bank)
+    assert guesses == []
+    for name in ATTACKS:
+        build(name, defence, "exact", threat(eot=3, seed=7), bank)
+    assert len(guesses) == len(ATTACKS) - 1  # square asks for answers alone
+    assert {guess.seed for guess in guesses} == {7}
+
+
+@pytest.mark.parametrize("name", ["pgd", "cw", "feature", "apgd-ce"])
+def test_what_was_attacked_before_is_no_matter(name: str) -> None:
+    defence = diff_toy()
+    images, labels = toy_images(defence, 6)
+    bank = Bank.of(defence, *toy_images(defence, 20))
+    run = build(name, defence, "exact", threat("l2", eot=2, steps=3), bank)
+    seeds = torch.arange(6)
+    first = run(images, labels, seeds)
+    run(images[:3] * 0.9, labels[:3], seeds[:3])
+    assert torch.equal(run(images, labels, seeds), first)
+    known = build(name, defence, "exact", threat("l2", steps=3), bank)(images, labels, seeds)
+    assert not torch.equal(known, first)
+
+
+class Misled(torch.nn.Module):
+    """A prior that leaves the true seed's answers as they are, and turns those of all others."""
+
+    def __init__(self, purifier: DiffPurifier) -> None:
+        super().__init__()
+        self.noise = torch.from_numpy(purifier.draws(6)[1][0])
+
+    def gradient(self, unit: torch.Tensor, timestep: int, noise: torch.Tensor) -> torch.Tensor:
+        if torch.equal(noise, self.noise):
+            return 0 * unit
+        return unit - unit.mean(dim=1, keepdim=True)  # away from every class there is
+
+
+@pytest.mark.parametrize("name", ["pgd", "cw", "apgd-ce", "apgd-t", "fab-t"])
+def test_images_that_a_guess_names_wrongly_are_attacked(name: str) -> None:
+    """The answer that counts is the true seed's, whatever the library sees of others."""
+    purifier = DiffPurifier(1, 30.0, (0, 999), 5)
+    defence = diff_toy(purifier, Misled(purifier))
+    images, labels = toy_images(defence, 9)
+    assert right(defence, images, labels).all()
+    wrong = ~right(with_seed(defence, 6), images, labels)
+    assert wrong.float().mean() > 0.5
+    found = attack(name, defence, images, labels, eot=2, steps=4)
+    moved = (found != images).flatten(1).any(1)
+    assert moved[wrong].all()

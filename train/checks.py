@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edgeclip.purify import CosPurifier
+from edgeclip.purify import MAX_SEED, DiffPurifier, Purifier
 from train.attacks import cross_entropy, margin
 from train.defence import Defence, View, right
 from train.model import split
@@ -211,7 +211,7 @@ class Borrowed(Defence):
     """A defence that is attacked by the gradient of another model."""
 
     def __init__(self, defence: Defence, other: Defence) -> None:
-        super().__init__(defence.model, defence.null_text, defence.purifier)
+        super().__init__(defence.model, defence.null_text, defence.purifier, defence.prior)
         self.defence, self.other = defence, other
 
     def view(self, images: Tensor, gradient: str) -> View:
@@ -281,7 +281,7 @@ def parity(trial: Trial) -> Finding:
     sizes = sorted({0.1, 1.0, 10.0, 30.0, own.step_size})
     shown, spread = [], 0.0
     for size in sizes:
-        pairs = [_with(trial, CosPurifier(count, size)) for count in counts]
+        pairs = [_with(trial, replace(own, steps=count, step_size=size)) for count in counts]
         cells = ", ".join(f"{100 * clean:.0f}/{100 * held:.0f}" for clean, held in pairs)
         shown.append(f"{size:g}: {cells}")
         if size == own.step_size:
@@ -293,7 +293,7 @@ def parity(trial: Trial) -> Finding:
     )
 
 
-def _with(trial: Trial, purifier: CosPurifier) -> tuple[float, float]:
+def _with(trial: Trial, purifier: Purifier) -> tuple[float, float]:
     """Accuracy with another purification, on the images as they are and under a short attack."""
     other = copy.copy(trial.defence)
     other.purifier = purifier
@@ -304,6 +304,8 @@ def _with(trial: Trial, purifier: CosPurifier) -> tuple[float, float]:
 
 def randomness(trial: Trial) -> Finding:
     """A random defence is attacked on average, with its noise known, and by asking again."""
+    if isinstance(trial.defence.purifier, DiffPurifier):
+        return _seeds(trial)
     if not _random(trial):
         return Finding(True, "the same answer twice, to the last bit")
     steps = trial.brief()
@@ -327,11 +329,34 @@ def randomness(trial: Trial) -> Finding:
     )
 
 
+def _seeds(trial: Trial) -> Finding:
+    """Of CLIPure-Diff, whose noise is all in its seed: known, not known, and drawn again."""
+    own, steps = trial.defence.purifier, trial.brief()
+    known = trial.attack("cw", steps=steps, eot=1)
+    again = trial.clean
+    for seed in range(own.seed + 1, own.seed + 1 + RESUBMISSIONS):
+        other = copy.copy(trial.defence)
+        other.purifier = replace(own, seed=seed % (MAX_SEED + 1))
+        again = again & trial.holds(known, other)
+    figures = {
+        "the seed known": _mean(trial.holds(known)),
+        f"EOT with {DRAWS} draws of it": _mean(
+            trial.holds(trial.attack("cw", steps=steps, eot=DRAWS))
+        ),
+    }
+    held = _mean(trial.held)
+    return Finding(
+        not _random(trial) and held <= min(figures.values()) + TOLERANCE,
+        f"right in %: {_percent(figures)}; under all attacks {100 * held:.1f}; with the seed known, "
+        f"by {RESUBMISSIONS} other seeds in turn {100 * _mean(again):.1f}",
+    )
+
+
 class Fixed(Defence):
     """A random defence whose noise is the same each time, whatever is beside an image."""
 
     def __init__(self, defence: Defence, seed: int) -> None:
-        super().__init__(defence.model, defence.null_text, defence.purifier)
+        super().__init__(defence.model, defence.null_text, defence.purifier, defence.prior)
         self.defence, self.seed = defence, seed
 
     def view(self, images: Tensor, gradient: str) -> View:

@@ -3,14 +3,16 @@ gradient an attack sees it."""
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from edgeclip.purify import Purifier
+from edgeclip.purify import MAX_SEED, Purifier
 from train.model import Classifier
-from train.purification import PURIFIED, purify
+from train.purification import PURIFIED, NullPrior, purify
 
 # encoder: the attack sees the model without its purification; what it finds is handed to the whole.
 GRADIENTS = ("exact", "identity", "encoder", "released")
@@ -29,10 +31,16 @@ class Defence(nn.Module):
 
     null_text: Tensor
 
-    def __init__(self, model: Classifier, null_text: Tensor, purifier: Purifier = None) -> None:
-        """null_text: the unit embedding (D,) of the prompts without a class."""
+    def __init__(
+        self,
+        model: Classifier,
+        null_text: Tensor,
+        purifier: Purifier = None,
+        prior: NullPrior | None = None,
+    ) -> None:
+        """null_text: the unit embedding (D,) of the prompts without a class. prior: of CLIPure-Diff."""
         super().__init__()
-        self.model, self.purifier = model, purifier
+        self.model, self.purifier, self.prior = model, purifier, prior
         self.register_buffer("null_text", null_text, persistent=False)
 
     @property
@@ -48,14 +56,37 @@ class Defence(nn.Module):
         if self.purifier is None:
             return View(output.logits, output.embedding, output.logits)
         mode = gradient if gradient in PURIFIED else "exact"
-        purified = purify(output.embedding, self.null_text, self.purifier, mode)
-        answer = self.model.scores(purified)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and gradient != "encoder"):
+            purified = purify(output.embedding, self.null_text, self.purifier, mode, self.prior)
+            answer = self.model.scores(purified)
         if gradient == "encoder":
-            return View(output.logits, output.embedding, answer.detach())
+            return View(output.logits, output.embedding, answer)
         return View(answer, purified, answer)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.view(images, "exact").answer
+
+
+class Guessed(Defence):
+    """A defence by CLIPure-Diff as one sees it who does not know its seed: each view has another."""
+
+    def __init__(self, defence: Defence, seed: int) -> None:
+        super().__init__(defence.model, defence.null_text, defence.purifier, defence.prior)
+        self.defence, self.seed = defence, seed
+        self.restart()
+
+    def restart(self) -> None:
+        """The same guesses again, so that none depends on what was attacked before."""
+        self.random = random.Random(self.seed)
+
+    def view(self, images: Tensor, gradient: str) -> View:
+        if gradient == "encoder":  # in which no seed plays a part but for the answer
+            return self.defence.view(images, gradient)
+        with torch.no_grad():
+            answer = self.defence(images)
+        guess = self.random.randint(0, MAX_SEED)
+        self.purifier = replace(self.defence.purifier, seed=guess)
+        return super().view(images, gradient)._replace(answer=answer)
 
 
 class Seen(nn.Module):

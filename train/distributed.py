@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +26,13 @@ def choose_device(name: str) -> torch.device:
     # An attack in TF32 has gradients of ten bits, and what it fails to find looks like robustness.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's kind."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
@@ -52,7 +60,10 @@ def processes(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
         yield 0, 1, device
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise SettingsError(f"one process for each GPU: here {count}, see --nproc-per-node")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
     yield dist.get_rank(), dist.get_world_size(), device

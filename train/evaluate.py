@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from edgeclip.purify import from_dict
 from train.defence import GRADIENTS
 from train.distributed import choose_device, processes
 from train.measurement import Measurement
@@ -68,13 +69,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="through the purification (default: all four)")  # fmt: skip
     add("--purify", default="auto", choices=("auto", "none", "cos", "diff"),
         help="default: what a bundle recommends, none for a model")  # fmt: skip
-    add("--purify-steps", type=int, metavar="N", help="of cos (default: 10, as published)")
-    add("--purify-step-size", type=fraction, metavar="F", help="of cos (default: 30, as published)")
+    add("--purify-steps", type=int, metavar="N", help="default: 10, as published")
+    add("--purify-step-size", type=fraction, metavar="F", help="default: 30, as published")
+    add("--purify-timesteps", type=int, nargs=2, metavar=("FIRST", "LAST"),
+        help="of diff (default: 900 999, as published)")  # fmt: skip
+    add("--purify-seed", type=int, metavar="S", help="of diff's noise (default: 0)")
+    add("--prior", metavar="RUN", help="of diff: run of train.diffusion_prior, or a checkpoint")
     add("--restarts", type=int, default=1, metavar="N", help="of each attack (default: 1)")
     add("--step-size", type=fraction, metavar="F", help="of pgd, cw and feature (default: eps / 4)")
     add("--queries", type=int, default=5000, metavar="N", help="of square (default: 5000)")
     add("--eot", type=int, default=1, metavar="N",
-        help="draws per step against a random defence (default: 1)")  # fmt: skip
+        help="draws per step against a random defence, or of diff's seed, which is then not known to "
+        "the attack (default: 1)")  # fmt: skip
     parser.add_measurement(steps=STEPS, samples=SAMPLES, required=False)
     parser.set_defaults(steps=None, samples=None)  # a protocol has its own
     add("--check-samples", type=int, default=100, metavar="N",
@@ -108,8 +114,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def purification_text(settings: dict[str, Any]) -> str:
-    purifier = settings["purification"]
-    return "none" if purifier is None else f"cos, {purifier['steps']} x {purifier['step_size']:g}"
+    return str(from_dict(settings["purification"]) or "none")
 
 
 def show(found: dict[str, Any]) -> None:

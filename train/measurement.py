@@ -17,12 +17,12 @@ from rich.progress import Progress
 
 import edgeclip
 from edgeclip import purify
-from edgeclip.purify import CosPurifier, Purifier
+from edgeclip.purify import CosPurifier, DiffPurifier, Purifier
 from export.bundle import image_spec
 from train import data
 from train.checks import CHECKS, Trial
 from train.defence import Defence, right
-from train.distributed import main_first
+from train.distributed import device_name, main_first
 from train.model import Pictures, batches, draw, split
 from train.results import Results
 from train.settings import SettingsError
@@ -34,17 +34,25 @@ MOST_PROCESSES = 1024  # that an earlier run may have left files of
 
 
 def choose_purifier(args: argparse.Namespace, subject: Subject) -> Purifier:
-    """What --purify and its two numbers name. Raises SettingsError."""
+    """What --purify and its numbers name. Raises SettingsError."""
     recommended = subject.bundle.manifest.purification if subject.bundle else None
+    timesteps = args.purify_timesteps and tuple(args.purify_timesteps)
     numbers = {"steps": args.purify_steps, "step_size": args.purify_step_size}
-    given = {name: value for name, value in numbers.items() if value is not None}
+    noise = {"timesteps": timesteps, "seed": args.purify_seed}
+    given, drawn = (
+        {name: value for name, value in part.items() if value is not None}
+        for part in (numbers, noise)
+    )
+    if given and args.purify not in ("cos", "diff"):
+        raise SettingsError("--purify-steps and --purify-step-size go with --purify cos or diff")
+    if drawn and args.purify != "diff":
+        raise SettingsError("--purify-timesteps and --purify-seed go with --purify diff")
     try:
-        chosen = purify.resolve(args.purify, recommended)
-        if given and args.purify != "cos":
-            raise SettingsError("--purify-steps and --purify-step-size go with --purify cos")
         if args.purify == "cos":  # as published, not as a bundle may recommend
             return CosPurifier(**given)
-        return chosen
+        if args.purify == "diff":
+            return DiffPurifier(**given, **drawn)
+        return purify.resolve(args.purify, recommended)
     except ValueError as err:
         raise SettingsError(str(err)) from err
 
@@ -56,22 +64,28 @@ def describe(
     names = ("torch", "torchattacks", "open_clip_torch")
     versions = {name: version(name) for name in names}
     versions |= {"edgeclip": edgeclip.__version__, "python": platform.python_version()}
-    purifier = defence.purifier
     given = ("subject", "pretrained", "checkpoint", "data", "norm", "eps", "steps", "restarts",
              "queries", "eot", "seed", "batch_size", "transfer_from")  # fmt: skip
     return {name: getattr(args, name) for name in given} | {
         "weights_sha256": subject.source.weights_sha256,
         "templates": list(subject.templates),
         "null_templates": list(subject.null_templates),
-        "purification": purifier
-        and {"steps": purifier.steps, "step_size": float(purifier.step_size)},
+        "purification": _purification(subject, defence.purifier),
         "attack": list(dict.fromkeys(args.attack)),
-        "gradient": [g for g in defence.gradients if g in args.gradient or not purifier],
+        "gradient": [g for g in defence.gradients if g in args.gradient or not defence.purifier],
         "step_size": args.eps / 4 if args.step_size is None else args.step_size,
         "samples": count,
         "check_samples": args.check_samples,
         "versions": versions,
     }
+
+
+def _purification(subject: Subject, purifier: Purifier) -> dict[str, Any] | None:
+    told = purify.to_dict(purifier)
+    if told is not None and isinstance(purifier, DiffPurifier) and subject.prior is not None:
+        prior = {"prior_sha256": subject.prior.weights_sha256, "gradient": subject.prior_gradient}
+        told |= prior | {"timesteps": list(purifier.timesteps)}  # as JSON has it
+    return told
 
 
 class Measurement:
@@ -82,7 +96,9 @@ class Measurement:
         with main_first(rank):
             self.test_set = data.load(args.data, train=False, download=args.download)
         classes = self.test_set.classes
-        self.subject = open_subject(args.subject, args.pretrained, args.checkpoint, args.template)
+        self.subject = open_subject(
+            args.subject, args.pretrained, args.checkpoint, args.template, args.prior
+        )
         purifier = choose_purifier(args, self.subject)
         self.defence = self.subject.defence(classes, purifier).to(device)
         self.surrogate = None
@@ -101,7 +117,9 @@ class Measurement:
             for name in ("norm", "eps", "steps", "step_size", "restarts", "queries", "eot", "seed")
         })  # fmt: skip
         self.results = Results(
-            settings, plan(settings["attack"], settings["gradient"], len(classes))
+            settings,
+            plan(settings["attack"], settings["gradient"], len(classes)),
+            devices=[device_name(device)],
         )
         self.out = args.out
         self.own = args.out if rank == 0 else _part(args.out, rank)

@@ -113,11 +113,11 @@ def _frontier(rows: Sequence[Result], path: Path) -> str:
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         axes.scatter([], [], color=colour, marker=marker, label=model)
         for row in own:
-            face = "none" if row.cos else colour
+            face = "none" if row.purifier else colour
             axes.scatter(*_point(row), marker=marker, edgecolors=colour, facecolors=face, s=45)
     axes.set(xlabel="worst-case accuracy under attack, %", ylabel="clean accuracy, %")
     axes.margins(0.2, 0.12)
-    purified = [row for row in rows if row.cos]
+    purified = [row for row in rows if row.purifier]
     figure.legend(
         loc="outside lower center",
         ncols=min(len(models), 3),

@@ -1,9 +1,10 @@
-"""CLIPure-Cos in PyTorch, with the gradient that an attack is to see through it.
+"""CLIPure in PyTorch, with the gradient that an attack is to see through it.
 
 The equations are those of CLIPure (Zhang et al., ICLR 2025, arXiv 2502.18176, section 4), for each
 image by itself. The values are the same in every mode; only the backward pass differs:
 
-exact     the derivative of the purification as the function that it is
+exact     the derivative of the purification as the function that it is; of CLIPure-Diff, with its
+          noise known, through the gradients of the prior's loss that it follows
 identity  as if there were no purification (BPDA, Athalye et al., ICML 2018)
 released  the published loop, which detaches the direction of each step. What is left of the
           gradient shrinks by the length of a step each time, until rounding is all there is: an
@@ -12,30 +13,65 @@ released  the published loop, which detaches the direction of each step. What is
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from edgeclip.purify import CosPurifier
+from edgeclip.purify import CosPurifier, DiffPurifier
+from train.prior_network import Context, DiffusionPrior
 
 PURIFIED = ("exact", "identity", "released")  # gradients through a purification
 MIN_SINE = 1e-5  # as in csrc/math.h: closer to the null text there is no direction towards it
 
 
-def purify(embedding: Tensor, null_text: Tensor, purifier: CosPurifier, gradient: str) -> Tensor:
-    """Embeddings (B, D) of any norm, rotated towards the null text (D,); their norms stay.
+class NullPrior(nn.Module):
+    """A diffusion prior and its null text: the density that CLIPure-Diff climbs."""
+
+    memory: Tensor
+    mask: Tensor
+
+    def __init__(self, prior: DiffusionPrior, context: Context, *, exact: bool = True) -> None:
+        """exact: by the gradient of the loss; else by the one that a bundle may have for it."""
+        super().__init__()
+        self.prior, self.exact = prior, exact
+        self.register_buffer("memory", context.memory, persistent=False)
+        self.register_buffer("mask", context.mask, persistent=False)
+
+    def gradient(self, unit: Tensor, timestep: int, noise: Tensor) -> Tensor:
+        """Of the loss of unit embeddings (B, D) with the same noise (D,), with respect to them."""
+        times = torch.full(unit.shape[:1], timestep, device=unit.device)
+        context = Context(self.memory, self.mask)
+        same = noise.to(unit).expand_as(unit)
+        return self.prior.score(unit, times, same, context, exact=self.exact)[1]
+
+
+def purify(
+    embedding: Tensor,
+    null_text: Tensor,
+    purifier: CosPurifier | DiffPurifier,
+    gradient: str,
+    prior: NullPrior | None = None,
+) -> Tensor:
+    """Embeddings (B, D) of any norm, purified; their norms stay. null_text (D,) is of CLIPure-Cos,
+    the prior of CLIPure-Diff.
 
     Raises ValueError for a gradient that is not one of PURIFIED.
     """
-    if gradient == "exact":
-        return _closed_form(embedding, null_text, purifier)
+    if gradient not in PURIFIED:
+        raise ValueError(f"gradient must be one of {', '.join(PURIFIED)}, got {gradient!r}")
     if gradient == "identity":
         with torch.no_grad():
-            change = _closed_form(embedding, null_text, purifier) - embedding
+            change = purify(embedding, null_text, purifier, "exact", prior) - embedding
         return embedding + change
-    if gradient == "released":
-        return _detached_loop(embedding, null_text, purifier)
-    raise ValueError(f"gradient must be one of {', '.join(PURIFIED)}, got {gradient!r}")
+    if isinstance(purifier, DiffPurifier):
+        if prior is None:
+            raise ValueError("CLIPure-Diff needs a prior")
+        return _climb(embedding, prior, purifier, detached=gradient == "released")
+    if gradient == "exact":
+        return _closed_form(embedding, null_text, purifier)
+    return _detached_loop(embedding, null_text, purifier)
 
 
 def _closed_form(embedding: Tensor, null_text: Tensor, purifier: CosPurifier) -> Tensor:
@@ -62,12 +98,40 @@ def _closed_form(embedding: Tensor, null_text: Tensor, purifier: CosPurifier) ->
 
 
 def _detached_loop(embedding: Tensor, null_text: Tensor, purifier: CosPurifier) -> Tensor:
+    text = F.normalize(null_text, dim=0)
+
+    def towards(unit: Tensor, _: int) -> Tensor:
+        tangent = text - (unit @ text)[:, None] * unit
+        sine = tangent.norm(dim=1, keepdim=True)
+        return torch.where(sine >= MIN_SINE, purifier.step_size * tangent / sine, 0)
+
+    return _loop(embedding, purifier.steps, towards, detached=True)
+
+
+def _climb(
+    embedding: Tensor, prior: NullPrior, purifier: DiffPurifier, *, detached: bool
+) -> Tensor:
+    times, noise = purifier.draws(embedding.shape[1])
+
+    def downhill(unit: Tensor, step: int) -> Tensor:
+        gradient = prior.gradient(unit, int(times[step]), torch.from_numpy(noise[step]))
+        return -purifier.step_size * F.normalize(gradient, dim=1, eps=1e-30)
+
+    return _loop(embedding, purifier.steps, downhill, detached=detached)
+
+
+def _loop(
+    embedding: Tensor,
+    steps: int,
+    change: Callable[[Tensor, int], Tensor],
+    *,
+    detached: bool,
+) -> Tensor:
+    """The published loop: a change of the unit embedding in each step, and normalisation."""
     norm = embedding.norm(dim=1, keepdim=True)
-    unit, text = embedding / norm, F.normalize(null_text, dim=0)
-    for _ in range(purifier.steps):
-        with torch.no_grad():
-            tangent = text - (unit @ text)[:, None] * unit
-            sine = tangent.norm(dim=1, keepdim=True)
-            step = torch.where(sine >= MIN_SINE, purifier.step_size * tangent / sine, 0)
-        unit = F.normalize(unit + step, dim=1)
+    unit = embedding / norm
+    for step in range(steps):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
+            move = change(unit, step)
+        unit = F.normalize(unit + move, dim=1)
     return norm * unit

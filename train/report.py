@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeclip.purify import DiffPurifier, Purifier, from_dict
 from train import plots
 from train.defence import GRADIENTS
 from train.runs import write_atomically
@@ -50,6 +51,8 @@ class Result:
     stages: dict[tuple[str, str], dict[str, np.ndarray]]  # (attack, gradient) -> stage -> marks
     seconds: dict[str, float]  # per image
     checks: list[dict[str, Any]]  # name, figure, and passed: None where it does not apply
+    purifier: Purifier = None
+    devices: tuple[str, ...] = ()
 
     @property
     def model(self) -> str:
@@ -59,18 +62,38 @@ class Result:
         return f"{name} ({settings['checkpoint']})" if settings.get("checkpoint") else name
 
     @property
-    def cos(self) -> tuple[int, float] | None:
-        """Steps and step size of CLIPure-Cos."""
-        found = self.settings.get("purification")
-        return None if found in (None, "none") else (found["steps"], found["step_size"])
+    def purification(self) -> str:
+        return str(self.purifier or "none") + self._forward
 
     @property
-    def purification(self) -> str:
-        return "cos {} x {:g}".format(*self.cos) if self.cos else "none"
+    def _forward(self) -> str:
+        """What tells a bundle's approximate prior gradient from the exact one."""
+        told = self.settings.get("purification")
+        forward = isinstance(told, dict) and told.get("gradient") == "forward"
+        return ", forward gradient" if forward else ""
+
+    @property
+    def prior(self) -> str | None:
+        told = self.settings.get("purification")
+        return told.get("prior_sha256") if isinstance(told, dict) else None
+
+    @property
+    def method(self) -> str:
+        """The purification without its steps and their size."""
+        own = self.purifier
+        if isinstance(own, DiffPurifier):
+            times = "timesteps {} to {}".format(*own.timesteps)
+            return f"CLIPure-Diff, {times}, seed {own.seed}{self._forward}"
+        return "CLIPure-Cos" if own else ""
+
+    @property
+    def setting(self) -> tuple[int, float]:
+        """Steps of the purification and their size."""
+        return (self.purifier.steps, self.purifier.step_size) if self.purifier else (0, 0)
 
     @property
     def name(self) -> str:
-        return f"{self.model}, {self.purification}" if self.cos else self.model
+        return f"{self.model}, {self.purification}" if self.purifier else self.model
 
     @property
     def size(self) -> str:
@@ -180,7 +203,10 @@ def _result(found: dict[str, Any], first: int | None) -> Result:
     checks = found.get("checks") or []
     if any(check["passed"] not in PASSED or {"name", "figure"} - check.keys() for check in checks):
         raise ValueError("a check has no name, figure or result")
-    return Result(settings, wanted, images, clean, stages, seconds, checks)
+    devices = tuple(found.get("devices") or ())
+    told = settings.get("purification")
+    purifier = None if told == "none" else from_dict(told)
+    return Result(settings, wanted, images, clean, stages, seconds, checks, purifier, devices)
 
 
 def _parse(key: str) -> tuple[str, str, str]:
@@ -193,7 +219,7 @@ def _parse(key: str) -> tuple[str, str, str]:
 def tables(measured: Sequence[Result], *, brief: bool = False, checks: bool = False) -> str:
     """Markdown for the results: a block for each kind, smaller eps first, no purification first."""
     blocks = []
-    ordered = sorted(measured, key=lambda row: (row.settings["eps"], row.model, row.cos or (0, 0)))
+    ordered = sorted(measured, key=_order)
     for rows in _grouped(ordered, lambda row: row.title):
         blocks.append(_table(rows, brief))
         if not brief:
@@ -201,6 +227,10 @@ def tables(measured: Sequence[Result], *, brief: bool = False, checks: bool = Fa
         if checks and any(row.checks for row in rows):
             blocks.append(_all_checks(rows))
     return "\n\n".join(blocks)
+
+
+def _order(row: Result) -> tuple[Any, ...]:
+    return row.settings["eps"], row.model, row.method, row.setting
 
 
 def _grouped(rows: Sequence[Result], key: Callable[..., Any]) -> list[list[Result]]:
@@ -238,7 +268,7 @@ def _table(rows: Sequence[Result], brief: bool) -> str:
         del columns["checks"]
         for group in _grouped(doubted, lambda row: row.verdict):
             notes.append(f"{group[0].verdict}: {', '.join(row.name for row in group)}.")
-        if not any(row.cos for row in rows):
+        if not any(row.purifier for row in rows):
             del columns["purification"]
         if len(set(columns["attacks"])) == 1:
             told.append(columns.pop("attacks")[0])
@@ -257,7 +287,20 @@ def _details(rows: Sequence[Result]) -> list[str]:
     blocks = ["\n".join(["Failed checks:", "", *failed])] if failed else []
     blocks += [_autoattack(cascades)] if cascades else []
     same = _grouped(rows, lambda row: (row.model, row.settings.get("weights_sha256"), row.budget))
-    return blocks + [_grid(group) for group in same if len({row.cos for row in group} - {None}) > 1]
+    for group in same:
+        for own in _grouped([row for row in group if row.purifier], _kind):
+            if len({row.setting for row in own}) > 1:
+                plain = [row for row in group if row.purifier is None]
+                blocks.append(_grid(own, min(plain, key=_mean_worst, default=None)))
+    return blocks
+
+
+def _kind(row: Result) -> tuple[str, str | None]:
+    return row.method, row.prior
+
+
+def _mean_worst(row: Result) -> float:
+    return float(row.worst.mean())
 
 
 def _autoattack(rows: Sequence[Result]) -> str:
@@ -268,24 +311,23 @@ def _autoattack(rows: Sequence[Result]) -> str:
         **_names(rows),
         **{name: [_percent(marks.get(name)) for marks in stages] for name in names},
         "seconds per image": [f"{cost:.3g}" if cost else "" for cost in costs],
+        "on": [", ".join(row.devices) or "not recorded" for row in rows],
     }
     title = "AutoAttack, cumulative, exact gradient; accuracy in % after each stage:\n\n"
     return title + _columns(columns)
 
 
-def _grid(rows: Sequence[Result]) -> str:
+def _grid(rows: Sequence[Result], plain: Result | None) -> str:
     """Clean and worst-case accuracy by steps and step size, for one model under the same attacks."""
-    cells: dict[tuple[int, float] | None, Result] = {}
-    for row in rows:  # of several results of a setting the worst counts
-        if row.cos not in cells or row.worst.mean() < cells[row.cos].worst.mean():
-            cells[row.cos] = row
-    plain = cells.pop(None, None)
-    steps, sizes = (sorted({cos[i] for cos in cells}) for i in range(2))
+    settings = _grouped(rows, lambda row: row.setting)
+    # Of several results of a setting the worst counts.
+    cells = {same[0].setting: min(same, key=_mean_worst) for same in settings}
+    steps, sizes = (sorted({setting[i] for setting in cells}) for i in range(2))
     columns = {"steps": [str(count) for count in steps]}
     for size in sizes:
         found = [cells.get((count, size)) for count in steps]
         columns[f"step size {size:g}"] = ["" if row is None else _pair(row) for row in found]
-    title = f"{rows[0].model}, CLIPure-Cos, clean / worst case in % ({rows[0].budget})"
+    title = f"{rows[0].model}, {rows[0].method}, clean / worst case in % ({rows[0].budget})"
     if plain is None:
         return f"{title}; no result without purification:\n\n{_columns(columns)}"
     title = f"{title}; without purification {_pair(plain)}:"

@@ -33,6 +33,7 @@ class Results:
     seconds: dict[str, float] = field(default_factory=dict)  # by key
     checks: list[dict[str, Any]] = field(default_factory=list)
     agreement: float | None = None  # largest difference in probability from a bundle's runtime
+    devices: list[str] = field(default_factory=list)  # by name, on which it was measured
 
     def __post_init__(self) -> None:
         count = self.settings["samples"]
@@ -70,6 +71,7 @@ class Results:
         return found | {
             "checks": self.checks,
             "agreement": self.agreement,
+            "devices": self.devices,
             "seconds": {key: round(value, 1) for key, value in self.seconds.items()},
             "samples": {key: "".join(marks) for key, marks in self.marks.items()},
         }
@@ -150,6 +152,7 @@ class Results:
             self.seconds[key] += value
         self.checks = self.checks if grown else before["checks"]
         self.agreement = before["agreement"]
+        self.devices = list(dict.fromkeys([*before.get("devices", ()), *self.devices]))
 
     def gather(self) -> None:
         """Make every process know what any of them found, and the time that they took together."""

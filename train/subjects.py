@@ -11,13 +11,15 @@ import torch
 
 from edgeclip.bundle import MANIFEST, Bundle
 from edgeclip.labels import check_templates
-from edgeclip.purify import Purifier
+from edgeclip.purify import DiffPurifier, Purifier, check_prior
 from edgeclip.runtime import Runtime
 from export import ExportError
 from export.bundle import null_text, wording
 from export.checkpoints import CONFIG, Source, load
+from export.diffusion_prior import TrainedPrior, load_prior, null_context
 from train.defence import Defence
 from train.model import Classifier, class_embeddings
+from train.purification import NullPrior
 from train.settings import SettingsError
 
 AGREEMENT = 1e-2  # of probabilities, between the bundle's runtime and its checkpoint
@@ -31,13 +33,32 @@ class Subject:
     templates: tuple[str, ...]
     null_templates: tuple[str, ...]
     bundle: Bundle | None = None
+    prior: TrainedPrior | None = None  # of CLIPure-Diff
+
+    @property
+    def prior_gradient(self) -> str:
+        """That the prior's step goes by: what the bundle was exported with."""
+        spec = self.bundle.manifest.prior if self.bundle else None
+        return spec.gradient if spec else "exact"
 
     def defence(self, classes: Sequence[str], purifier: Purifier) -> Defence:
-        """The model in PyTorch, which is what white-box attacks see."""
+        """The model in PyTorch, which is what white-box attacks see. Raises SettingsError."""
         embeddings = class_embeddings(self.source, classes, self.templates)
         null = torch.from_numpy(null_text(self.source, self.null_templates))
         model = Classifier(self.source, embeddings, tokens=False)
-        return Defence(model, null, purifier).eval()
+        return Defence(model, null, purifier, self._null_prior(purifier)).eval()
+
+    def _null_prior(self, purifier: Purifier) -> NullPrior | None:
+        if not isinstance(purifier, DiffPurifier):
+            return None
+        if self.prior is None:
+            raise SettingsError(
+                "--purify diff needs the prior's weights: name its run with --prior"
+            )
+        prior = self.prior.model
+        check_prior(purifier, prior.shape.timesteps)
+        context = null_context(prior, self.source, self.null_templates)
+        return NullPrior(prior, context, exact=self.prior_gradient == "exact")
 
 
 def open_subject(
@@ -45,20 +66,22 @@ def open_subject(
     pretrained: str | None = None,
     checkpoint: str | None = None,
     templates: Sequence[str] | None = None,
+    prior: str | None = None,
 ) -> Subject:
     """A bundle's folder, a run's folder, or open_clip's name of a model with `pretrained` weights.
 
     checkpoint: the weights of a bundle, a run's folder or a file; None looks for them beside it.
-    templates: instead of the model's own. Raises ExportError, BundleError and LabelError, and
-    SettingsError for weights that are not the bundle's.
+    templates: instead of the model's own. prior: a run of train.diffusion_prior, or a file. Raises
+    ExportError, BundleError and LabelError, and SettingsError for weights that are not the bundle's.
     """
     folder = Path(subject)
+    trained = load_prior(Path(prior)) if prior else None
     if not (folder / MANIFEST).is_file():
         if checkpoint:
             raise SettingsError(f"--checkpoint goes with a bundle, and {subject} is none")
         source = load(subject, pretrained)
         words = wording(source, templates=templates)
-        return Subject(source, words.templates, words.null_templates)
+        return Subject(source, words.templates, words.null_templates, prior=trained)
     bundle = Bundle(folder)
     manifest = bundle.manifest
     source = _weights(bundle, checkpoint)
@@ -69,7 +92,10 @@ def open_subject(
         )
     chosen = tuple(templates or manifest.templates)
     check_templates(chosen)
-    return Subject(source, chosen, manifest.null_templates, bundle)
+    spec = manifest.prior
+    if trained and (spec is None or spec.weights_sha256 != trained.weights_sha256):
+        raise SettingsError(f"{subject} has not the prior {prior}: export it with --prior {prior}")
+    return Subject(source, chosen, manifest.null_templates, bundle, trained)
 
 
 def _weights(bundle: Bundle, checkpoint: str | None) -> Source:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 import torchattacks
 from torch import Tensor
 
+from edgeclip.purify import DiffPurifier
 from train.attacks import cross_entropy, margin, pgd
-from train.defence import Defence, Seen, View
+from train.defence import Defence, Guessed, Seen, View, right
 from train.losses import squared_distance
 from train.model import Attack, generators
 from train.settings import SettingsError
@@ -75,8 +76,25 @@ class Bank:
 def build(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank) -> Attack:
     """The attack as a function of images (B, 3, H, W), labels (B,) and seeds (B,).
 
-    Raises SettingsError for an attack that this number of classes does not allow.
+    With more than one draw per step the seed of CLIPure-Diff is not known to it, and the gradients of
+    other seeds are averaged. Raises SettingsError for an attack that this number of classes does not
+    allow.
     """
+    # Not what only stands for a defence, as the checks have it: its view is not its purifier's.
+    drawn = type(defence) is Defence and isinstance(defence.purifier, DiffPurifier)
+    if threat.eot > 1 and drawn and name != "square":
+        guessed = Guessed(defence, threat.seed)
+        inner = _build(name, guessed, gradient, threat, bank)
+
+        def attack(images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+            guessed.restart()
+            return inner(images, labels, seeds)
+
+        return attack
+    return _build(name, defence, gradient, threat, bank)
+
+
+def _build(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank) -> Attack:
     if name in ("pgd", "cw", "feature"):
         return _ours(name, defence, gradient, threat, bank)
     classes = len(defence.model.classes)
@@ -106,13 +124,17 @@ def build(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank
 
     def attack(images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         found = library(images, labels).detach()
-        if gradient == "encoder" and name != "square":
-            # The library leaves alone what it sees named wrongly; the whole may name it rightly.
+        # The library leaves alone what it sees named wrongly; the defence may name it rightly.
+        if isinstance(defence, Guessed):
+            left = right(defence.defence, found, labels)
+        elif gradient == "encoder" and name != "square":
             with torch.no_grad():
                 left = seen(images).argmax(1) != labels
-            if left.any():
-                cw = _ours("cw", defence, gradient, threat, bank)
-                found[left] = cw(images[left], labels[left], seeds[left])
+        else:
+            return found
+        if left.any():
+            cw = _ours("cw", defence, gradient, threat, bank)
+            found[left] = cw(images[left], labels[left], seeds[left])
         return found
 
     return attack

@@ -1,4 +1,7 @@
+#include <cmath>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "csrc/cpu/rows.h"
 #include "csrc/math.h"
@@ -14,6 +17,26 @@ constexpr double kValuesPerThread = 1 << 22;
 void combine(const float* z, double a, const float* t, double b, int64_t dim, float* out) {
   for (int64_t i = 0; i < dim; ++i) {
     out[i] = static_cast<float>(a * static_cast<double>(z[i]) + b * static_cast<double>(t[i]));
+  }
+}
+
+// out = |z| normalize(z / |z| - eta g / |g|). Without a gradient there is no direction, and where
+// the two cancel no embedding is left: both leave z as it is.
+void descend(const float* z, double norm, const float* g, double g_norm, double eta, int64_t dim,
+             float* out) {
+  // Both divided by the larger, so that no step size is too large.
+  const double length = std::fmax(1.0, eta);
+  const double along = g_norm > 0 ? eta / length / g_norm : 0.0;
+  double square = 0;
+  for (int64_t i = 0; i < dim; ++i) {
+    const double value = z[i] / norm / length - along * g[i];
+    square += value * value;
+  }
+  const bool stays = along == 0.0 || square < kMinSine * kMinSine;
+  const double scale = stays ? 1.0 : norm / std::sqrt(square);
+  for (int64_t i = 0; i < dim; ++i) {
+    const double value = stays ? z[i] : (z[i] / norm / length - along * g[i]) * scale;
+    out[i] = static_cast<float>(value);
   }
 }
 
@@ -35,6 +58,22 @@ void purify_cos(const TensorView& embeddings, const TensorView& null_text, const
           combine(z, rotation.a, t, rotation.b * norm / t_norm, dim, out.as<float>() + i * dim);
         }
       });
+}
+
+void polar_step(const TensorView& embeddings, const TensorView& gradients, const TensorView& out,
+                double step_size) {
+  const int64_t samples = embeddings.shape[0], dim = embeddings.shape[1];
+  for (int64_t i = 0; i < samples; ++i) {
+    const float* z = embeddings.as<const float>() + i * dim;
+    const float* g = gradients.as<const float>() + i * dim;
+    const double g_norm = std::sqrt(dot(g, g, dim));
+    if (!std::isfinite(g_norm)) {
+      throw std::invalid_argument("[polar_step] gradient " + std::to_string(i) +
+                                  " contains NaN or infinity");
+    }
+    descend(z, checked_norm({"polar_step", "embedding", i}, z, dim), g, g_norm, step_size, dim,
+            out.as<float>() + i * dim);
+  }
 }
 
 }  // namespace edgeclip::cpu

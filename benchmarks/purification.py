@@ -1,0 +1,175 @@
+"""What each purification costs: time per image and peak memory, for none, CLIPure-Cos and CLIPure-Diff.
+
+All on one bundle, in one run, by turns. The weights are random, which changes no time. The peer of
+CLIPure-Diff is its loop in PyTorch as it is published: each of the ten steps sends all 81 tokens
+through the prior and back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+import edgeclip
+from benchmarks.timing import machine, medians_ms, process
+from edgeclip.prior import Prior
+from edgeclip.purify import DiffPurifier
+from export.diffusion_prior import load_prior
+from train.prior_network import DiffusionPrior, Shape
+from train.purification import NullPrior, purify
+
+EPILOG = """examples:
+  python -m benchmarks.purification
+  python -m benchmarks.purification --model ViT-B-16 --depth 6 --heads 8 --json purification.json
+
+The default is the size of the public prior for ViT-L-14. Its export takes minutes, 3 GB of disk and
+8 GB of memory, and is kept in build/benchmarks.
+"""
+FOLDER = Path("build/benchmarks")
+IMAGE = "examples/ankle-boot.png"
+LABELS = "examples/labels.txt"
+METHODS = ("none", "cos", "diff")
+BATCHES = (1, 8)
+
+
+def bundle_for(args: argparse.Namespace) -> tuple[Path, Path]:
+    """A bundle with a random prior, and the prior's weights; both made where they are missing."""
+    name = f"{args.model}-prior-{args.depth}x{args.heads}"
+    folder, weights = FOLDER / name, FOLDER / f"{name}.safetensors"
+    if (folder / "manifest.json").is_file() and weights.is_file():
+        return folder, weights
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    prior = DiffusionPrior(Shape(args.dim, args.depth, args.heads))
+    save_file({k: v.clone() for k, v in prior.state_dict().items()}, weights)
+    command = [sys.executable, "-m", "export", args.model, "--pretrained", "random", "--force"]
+    command += ["--prior", str(weights), "-o", str(folder)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder, weights
+
+
+def label_set(rt: edgeclip.Runtime, count: int) -> edgeclip.LabelSet:
+    null = rt.bundle.null_text
+    classes = np.random.default_rng(0).standard_normal((count, len(null)), np.float32)
+    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+    names = tuple(map(str, range(count)))
+    return edgeclip.LabelSet(names, classes, classes @ null, rt.text_identity())
+
+
+def measure_classify(bundle: Path, args: argparse.Namespace) -> dict[int, dict[str, float]]:
+    """Batch -> method -> milliseconds per image, from pixels to an answer."""
+    runtimes = {
+        name: edgeclip.Runtime(bundle, purify=name, batch_size=max(BATCHES)) for name in METHODS
+    }
+    labels = label_set(runtimes["none"], args.labels)
+    pixels = runtimes["none"].preprocess([IMAGE] * max(BATCHES))
+    found = {}
+    for count in BATCHES:
+        calls = {
+            name: partial(rt.classify_pixels, pixels[:count], labels)
+            for name, rt in runtimes.items()
+        }
+        found[count] = {k: ms / count for k, ms in medians_ms(calls, args.repeats).items()}
+    return found
+
+
+def measure_diff(bundle: Path, weights: Path, repeats: int) -> dict[int, dict[str, float]]:
+    """Batch -> milliseconds per image of the ten steps alone, here and in PyTorch."""
+    opened = edgeclip.Bundle(bundle)
+    spec, dim = opened.manifest.prior, opened.manifest.embed_dim
+    ours = Prior(opened.graph(spec.file), dim, device="cpu")
+    prior = load_prior(weights).model
+    random = torch.Generator().manual_seed(0)
+    text, tokens = torch.randn(1, dim, generator=random), torch.randn(1, 77, dim, generator=random)
+    own = DiffPurifier()
+
+    class WholeText(NullPrior):
+        """The prior with the text sent through it again in each step, for each image."""
+
+        def gradient(self, unit: torch.Tensor, timestep: int, noise: torch.Tensor) -> torch.Tensor:
+            count = len(unit)
+            times = torch.full((count,), timestep)
+            texts = text.expand(count, -1), tokens.expand(count, -1, -1)
+            given = dim**0.5 * unit, times, noise.expand_as(unit)
+            return prior.loss_and_grad(*given, *texts)[1]
+
+    with torch.no_grad():
+        peer = WholeText(prior, prior.context(text, tokens))
+    rows = np.random.default_rng(0).standard_normal((max(BATCHES), dim), np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    null = torch.zeros(dim)
+
+    def in_pytorch(count: int) -> torch.Tensor:
+        with torch.no_grad():
+            return purify(torch.from_numpy(rows[:count]), null, own, "released", peer)
+
+    found = {}
+    for count in BATCHES:
+        calls = {
+            "edgeclip": partial(ours.purify, rows[:count], own),
+            "PyTorch": partial(in_pytorch, count),
+        }
+        found[count] = {k: ms / count for k, ms in medians_ms(calls, repeats).items()}
+    return found
+
+
+def measure_processes(bundle: Path, repeats: int) -> dict[str, tuple[float, float]]:
+    """Method -> wall time in milliseconds and peak memory in MB of `edgeclip classify`."""
+    command = [sys.executable, "-m", "edgeclip", "classify", IMAGE, "--labels", LABELS]
+    command += ["--bundle", str(bundle), "--purify"]
+    process([*command, "none"], 1)  # encodes the labels, which are cached afterwards
+    return {name: process([*command, name], repeats) for name in METHODS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="ViT-L-14", help="of open_clip, with random weights")
+    add("--dim", type=int, default=768, help="of its embeddings (default: 768)")
+    add("--depth", type=int, default=24, help="layers of the prior (default: 24)")
+    add("--heads", type=int, default=32, help="of the prior (default: 32)")
+    add("--labels", type=int, default=1000, help="classes (default: 1000)")
+    add("--repeats", type=int, default=4, help="runs of each (default: 4)")
+    add("--json", type=Path, metavar="FILE", help="write the figures there too")
+    args = parser.parse_args()
+
+    bundle, weights = bundle_for(args)
+    classified = measure_classify(bundle, args)
+    alone = measure_diff(bundle, weights, args.repeats)
+    processes = measure_processes(bundle, 2)
+    versions = {p: version(p) for p in ("edgeclip", "onnxruntime", "torch")}
+    prior = Shape(args.dim, args.depth, args.heads)
+    count = sum(p.numel() for p in DiffusionPrior(prior).parameters())
+    print(f"{args.model}, {args.labels} labels, 10 steps of 30; prior of {count:,} parameters")
+    print(machine() + "; " + ", ".join(f"{name} {number}" for name, number in versions.items()))
+    print("\n| purification | ms per image | at batch 8 | process, ms | peak memory, MB |")
+    print("|---|---|---|---|---|")
+    for name in METHODS:
+        ms = " | ".join(f"{classified[size][name]:.1f}" for size in BATCHES)
+        print(f"| {name} | {ms} | {processes[name][0]:.0f} | {processes[name][1]:.0f} |")
+    print("\n| ten steps of CLIPure-Diff alone | edgeclip, ms per image | PyTorch | ratio |")
+    print("|---|---|---|---|")
+    for size, ms_ in alone.items():
+        ours, theirs = ms_["edgeclip"], ms_["PyTorch"]
+        print(f"| batch {size} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.1f} |")
+    if args.json:
+        report = {"machine": machine(), "versions": versions, "model": args.model}
+        report |= {"prior": vars(prior) | {"parameters": count}, "labels": args.labels}
+        report |= {"repeats": args.repeats, "classify": classified, "diff": alone}
+        report["process"] = {k: {"ms": v[0], "mb": v[1]} for k, v in processes.items()}
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
