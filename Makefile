@@ -8,7 +8,8 @@ BUILD_FILES := pyproject.toml CMakeLists.txt $(filter csrc/%,$(CXX_FILES))
 DESCRIPTION := "ten kinds of garments, shoes and bags; a demonstration model trained on \
 Fashion-MNIST, adversarially fine-tuned by TGA-ZSR"
 
-.PHONY: classify test check format build bundle diff-bundles robustness accuracy bench clean
+.PHONY: classify test check format build bundle diff-bundles robustness accuracy bench \
+  cuda-check gpu-test gpu-bench clean
 
 classify: $(VENV)/.runtime
 	$(BIN)/edgeclip classify examples/ankle-boot.png examples/dress.png examples/coloured-trousers.jpg \
@@ -70,6 +71,18 @@ accuracy: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.latency
 
+# The CUDA kernels by nvcc for every GPU of CMakeLists.txt, without a warning, and how many registers
+# they use. Needs nvcc, no GPU.
+cuda-check:
+	$(PYTHON) tests/cuda_check.py
+
+# These two need nvcc and an NVIDIA GPU; GPU=87 builds for one architecture only.
+gpu-test: $(VENV)/.gpu
+	$(BIN)/pytest -m gpu
+
+gpu-bench: $(VENV)/.gpu
+	$(BIN)/python -m benchmarks.kernels
+
 clean:
 	rm -rf $(VENV) build
 
@@ -84,3 +97,9 @@ $(VENV)/.dev: $(BUILD_FILES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --config-settings=cmake.define.EDGECLIP_WERROR=$(if $(CI),ON,OFF) \
 	  --editable '.[cpu,dev,export,train]'
 	touch $@ $(VENV)/.runtime
+
+# The extension with CUDA takes the place of the one without: delete .venv/.dev to go back.
+$(VENV)/.gpu: $(BUILD_FILES) | $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --config-settings=cmake.define.EDGECLIP_CUDA=ON \
+	  $(if $(GPU),--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(GPU)) --editable .
+	touch $@

@@ -92,6 +92,19 @@ void check_device(const char* op, const TensorView& view, const char* name, Devi
   }
 }
 
+// float16 is for the GPU only.
+DType float_type(const TensorView& view) {
+  return view.device == Device::kCuda && view.dtype == kFloat16 ? kFloat16 : kFloat32;
+}
+
+void check_output(const char* op, const TensorView& view, const Expected& expected, Device device) {
+  // Without the kernels there is a better message than that an output was not given.
+  if (device == Device::kCuda && !cuda::built()) return;
+  check_device(op, view, expected.name, device);
+  check_dense(op, view, expected);
+  check_writable(op, view, expected.name);
+}
+
 void check_step_size(const char* op, double step_size) {
   if (!std::isfinite(step_size) || step_size < 0) {
     fail(op, "expected a finite step_size >= 0, got " + std::to_string(step_size));
@@ -123,7 +136,7 @@ void check_preprocess(const TensorView& image, const TensorView& out,
                       const PreprocessOptions& options) {
   const char* op = "preprocess";
   check_shape(op, image, {"image", {kAny, kAny, 3}, {"H", "W", ""}, kUint8});
-  check_dense(op, out, {"out", {3, kAny, kAny}, {"", "h", "w"}, kFloat32});
+  check_dense(op, out, {"out", {3, kAny, kAny}, {"", "h", "w"}, float_type(out)});
   check_writable(op, out, "out");
   for (int64_t side : {image.shape[0], image.shape[1], out.shape[1], out.shape[2]}) {
     if (side == 0 || side > std::numeric_limits<int32_t>::max()) {
@@ -181,17 +194,18 @@ Interpolation parse_interpolation(const std::string& name) {
   fail("preprocess", "expected interpolation 'bicubic' or 'bilinear', got '" + name + "'");
 }
 
-void preprocess(const TensorView& image, const TensorView& out, const PreprocessOptions& options) {
+void preprocess(const TensorView& image, const TensorView& out, const PreprocessOptions& options,
+                const CudaOptions& cuda) {
   check_preprocess(image, out, options);
   check_device("preprocess", out, "out", image.device);
-  const auto run = image.device == Device::kCuda ? cuda::preprocess : cpu::preprocess;
-  run(image, out, options);
+  if (image.device == Device::kCuda) return cuda::preprocess(image, out, options, cuda);
+  cpu::preprocess(image, out, options);
 }
 
 std::array<int64_t, 2> check_purify_cos(const TensorView& embeddings, const TensorView& null_text,
                                         const PurifyOptions& options) {
   const char* op = "purify_cos";
-  check_dense(op, embeddings, {"embeddings", {kAny, kAny}, {"N", "D"}, kFloat32});
+  check_dense(op, embeddings, {"embeddings", {kAny, kAny}, {"N", "D"}, float_type(embeddings)});
   const int64_t samples = embeddings.shape[0], dim = embeddings.shape[1];
   if (dim == 0) fail(op, "expected embeddings with D >= 1, got " + tuple(embeddings.shape));
   check_dense(op, null_text, {"null_text", {dim}, {""}, kFloat32});
@@ -201,12 +215,12 @@ std::array<int64_t, 2> check_purify_cos(const TensorView& embeddings, const Tens
 }
 
 void purify_cos(const TensorView& embeddings, const TensorView& null_text, const TensorView& out,
-                const PurifyOptions& options) {
+                const PurifyOptions& options, const CudaOptions& cuda) {
   check_purify_cos(embeddings, null_text, options);
-  check_dense("purify_cos", out, {"out", embeddings.shape, {}, kFloat32});
-  check_writable("purify_cos", out, "out");
-  const auto run = embeddings.device == Device::kCuda ? cuda::purify_cos : cpu::purify_cos;
-  run(embeddings, null_text, out, options);
+  const Device device = embeddings.device;
+  check_output("purify_cos", out, {"out", embeddings.shape, {}, embeddings.dtype}, device);
+  if (device == Device::kCuda) return cuda::purify_cos(embeddings, null_text, out, options, cuda);
+  cpu::purify_cos(embeddings, null_text, out, options);
 }
 
 // The gradients come from ONNX Runtime, in host memory, and so does this run there.
@@ -233,12 +247,13 @@ void polar_step(const TensorView& embeddings, const TensorView& gradients, const
 
 ClassifySizes check_classify(const ClassifyInputs& inputs, const ClassifyOptions& options) {
   const char* op = "classify";
-  check_dense(op, inputs.classes, {"classes", {kAny, kAny}, {"K", "D"}, kFloat32});
+  check_dense(op, inputs.classes,
+              {"classes", {kAny, kAny}, {"K", "D"}, float_type(inputs.classes)});
   const int64_t classes = inputs.classes.shape[0], dim = inputs.classes.shape[1];
   if (classes < 1 || dim < 1 || classes > std::numeric_limits<int32_t>::max()) {
     fail(op, "expected classes (K, D) with K, D >= 1, got " + tuple(inputs.classes.shape));
   }
-  check_dense(op, inputs.embeddings, {"embeddings", {kAny, dim}, {"N", ""}, kFloat32});
+  check_dense(op, inputs.embeddings, {"embeddings", {kAny, dim}, {"N", ""}, inputs.classes.dtype});
   const Device device = inputs.embeddings.device;
   check_device(op, inputs.classes, "classes", device);
   check_optional_row(op, inputs.null_text, "null_text", dim, "", device);
@@ -256,17 +271,33 @@ ClassifySizes check_classify(const ClassifyInputs& inputs, const ClassifyOptions
 }
 
 void classify(const ClassifyInputs& inputs, const ClassifyOutputs& outputs,
-              const ClassifyOptions& options) {
+              const ClassifyOptions& options, const CudaOptions& cuda) {
   const char* op = "classify";
   const ClassifySizes sizes = check_classify(inputs, options);
-  check_dense(op, outputs.indices, {"indices", {sizes.samples, sizes.top_k}, {}, kInt32});
-  check_dense(op, outputs.probabilities,
-              {"probabilities", {sizes.samples, sizes.top_k}, {}, kFloat32});
+  const Device device = inputs.embeddings.device;
+  const std::vector<int64_t> top = {sizes.samples, sizes.top_k};
+  check_output(op, outputs.indices, {"out_indices", top, {}, kInt32}, device);
+  check_output(op, outputs.probabilities, {"out_probabilities", top, {}, kFloat32}, device);
   if (outputs.logits) {
-    check_dense(op, *outputs.logits, {"logits", {sizes.samples, sizes.classes}, {}, kFloat32});
+    const std::vector<int64_t> all = {sizes.samples, sizes.classes};
+    check_output(op, *outputs.logits, {"out_logits", all, {}, kFloat32}, device);
   }
-  const auto run = inputs.embeddings.device == Device::kCuda ? cuda::classify : cpu::classify;
-  run(inputs, outputs, options, sizes);
+  if (device == Device::kCuda) return cuda::classify(inputs, outputs, options, sizes, cuda);
+  cpu::classify(inputs, outputs, options, sizes);
+}
+
+int64_t preprocess_workspace(const TensorView& image, const TensorView& out,
+                             const PreprocessOptions& options) {
+  check_preprocess(image, out, options);
+  return cuda::preprocess_workspace(image, out, options);
+}
+
+int64_t classify_workspace(int64_t samples, int64_t classes) {
+  if (samples < 0 || classes < 1 || classes > std::numeric_limits<int32_t>::max()) {
+    fail("classify_workspace", "expected samples >= 0 and classes >= 1, got " +
+                                   std::to_string(samples) + " and " + std::to_string(classes));
+  }
+  return cuda::classify_workspace({samples, 0, classes, 0});
 }
 
 bool cuda_built() { return cuda::built(); }

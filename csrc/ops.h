@@ -25,6 +25,7 @@ struct DType {
 
 inline constexpr DType kUint8{'u', 1};
 inline constexpr DType kInt32{'i', 4};
+inline constexpr DType kFloat16{'f', 2};
 inline constexpr DType kFloat32{'f', 4};
 
 // Memory that somebody else owns. Strides are in bytes and may be negative or zero.
@@ -90,17 +91,24 @@ struct ClassifySizes {
   int64_t top_k;
 };
 
+// Of CUDA tensors only: where the work is queued, without waiting for it, and scratch memory.
+struct CudaOptions {
+  uintptr_t stream = 0;  // a cudaStream_t
+  std::optional<TensorView> workspace;
+};
+
 // Every operation checks its arguments (std::invalid_argument) and then runs where its tensors are.
-void preprocess(const TensorView& image, const TensorView& out, const PreprocessOptions& options);
+void preprocess(const TensorView& image, const TensorView& out, const PreprocessOptions& options,
+                const CudaOptions& cuda = {});
 
 void purify_cos(const TensorView& embeddings, const TensorView& null_text, const TensorView& out,
-                const PurifyOptions& options);
+                const PurifyOptions& options, const CudaOptions& cuda = {});
 
 void polar_step(const TensorView& embeddings, const TensorView& gradients, const TensorView& out,
                 double step_size);
 
 void classify(const ClassifyInputs& inputs, const ClassifyOutputs& outputs,
-              const ClassifyOptions& options);
+              const ClassifyOptions& options, const CudaOptions& cuda = {});
 
 // The checks on their own, for callers that must know the sizes to allocate the outputs.
 std::array<int64_t, 2> check_purify_cos(const TensorView& embeddings, const TensorView& null_text,
@@ -108,6 +116,12 @@ std::array<int64_t, 2> check_purify_cos(const TensorView& embeddings, const Tens
 std::array<int64_t, 2> check_polar_step(const TensorView& embeddings, const TensorView& gradients,
                                         double step_size);
 ClassifySizes check_classify(const ClassifyInputs& inputs, const ClassifyOptions& options);
+
+// How many bytes of workspace the CUDA operations need. For `preprocess` the tensors' shapes are
+// enough.
+int64_t preprocess_workspace(const TensorView& image, const TensorView& out,
+                             const PreprocessOptions& options);
+int64_t classify_workspace(int64_t samples, int64_t classes);
 
 bool cuda_built();
 std::string simd();
@@ -124,11 +138,15 @@ void classify(const ClassifyInputs& inputs, const ClassifyOutputs& outputs,
 
 namespace cuda {
 bool built();
-void preprocess(const TensorView& image, const TensorView& out, const PreprocessOptions& options);
+void preprocess(const TensorView& image, const TensorView& out, const PreprocessOptions& options,
+                const CudaOptions& cuda);
 void purify_cos(const TensorView& embeddings, const TensorView& null_text, const TensorView& out,
-                const PurifyOptions& options);
+                const PurifyOptions& options, const CudaOptions& cuda);
 void classify(const ClassifyInputs& inputs, const ClassifyOutputs& outputs,
-              const ClassifyOptions& options, const ClassifySizes& sizes);
+              const ClassifyOptions& options, const ClassifySizes& sizes, const CudaOptions& cuda);
+int64_t preprocess_workspace(const TensorView& image, const TensorView& out,
+                             const PreprocessOptions& options);
+int64_t classify_workspace(const ClassifySizes& sizes);
 }  // namespace cuda
 
 }  // namespace edgeclip

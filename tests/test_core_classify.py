@@ -207,6 +207,23 @@ def test_read_only_arrays_are_read() -> None:
     _core.classify(arrays[0], arrays[1], logit_scale=1.0)
 
 
+def test_outputs_may_be_given() -> None:
+    embeddings, classes, _ = problem(3, 8, 4)
+    expected = _core.classify(embeddings, classes, logit_scale=1.0, return_logits=True)
+    out = tuple(np.empty_like(array) for array in expected)
+    got = _core.classify(
+        embeddings,
+        classes,
+        logit_scale=1.0,
+        out_indices=out[0],
+        out_probabilities=out[1],
+        out_logits=out[2],
+    )
+    for mine, theirs, reference in zip(got, out, expected, strict=True):
+        assert mine is theirs
+        np.testing.assert_array_equal(mine, reference)
+
+
 Z, W, T = problem(3, 6, 4)
 Q = W @ T
 
@@ -244,6 +261,10 @@ def with_value(array: np.ndarray, index: tuple[int, ...], value: float) -> np.nd
         ({"logit_scale": float("inf")}, "expected finite logit_scale and logit_bias"),
         ({"logit_bias": float("nan")}, "expected finite logit_scale and logit_bias"),
         ({"top_k": 0}, "expected top_k >= 1, got 0"),
+        (
+            {"out_indices": np.empty((3, 2), np.int32)},
+            "expected out_indices (3, 5) int32, got (3, 2) int32",
+        ),
         ({"embeddings": with_value(Z, (1, 2), np.inf)}, "embedding 1 contains NaN or infinity"),
         (
             {"embeddings": Z * [[1], [1], [0]]},
@@ -306,6 +327,8 @@ def test_cuda_tensors_reach_the_missing_kernels() -> None:
         with pytest.raises(RuntimeError) as error:
             call()
         assert str(error.value) == f"[{op}] {built_without}"
+    with pytest.raises(RuntimeError, match=r"\[classify_workspace\] edgeclip was built without"):
+        _core.classify_workspace(1, 10)
 
 
 def test_devices_do_not_mix() -> None:

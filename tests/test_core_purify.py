@@ -121,6 +121,13 @@ def test_alone_and_in_a_batch() -> None:
         np.testing.assert_array_equal(alone[0], batch[i])
 
 
+def test_output_may_be_given_and_be_the_input() -> None:
+    z, t = at_angle(70, 33)
+    expected = _core.purify_cos(z, t, steps=3, step_size=0.5)
+    assert _core.purify_cos(z, t, steps=3, step_size=0.5, out=z) is z
+    np.testing.assert_array_equal(z, expected)
+
+
 def test_many_rows() -> None:
     z = np.random.default_rng(0).standard_normal((20000, 512)).astype(np.float32)
     got = _core.purify_cos(z, z[0] + z[1], steps=1, step_size=30.0)

@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [
+CPU_SOURCES = [
+    ROOT / "csrc" / "geometry.cc",
     ROOT / "csrc" / "ops.cc",
     *sorted((ROOT / "csrc" / "cpu").glob("*.cc")),
+]
+SOURCES = [
+    *CPU_SOURCES,
     ROOT / "csrc" / "cuda" / "no_cuda.cc",
     ROOT / "tests" / "csrc" / "ops_test.cc",
 ]

@@ -1,8 +1,8 @@
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "csrc/cpu/resample.h"
+#include "csrc/geometry.h"
 #include "csrc/ops.h"
 #include "csrc/parallel.h"
 
@@ -10,56 +10,6 @@ namespace edgeclip::cpu {
 namespace {
 
 constexpr double kPixelsPerThread = 1e6;
-
-// An axis of the image and where the wanted pixels go: target[pad, pad + count).
-struct Placement {
-  Axis axis;
-  int64_t pad;
-};
-
-struct Size {
-  int64_t height;
-  int64_t width;
-};
-
-// Python's round(): to the nearest, halves to the even one.
-int64_t round_half_even(double x) { return static_cast<int64_t>(std::nearbyint(x)); }
-
-// torchvision's Resize(size): the shorter edge becomes `size`, the longer one is truncated.
-int64_t longer_edge(int64_t size, int64_t longer, int64_t shorter) {
-  return static_cast<int64_t>(static_cast<double>(size * longer) / static_cast<double>(shorter));
-}
-
-// The sizes to which open_clip's image_transform(is_train=False) resizes, before crop and padding.
-Size resized(const Size& image, const Size& target, Resize resize) {
-  if (resize == Resize::kSquash) return target;
-  if (resize == Resize::kShortest && target.height == target.width) {
-    if (image.width <= image.height) {
-      return {longer_edge(target.width, image.height, image.width), target.width};
-    }
-    return {target.height, longer_edge(target.height, image.width, image.height)};
-  }
-  const double height = image.height, width = image.width;
-  const double ratio_height = height / target.height, ratio_width = width / target.width;
-  const double ratio = resize == Resize::kLongest ? std::max(ratio_height, ratio_width)
-                                                  : std::min(ratio_height, ratio_width);
-  // The thinnest images would vanish (and Pillow refuses them): one pixel of them stays.
-  return {std::max<int64_t>(round_half_even(height / ratio), 1),
-          std::max<int64_t>(round_half_even(width / ratio), 1)};
-}
-
-Placement place(int64_t input, int64_t resized, int64_t target) {
-  if (resized < target) return {{input, resized, 0, resized}, (target - resized) / 2};
-  const int64_t first = round_half_even(static_cast<double>(resized - target) / 2.0);
-  return {{input, resized, first, target}, 0};
-}
-
-// Each pass rounds to whole pixels, so their order shows. This is Pillow's since version 13 (pull
-// request 9549): vertically first where that shrinks the height much more than the width.
-bool vertically_first(const Size& image, const Size& scaled) {
-  const int64_t shorter = image.height - scaled.height, narrower = image.width - scaled.width;
-  return shorter > 0 && shorter > 2 * narrower;
-}
 
 // value -> (value / 255 - mean) / std, in the order of torchvision's ToTensor and Normalize.
 std::vector<float> normalization_table(const PreprocessOptions& options) {
@@ -166,24 +116,20 @@ void fill_padding(const Job& job, int64_t fill) {
 }  // namespace
 
 void preprocess(const TensorView& image, const TensorView& out, const PreprocessOptions& options) {
-  const Size size = {image.shape[0], image.shape[1]};
-  const Size target = {out.shape[1], out.shape[2]};
-  const Size scaled = resized(size, target, options.resize);
-  const Placement rows = place(size.height, scaled.height, target.height);
-  const Placement columns = place(size.width, scaled.width, target.width);
+  const Geometry geometry = make_geometry(image, out, options.resize);
   const Job job{image,
                 out,
-                rows,
-                columns,
-                make_filter(rows.axis, options.interpolation),
-                RowFilter(make_filter(columns.axis, options.interpolation)),
+                geometry.rows,
+                geometry.columns,
+                make_filter(geometry.rows.axis, options.interpolation),
+                RowFilter(make_filter(geometry.columns.axis, options.interpolation)),
                 normalization_table(options)};
   const int64_t input_rows = job.vertical.input_end() - job.vertical.input_begin();
   const double pixels = static_cast<double>(input_rows) * job.horizontal.columns;
   const int64_t threads =
       options.threads > 0 ? options.threads : automatic_threads(pixels, kPixelsPerThread);
   fill_padding(job, options.fill);
-  if (vertically_first(size, scaled)) {
+  if (geometry.vertically_first) {
     resize_vertically_first(job, threads);
   } else {
     resize_horizontally_first(job, threads);

@@ -1,34 +1,13 @@
 #include "csrc/cpu/resample.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "csrc/cpu/simd.h"
 
 namespace edgeclip::cpu {
 namespace {
 
-constexpr int kPrecisionBits = 32 - 8 - 2;  // 8 of the pixel, 2 for the overshoot of the sums
-constexpr int32_t kHalf = 1 << (kPrecisionBits - 1);
 constexpr int64_t kBlock = 16;  // of weights in a row's dot product: the widest vector of int32
-
-double bicubic(double x) {
-  constexpr double a = -0.5;
-  x = std::fabs(x);
-  if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1;
-  if (x < 2.0) return (((x - 5) * x + 8) * x - 4) * a;
-  return 0.0;
-}
-
-double bilinear(double x) {
-  x = std::fabs(x);
-  return x < 1.0 ? 1.0 - x : 0.0;
-}
-
-int32_t to_fixed_point(double weight) {
-  const double scaled = weight * (1 << kPrecisionBits);
-  return static_cast<int32_t>(weight < 0 ? scaled - 0.5 : scaled + 0.5);
-}
 
 EDGECLIP_INLINE uint8_t to_pixel(int32_t sum) {
   const int32_t value = sum >> kPrecisionBits;
@@ -64,31 +43,24 @@ EDGECLIP_INLINE void split_planes(const uint8_t* __restrict pixels, int64_t pixe
 }  // namespace
 
 Filter make_filter(const Axis& axis, Interpolation interpolation) {
-  const bool cubic = interpolation == Interpolation::kBicubic;
-  const double scale = static_cast<double>(axis.input) / static_cast<double>(axis.resized);
-  const double filter_scale = std::max(scale, 1.0);
-  const double support = (cubic ? 2.0 : 1.0) * filter_scale;
-  const double inverse = 1.0 / filter_scale;
-
+  const Resampling resampling(axis, interpolation);
   Filter filter;
-  filter.stride = std::min(static_cast<int64_t>(std::ceil(support)) * 2 + 1, axis.input);
+  filter.stride = resampling.max_length();
   filter.weights.resize(axis.count * filter.stride);
   std::vector<double> weights(filter.stride);
   for (int64_t i = 0; i < axis.count; ++i) {
-    const double center = (static_cast<double>(axis.first + i) + 0.5) * scale;
-    const int64_t begin = std::max<int64_t>(static_cast<int64_t>(center - support + 0.5), 0);
-    const int64_t end = std::min(static_cast<int64_t>(center + support + 0.5), axis.input);
+    const Window window = filter_window(resampling, i);
+    const double center = filter_center(resampling, i);
     double sum = 0.0;
-    for (int64_t x = 0; x < end - begin; ++x) {
-      const double distance = (static_cast<double>(x + begin) - center + 0.5) * inverse;
-      weights[x] = cubic ? bicubic(distance) : bilinear(distance);
+    for (int64_t x = 0; x < window.length; ++x) {
+      weights[x] = filter_weight(resampling, center, window.begin + x);
       sum += weights[x];
     }
-    for (int64_t x = 0; x < end - begin; ++x) {
+    for (int64_t x = 0; x < window.length; ++x) {
       filter.weights[i * filter.stride + x] = to_fixed_point(sum != 0 ? weights[x] / sum : 0.0);
     }
-    filter.begin.push_back(begin);
-    filter.length.push_back(end - begin);
+    filter.begin.push_back(window.begin);
+    filter.length.push_back(window.length);
   }
   return filter;
 }

@@ -4,17 +4,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "csrc/filter.h"
 #include "csrc/ops.h"
 
 namespace edgeclip::cpu {
-
-// One axis: `input` pixels are resized to `resized`, of which [first, first + count) are wanted.
-struct Axis {
-  int64_t input;
-  int64_t resized;
-  int64_t first;
-  int64_t count;
-};
 
 // For each wanted pixel, the input pixels [begin, begin + length) and their weights. The arithmetic
 // is that of Pillow's 8-bit resampling, fixed point with 22 fractional bits, so that the pixels are

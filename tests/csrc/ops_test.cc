@@ -16,58 +16,10 @@
 #include <vector>
 
 #include "csrc/parallel.h"
+#include "tests/csrc/testing.h"
 
 namespace edgeclip {
 namespace {
-
-#define CHECK(condition)                                                          \
-  do {                                                                            \
-    if (!(condition)) {                                                           \
-      std::fprintf(stderr, "%s:%d: CHECK(%s)\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                               \
-    }                                                                             \
-  } while (false)
-
-template <typename Call>
-std::string error_of(const Call& call) {
-  try {
-    call();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "";
-}
-
-template <typename T>
-TensorView view(std::vector<T>& values, std::vector<int64_t> shape, DType dtype) {
-  TensorView result;
-  result.data = values.data();
-  result.dtype = dtype;
-  result.shape = std::move(shape);
-  result.writable = true;
-  int64_t stride = sizeof(T);
-  result.strides.resize(result.shape.size());
-  for (size_t axis = result.shape.size(); axis-- > 0;) {
-    result.strides[axis] = stride;
-    stride *= result.shape[axis];
-  }
-  return result;
-}
-
-std::vector<float> random_values(int64_t count, unsigned seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> values(count);
-  for (float& value : values) value = normal(generator);
-  return values;
-}
-
-std::vector<uint8_t> random_pixels(int64_t count) {
-  std::mt19937 generator(1);
-  std::vector<uint8_t> values(count);
-  for (uint8_t& value : values) value = static_cast<uint8_t>(generator());
-  return values;
-}
 
 PreprocessOptions preprocess_options(Resize resize, Interpolation interpolation, int64_t threads) {
   return {{0.5f, 0.4f, 0.3f}, {0.2f, 0.3f, 0.4f}, resize, interpolation, 7, threads};
