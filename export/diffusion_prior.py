@@ -22,7 +22,11 @@ import numpy as np
 import onnx_ir
 import torch
 import torch.nn.functional as F
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    RemoveUnusedNodesPass,
+)
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -200,7 +204,11 @@ def _optimize(model: onnx_ir.Model) -> None:
     the square of the graph, half an hour for a prior of 24 layers."""
     _share_weights(model)
     fold_constants(model)
-    for clean in (CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass()):
+    for clean in (
+        DeduplicateInitializersPass(),
+        CommonSubexpressionEliminationPass(),
+        RemoveUnusedNodesPass(),
+    ):
         clean(model)
 
 
