@@ -28,7 +28,12 @@ print(1e3 * seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e
 """
 
 
-def medians_ms(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def medians_ms(
+    calls: dict[str, Callable[[], object]],
+    repeats: int,
+    rounds: int = ROUNDS,
+    warm_up: int = WARM_UP,
+) -> dict[str, float]:
     """The median time of each call in milliseconds.
 
     The competitors take turns in rounds, so that both meet the same machine; within a round each
@@ -36,11 +41,11 @@ def medians_ms(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str
     and would slow the other down.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, call in calls.items():
-            for _ in range(WARM_UP):
+            for _ in range(warm_up):
                 call()
-            for _ in range(-(-repeats // ROUNDS)):
+            for _ in range(-(-repeats // rounds)):
                 start = time.perf_counter()
                 call()
                 times[name].append(1e3 * (time.perf_counter() - start))
