@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # pair of them comes back after 42 models only.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP*"
+WIDTH = 75  # letters in a line of a legend
 LABELS = 12  # settings named in a picture, at most
 # Of a label from its point, the nearest first.
 OFFSETS = [(x * side, y) for x in (9, 24) for y in (0, 9, -9, 24, -24, 40, -40) for side in (1, -1)]
@@ -120,8 +121,8 @@ def _frontier(rows: Sequence[Result], path: Path) -> str:
     purified = [row for row in rows if row.purifier]
     figure.legend(
         loc="outside lower center",
-        ncols=min(len(models), 3),
-        title="hollow: purified by CLIPure-Cos" if purified else None,
+        ncols=max(1, min(len(models), WIDTH // max(map(len, models)))),
+        title="hollow: purified" if purified else None,
     )
     text = f"{rows[0].title}: clean against worst-case accuracy"
     _save(figure, axes, text, rows, path, labels=_extremes_first(purified))
