@@ -353,8 +353,9 @@ class DiffusionPrior(nn.Module):
         """The mean loss of embeddings x0 (B, D) of length sqrt(D), and its gradient (B, D)."""
         context = self.context(text_embed, text_encodings)
         x0 = x0.detach().requires_grad_()
-        loss = self.losses(x0, timesteps, noise, context).mean()
-        return loss.detach(), torch.autograd.grad(loss, x0)[0]
+        with torch.enable_grad():
+            loss = self.losses(x0, timesteps, noise, context).mean()
+            return loss.detach(), torch.autograd.grad(loss, x0)[0]
 
 
 def _shape(state: Mapping[str, Tensor]) -> Shape:
