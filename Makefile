@@ -56,7 +56,7 @@ $(DIFF_BUNDLES): runs/%-diff: | $(VENV)/.dev
 	  --bundle-checkpoint runs/$* --data fashion-mnist --out runs/$*-prior --augment garments --resume
 	$(BIN)/python -m export runs/$* --prior runs/$*-prior -o $@
 
-# Every measurement under attack, its tables and plots, about five hours on two cores, in parts; and
+# Every measurement under attack, its tables and plots, about eight hours on two cores, in parts; and
 # the bundle with its figure.
 robustness: $(VENV)/.dev
 	PYTHON=$(BIN)/python docs/robustness.sh

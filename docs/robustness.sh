@@ -2,8 +2,8 @@
 # Every measurement of docs/ROBUSTNESS.md, then its tables and plots: make robustness.
 #
 # The results in docs/results/ are taken up as they are; remove one to measure it again. AutoAttack
-# on 1,000 images takes a minute and a half on a GPU (H100) and three hours on two CPU cores, all else
-# there less than one. A measurement that was stopped goes on.
+# on 1,000 images takes a minute and a half on a GPU (H100) and three hours on two CPU cores, CLIPure-Diff
+# about as much there, all else less than one. A measurement that was stopped goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}

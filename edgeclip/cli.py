@@ -209,10 +209,10 @@ def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
         help="default: auto, what the bundle recommends",
     )
     parser.add_argument(
-        "--steps", type=_up_to(MAX_STEPS), metavar="N", help="of the purification (default: 10)"
+        "--steps", type=_up_to(MAX_STEPS), metavar="N", help="of cos and diff (the bundle's, or 10)"
     )
     parser.add_argument(
-        "--step-size", type=_step_size, metavar="F", help="of the purification (default: 30)"
+        "--step-size", type=_step_size, metavar="F", help="of cos and diff (the bundle's, or 30)"
     )
     parser.add_argument(
         "--timesteps",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -81,10 +82,8 @@ def run_session(
     device: str,
 ) -> list[NDArray[np.float32]]:
     """The outputs named; of the graph only the path to them is run. Raises DeviceError."""
-    options = import_onnxruntime().RunOptions()
-    options.only_execute_path_to_fetches = True
     try:
-        found: list[NDArray[np.float32]] = session.run(list(outputs), dict(inputs), options)
+        found: list[NDArray[np.float32]] = session.run(list(outputs), dict(inputs), _run_options())
     except Exception as err:  # the library has no public base class for its errors
         raise DeviceError(f"{path.name} failed on {device}: {_first_line(err)}") from err
     return found
@@ -125,6 +124,13 @@ class OnnxEncoder:
         named = {self._input: inputs}
         (found,) = run_session(self._session, (output,), named, self._path, self._device)
         return found
+
+
+@cache
+def _run_options() -> ort.RunOptions:
+    options = import_onnxruntime().RunOptions()
+    options.only_execute_path_to_fetches = True
+    return options
 
 
 def _session_options(ort: Any, threads: int | None) -> ort.SessionOptions:

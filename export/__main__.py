@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edgeclip.encoders import import_onnxruntime
 from edgeclip.errors import EdgeclipError
+from edgeclip.manifest import PRIOR_GRADIENTS
 from export import ExportError
 from export.progress import step
 
@@ -61,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--prior-gradient",
-        choices=["exact", "forward"],
+        choices=PRIOR_GRADIENTS,
         default="exact",
         help="forward: half of the work, by a gradient that is not the exact one (default: exact)",
     )
