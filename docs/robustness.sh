@@ -16,6 +16,10 @@ measure() { # MODEL FILE OPTIONS: accuracy of one model under one attack
   local model=$1 file=$out/$2.json
   shift 2
   echo "$file"
+  # Complete, the tenth check too: kept, by whatever versions of the packages it was measured.
+  if grep -qs '"finished": 1000' "$file" && grep -q 'feature matching is weaker' "$file"; then
+    return
+  fi
   # shellcheck disable=SC2086  # a model is several words
   "$python" -m train.evaluate ${!model} --data fashion-mnist --out "$file" --batch-size 50 "$@"
 }
