@@ -222,7 +222,7 @@ def test_what_has_no_answer(k: int) -> None:
     assert np.all(indices[1:3] == -1)
     assert np.all(np.isnan(probabilities[1:3]))
     assert np.all(indices[[0, 3]] >= 0)
-    problem.classes[0, 0] = np.inf
+    problem.classes[0, 0] = np.nan
     assert np.all(problem.on_gpu()[0] == -1)
 
 
