@@ -8,6 +8,8 @@ BUILD_FILES := pyproject.toml CMakeLists.txt $(filter csrc/%,$(CXX_FILES))
 DESCRIPTION := "ten kinds of garments, shoes and bags; a demonstration model trained on \
 Fashion-MNIST, adversarially fine-tuned by TGA-ZSR"
 
+PRECISIONS := --precision fp32 int8 --data fashion-mnist
+
 .PHONY: classify test check format build bundle diff-bundles robustness accuracy bench \
   cuda-check gpu-test gpu-bench clean
 
@@ -42,7 +44,7 @@ bundle: $(VENV)/.dev
 	  --epochs 1 --limit-batches 400 --resume
 	test -e runs/fashion-robust/open_clip_config.json || $(BIN)/python -m train.interpolate \
 	  runs/fashion runs/fashion-tga --alpha 0.8 --out runs/fashion-robust
-	$(BIN)/python -m export runs/fashion-robust -o edgeclip/bundles/fashion --force \
+	$(BIN)/python -m export runs/fashion-robust -o edgeclip/bundles/fashion --force $(PRECISIONS) \
 	  --description $(DESCRIPTION)
 
 # Bundles with a diffusion prior, for `--purify diff`: of the model pretrained by `make bundle`, and of
@@ -60,7 +62,7 @@ $(DIFF_BUNDLES): runs/%-diff: | $(VENV)/.dev
 # the bundle with its figure.
 robustness: $(VENV)/.dev
 	PYTHON=$(BIN)/python docs/robustness.sh
-	$(BIN)/python -m export runs/fashion-robust -o edgeclip/bundles/fashion --force \
+	$(BIN)/python -m export runs/fashion-robust -o edgeclip/bundles/fashion --force $(PRECISIONS) \
 	  $(addprefix --robustness ,docs/results/robust-autoattack-8.json \
 	  $(wildcard docs/results/grid/robust-*.json)) --description $(DESCRIPTION)
 

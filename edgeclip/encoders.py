@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -99,7 +99,11 @@ class OnnxEncoder:
     def __init__(self, path: Path, *, device: str, threads: int | None = None) -> None:
         self._session = open_session(path, device, threads)
         self._path, self._device = path, device
-        self._input = self._session.get_inputs()[0].name
+        (taken, *_) = self._session.get_inputs()
+        self._input = taken.name
+        # An int8 graph takes its inputs one by one: its ranges would be those of all of them.
+        self._batch = taken.shape[0] if isinstance(taken.shape[0], int) else None
+        self._empty = {node.name: (0, *node.shape[1:]) for node in self._session.get_outputs()}
 
     def check_shapes(self, inputs: tuple[int, ...], embed_dim: int) -> None:
         """Raises BundleError where the graph is not made for inputs (N, *inputs), or for embed_dim.
@@ -121,6 +125,13 @@ class OnnxEncoder:
         return self._fetch("tokens", inputs)
 
     def _fetch(self, output: str, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        count = self._batch or max(len(inputs), 1)
+        parts = [self._run(output, inputs[i : i + count]) for i in range(0, len(inputs), count)]
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(self._empty[output], np.float32)
+
+    def _run(self, output: str, inputs: NDArray[Any]) -> NDArray[np.float32]:
         named = {self._input: inputs}
         (found,) = run_session(self._session, (output,), named, self._path, self._device)
         return found
@@ -145,22 +156,25 @@ def _first_line(err: Exception) -> str:
     return str(err).partition("\n")[0]
 
 
-def open_encoder(path: Path, device: str, threads: int | None = None) -> tuple[Encoder, str]:
+def open_encoder(
+    path_on: Callable[[str], Path], device: str, threads: int | None = None
+) -> tuple[Encoder, str]:
     """An encoder on `device` and the name of the device it got; auto takes the best that works.
 
-    Raises DeviceError where a named device is not available, ValueError for an unknown name.
+    path_on: device -> the file to run there. Raises DeviceError where a named device is not
+    available, ValueError for an unknown name, and whatever path_on raises.
     """
     if device == "tensorrt":
         raise DeviceError("device 'tensorrt' is not supported by this version: use cuda or cpu")
     if device not in ("auto", *DEVICES):
         raise ValueError(f"device must be auto, cpu, cuda or tensorrt, got {device!r}")
     if device != "auto":
-        return OnnxEncoder(path, device=device, threads=threads), device
+        return OnnxEncoder(path_on(device), device=device, threads=threads), device
     best, *others = available_devices()
     try:
-        return OnnxEncoder(path, device=best, threads=threads), best
+        return OnnxEncoder(path_on(best), device=best, threads=threads), best
     except DeviceError as err:
         if not others:
             raise
         logger.warning("%s; using the CPU", err)
-        return OnnxEncoder(path, device="cpu", threads=threads), "cpu"
+        return OnnxEncoder(path_on("cpu"), device="cpu", threads=threads), "cpu"

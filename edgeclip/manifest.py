@@ -20,7 +20,7 @@ from edgeclip.purify import Purifier
 from edgeclip.tokenizer import CLEANERS
 
 SCHEMA_VERSION = 1
-PRECISIONS = ("fp32",)  # of encoders that this version can check and run
+PRECISIONS = ("fp32", "fp16", "int8")  # of encoders
 RESIZES = ("shortest", "longest", "squash")  # as open_clip means them
 INTERPOLATIONS = ("bicubic", "bilinear")
 PRIOR_GRADIENTS = ("exact", "forward")
@@ -112,11 +112,14 @@ class Variant:
     image_encoder: str
     text_encoder: str
     parity: Mapping[str, float] = field(default_factory=dict)
+    cpu_ms: float | None = None  # of one image, on the machine that exported; None: not measured
 
     def __post_init__(self) -> None:
         for name in (self.image_encoder, self.text_encoder):
             _check(isinstance(name, str), "an encoder must be the name of a file", name)
         _check(_table(self.parity, (int, float)), "parity must be numbers by name", self.parity)
+        good = self.cpu_ms is None or (_number(self.cpu_ms) and self.cpu_ms > 0)
+        _check(good, "cpu_ms must be a number above 0", self.cpu_ms)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ TEXT_BATCH = 64  # prompts in one run of the text encoder
 LABEL_SETS_KEPT = 8  # in memory; on disk all are
 SINGLE = (str, bytes, bytearray, memoryview)  # sequences in Python, one thing here
 MAX_BATCH = 4096
+# int8 is for CPUs: a GPU has no kernels for the way in which it is written.
+FASTEST_ON_CUDA = ("fp16", "fp32", "int8")
 MAX_THREADS = 1024
 
 
@@ -57,7 +59,8 @@ class Runtime:
     """A bundle, loaded and ready to classify. One may be shared by threads.
 
     bundle: a directory, a Bundle, or None for the embedded demonstration bundle.
-    device: auto (the best that works), cpu or cuda. precision: auto, or one that the bundle has.
+    device: auto (the best that works), cpu or cuda. precision: fp32, fp16 or int8 where the bundle
+    has it, auto for the fastest there.
     purify: auto (what the bundle recommends), none, cos, diff, a CosPurifier or a DiffPurifier.
     labels: what `classify` uses where it is given none.
     batch_size: images in one run of the encoder. threads: inside one run; None for one per core.
@@ -87,11 +90,14 @@ class Runtime:
                 self.bundle.manifest.description,
             )
         self.batch_size = batch_size
-        self.precision = self._choose_precision(precision)
         self.purifier = resolve(purify, self.bundle.manifest.purification)
         self._threads = threads
-        path = self.bundle.encoder("image_encoder", self.precision)
-        self._image_encoder, self.device = open_encoder(path, device, threads)
+        self._image_encoder, self.device = open_encoder(
+            lambda d: self.bundle.encoder("image_encoder", self._choose_precision(precision, d)),
+            device,
+            threads,
+        )
+        self.precision = self._choose_precision(precision, self.device)
         manifest = self.bundle.manifest
         self._image_encoder.check_shapes((3, *manifest.image.size), manifest.embed_dim)
         spec = manifest.prior
@@ -105,15 +111,19 @@ class Runtime:
         self._cache = EmbeddingCache()
         self._default_labels = None if labels is None else self.labels(labels)
 
-    def _choose_precision(self, precision: str) -> str:
-        available = list(self.bundle.manifest.precisions)
-        if precision == "auto":
-            return available[0]
-        if precision not in available:
-            raise DeviceError(
-                f"{self.bundle.path} has no {precision} encoders; it has {', '.join(available)}"
-            )
-        return precision
+    def _choose_precision(self, precision: str, device: str) -> str:
+        """auto: what is fastest there; all that are in a bundle were checked when it was made."""
+        variants = self.bundle.manifest.precisions
+        if precision != "auto":
+            if precision not in variants:
+                raise DeviceError(
+                    f"{self.bundle.path} has no {precision} encoders; it has {', '.join(variants)}"
+                )
+            return precision
+        if device == "cuda":
+            return min(variants, key=FASTEST_ON_CUDA.index)
+        timed = {name: v.cpu_ms for name, v in variants.items() if v.cpu_ms is not None}
+        return min(timed, key=timed.__getitem__) if timed else next(iter(variants))
 
     @overload
     def classify(  # type: ignore[overload-overlap]  # a str is one image, not a sequence of them
@@ -395,7 +405,7 @@ class Runtime:
                     clean=spec.clean,
                 )
                 path = self.bundle.encoder("text_encoder", self.precision)
-                encoder, _ = open_encoder(path, self.device, self._threads)
+                encoder, _ = open_encoder(lambda _: path, self.device, self._threads)
                 encoder.check_shapes((spec.context_length,), self.bundle.manifest.embed_dim)
                 self._text = tokenizer, encoder
             return self._text

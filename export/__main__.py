@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgeclip.encoders import import_onnxruntime
 from edgeclip.errors import EdgeclipError
-from edgeclip.manifest import PRIOR_GRADIENTS
+from edgeclip.manifest import PRECISIONS, PRIOR_GRADIENTS
 from export import ExportError
 from export.progress import step
 
@@ -16,6 +16,7 @@ EPILOG = """examples:
   python -m export ViT-B-32 --pretrained laion2b_s34b_b79k -o bundles/vit-b-32
   python -m export ViT-B-32-quickgelu --pretrained openai -o bundles/openai --template "a photo of a {}."
   python -m export ViT-B-16 --pretrained checkpoints/epoch_32.pt -o bundles/mine
+  python -m export ViT-B-32 --pretrained openai -o bundles/vit-b-32 --precision fp32 int8 --data cifar10
   python -m export runs/fashion-tga -o bundles/fashion --robustness fashion-tga.json
   python -m export runs/fashion-tga -o bundles/fashion --prior runs/fashion-tga-prior
 """
@@ -43,7 +44,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     ):
         add(option, metavar="TEXT", action="append", help=text)
     add("--description", metavar="TEXT", help="what the model is for, in a line")
-    add("--precision", choices=["fp32"], default="fp32", help="of weights (default: fp32)")
+    add(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=["fp32"],
+        help="of the encoders, one or several: int8 for CPUs, fp16 for GPUs (default: fp32)",
+    )
+    add(
+        "--data",
+        metavar="SET",
+        help="data set, as for python -m train.evaluate, on whose test images each precision has to "
+        "answer as the model does, under attack too",
+    )
     add(
         "--robustness",
         metavar="JSON",
@@ -90,7 +103,8 @@ def run(options: argparse.Namespace) -> None:
         source,
         options.out,
         words,
-        precision=options.precision,
+        precisions=list(dict.fromkeys(options.precision)),
+        data=options.data,
         robustness=measured,
         purification=recommended,
         prior=prior,
@@ -98,11 +112,15 @@ def run(options: argparse.Namespace) -> None:
         force=options.force,
     )
     size = sum(path.stat().st_size for path in options.out.iterdir())
-    parity = manifest.precisions[options.precision].parity
     print(f"{options.out}: {manifest.description}, {size / 1e6:,.1f} MB")
-    print("largest difference from PyTorch, by ONNX Runtime:")
-    for name, value in parity.items():
-        print(f"  {name:24} {value:.7f}" if "cosine" in name else f"  {name:24} {value:.1e}")
+    print("difference from PyTorch, by ONNX Runtime on this CPU:")
+    for precision, variant in manifest.precisions.items():
+        print(f"  {precision}: one image in {variant.cpu_ms:.3g} ms")
+        for name, value in variant.parity.items():
+            is_fraction = "cosine" in name or "agreement" in name or "accuracy" in name
+            print(f"    {name:24} {value:.7f}" if is_fraction else f"    {name:24} {value:.1e}")
+    if options.data is None and set(options.precision) != {"fp32"}:
+        print("whether its answers are the same was not measured: name a data set with --data")
     if manifest.prior is not None:
         for name, value in manifest.prior.parity.items():
             print(

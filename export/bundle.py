@@ -33,8 +33,9 @@ from export import ExportError, to_onnx
 from export.checkpoints import Source
 from export.diffusion_prior import TrainedPrior, write_prior
 from export.progress import step
+from export.quantize import convert_encoders
 from export.tokenizer import clean_kind, convert, pad_id
-from export.verify import golden, verify
+from export.verify import cpu_ms, golden, verify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,8 @@ def export_bundle(
     out: Path,
     words: Wording,
     *,
-    precision: str = "fp32",
+    precisions: Sequence[str] = ("fp32",),
+    data: str | None = None,
     robustness: tuple[Robustness, ...] = (),
     purification: Purifier = None,
     prior: TrainedPrior | None = None,
@@ -79,6 +81,9 @@ def export_bundle(
 ) -> Manifest:
     """Write the bundle of `source` to `out`, and return its manifest.
 
+    precisions: fp32, fp16 and int8, each verified. data: a data set of train.data, on whose test
+    images each of them has to answer as the model does, under attack too; without it only
+    embeddings are compared.
     purification: what the bundle recommends; it has to be earned by a measurement. prior: what
     CLIPure-Diff needs; prior_gradient is exact or forward, see export.diffusion_prior.
 
@@ -89,24 +94,24 @@ def export_bundle(
     check_target(out, force)
     image = image_spec(source.model)
     with _workshop(out) as work:
-        manifest = _write_encoders(work, source, image, words, precision)
+        manifest = _write_encoders(work, source, image, words)
         with step("writing the tokenizer, the null text and the golden input"):
             text = convert(source.tokenizer).to_str(pretty=False)
             (work / TOKENIZER).write_text(text, encoding="utf-8")
             vector = null_text(source, words.null_templates)
             (work / EMBEDDINGS).write_bytes(save({"null_text": vector}))
             np.savez(work / GOLDEN, **golden(work, source, manifest))
-        with step("comparing ONNX Runtime with PyTorch"):
-            parity = verify(work, source, manifest, precision)
+        manifest = _write_precisions(work, source, manifest, precisions)
         spec = prior and write_prior(work, prior, source, words.null_templates, prior_gradient)
-        variant = dataclasses.replace(manifest.precisions[precision], parity=parity)
         manifest = dataclasses.replace(
             manifest,
-            precisions={precision: variant},
             robustness=robustness,
             purification=purification,
             prior=spec,
         )
+        Bundle.write_manifest(work, manifest)
+        if data is not None:
+            manifest = _compare_answers(work, source, manifest, data)
         Bundle.write_manifest(work, manifest)
         Bundle(work).verify()
         _move(work, out)
@@ -154,12 +159,54 @@ def null_text(source: Source, templates: Sequence[str]) -> np.ndarray:
     return F.normalize(mean, dim=0).numpy()
 
 
-def _write_encoders(
-    work: Path, source: Source, image: ImageSpec, words: Wording, precision: str
+def _write_precisions(
+    work: Path, source: Source, manifest: Manifest, precisions: Sequence[str]
 ) -> Manifest:
+    """All precisions out of the fp32 encoders in `work`, which go if they are not among them."""
+    (original,) = manifest.precisions.values()
+    variants = {precision: _variant(precision) for precision in precisions}
+    manifest = dataclasses.replace(manifest, precisions=variants)
+    for precision, variant in variants.items():
+        if precision != "fp32":
+            with step(f"making {precision} encoders"):
+                convert_encoders(work, original, variant, precision, manifest, source)
+        with step(f"comparing {precision} with PyTorch"):
+            parity = verify(work, source, manifest, precision)
+        variants[precision] = dataclasses.replace(variant, parity=parity)
+    if "fp32" not in variants:
+        for name in (original.image_encoder, original.text_encoder):
+            for path in work.glob(f"{name}*"):
+                path.unlink()
+    with step("measuring how long each precision takes"):
+        times = cpu_ms(work, manifest)
+    timed = {
+        name: dataclasses.replace(variant, cpu_ms=times[name]) for name, variant in variants.items()
+    }
+    return dataclasses.replace(manifest, precisions=timed)
+
+
+def _compare_answers(work: Path, source: Source, manifest: Manifest, data: str) -> Manifest:
+    from export import fidelity  # with it the training package, which itself builds on this one
+
+    with step(f"comparing answers on {data}, attacked images too"):
+        measured = fidelity.measure(Bundle(work), source, data)
+    fidelity.check(measured, data)
+    variants = {
+        name: dataclasses.replace(variant, parity={**variant.parity, **measured[name]})
+        for name, variant in manifest.precisions.items()
+    }
+    return dataclasses.replace(manifest, precisions=variants)
+
+
+def _variant(precision: str) -> Variant:
+    return Variant(f"image_encoder.{precision}.onnx", f"text_encoder.{precision}.onnx")
+
+
+def _write_encoders(work: Path, source: Source, image: ImageSpec, words: Wording) -> Manifest:
+    """The fp32 encoders, of which all others are made."""
     model = source.model
     context_length = int(source.tokenizer.context_length)
-    names = Variant(f"image_encoder.{precision}.onnx", f"text_encoder.{precision}.onnx")
+    names = _variant("fp32")
     with step("exporting the image encoder"):
         tokens = to_onnx.export_image_encoder(model, image.size, work / names.image_encoder)
     with step("exporting the text encoder"):
@@ -182,7 +229,7 @@ def _write_encoders(
         templates=words.templates,
         null_templates=words.null_templates,
         purification=None,
-        precisions={precision: names},
+        precisions={"fp32": names},
     )
 
 

@@ -6,19 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from open_clip.model import CLIP
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from edgeclip.manifest import TokenSpec
 from export import ExportError
+from export.attention import plain_attention
 from export.progress import brief, quiet
 from export.towers import image_encoder
 
-OPSET = 18  # what TensorRT 10.3 (JetPack 6) builds without surprises
+OPSET = 20  # has Gelu, which runtimes run as one operation; TensorRT 10.3 (JetPack 6) builds it
 SINGLE_FILE = 1_900_000_000  # bytes of weights; a protobuf ends at 2 GiB
 Shape = tuple[str | int, ...]
 
@@ -77,7 +80,9 @@ def export_image_encoder(model: Any, size: tuple[int, int], path: Path) -> Token
     encoder, spec = image_encoder(model)
     example = torch.zeros(2, 3, *size)  # a batch of 1 would be taken for a constant
     names = ["embedding", "tokens"] if spec else ["embedding"]
-    export_graph(encoder, (example,), ["pixels"], names, ({0: torch.export.Dim("batch")},), path)
+    dims = ({0: torch.export.Dim("batch")},)
+    with plain_attention(encoder):
+        export_graph(encoder, (example,), ["pixels"], names, dims, path)
     width = _embed_dim(encoder, example[:1])
     outputs: dict[str, Shape] = {"embedding": ("batch", width)}
     if spec:
@@ -99,7 +104,8 @@ def export_text_encoder(model: Any, context_length: int, path: Path) -> bool:
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}
     if cut:
         dims[1] = torch.export.Dim("length", max=context_length)
-    export_graph(encoder, (example,), ["ids"], ["embedding"], (dims,), path)
+    with plain_attention(encoder):
+        export_graph(encoder, (example,), ["ids"], ["embedding"], (dims,), path)
     ids: Shape = ("batch", "length" if cut else context_length)
     check_shapes(path, {"ids": ids}, {"embedding": ("batch", _embed_dim(encoder, example))})
     return cut
@@ -145,9 +151,31 @@ def export_graph(
         raise ExportError(f"PyTorch cannot export this model to ONNX: {brief(cause)}") from err
     if program is None:
         raise ExportError("PyTorch returned no ONNX model")
-    if rewrite is not None:
-        rewrite(program.model)
+    (rewrite or _fold_transposes)(program.model)
     _save(program.model, path)
+
+
+def _fold_transposes(model: onnx_ir.Model) -> None:
+    """Store weights as products take them; the exporter leaves those that are used twice."""
+    folded: dict[tuple[str, tuple[int, ...]], onnx_ir.Value] = {}
+    for node in list(model.graph):
+        if node.op_type != "Transpose" or not node.inputs[0].is_initializer():
+            continue
+        weight, turn = node.inputs[0], tuple(node.attributes["perm"].as_ints())
+        if (weight.name, turn) not in folded:
+            array = np.ascontiguousarray(weight.const_value.numpy().transpose(turn))
+            name = f"{weight.name}.transposed"
+            value = onnx_ir.Value(
+                name=name,
+                shape=onnx_ir.Shape(array.shape),
+                type=weight.type,
+                const_value=onnx_ir.tensor(array, name=name),
+            )
+            model.graph.register_initializer(value)
+            folded[weight.name, turn] = value
+        node.outputs[0].replace_all_uses_with(folded[weight.name, turn])
+        model.graph.remove(node, safe=True)
+    RemoveUnusedNodesPass()(model)
 
 
 def _save(model: onnx_ir.Model, path: Path) -> None:

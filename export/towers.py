@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from edgeclip.manifest import TokenSpec
+from export.attention import first_token, is_split
 
 
 class PooledImageEncoder(nn.Module):
@@ -28,21 +28,35 @@ class VitImageEncoder(nn.Module):
     """open_clip's ViT: pixels -> embedding (B, D), tokens (B, prefix + P, D).
 
     Tokens are those of the last block after ln_post and the projection. With class-token pooling
-    the class token comes first, and is the embedding.
+    the class token comes first, and is the embedding: then a runtime that is asked for the embedding
+    alone does most of the last block for one token only.
     """
 
     def __init__(self, visual: VisionTransformer) -> None:
         super().__init__()
-        self.visual = copy.copy(visual)  # shares the weights; the caller's gives no tokens
-        self.visual.output_tokens = True
-        self.prefix = int(visual.pool_type == "tok")
+        self.visual, self.prefix = visual, int(visual.pool_type == "tok")
+        self.trunk = _copy(visual)  # all that comes before the last block
+        self.trunk.transformer = _copy(visual.transformer)
+        self.trunk.transformer.resblocks = visual.transformer.resblocks[:-1]
+        self.trunk.ln_post, self.trunk.pool_type = nn.Identity(), "none"
+        self.trunk.proj = None
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        embedding, patches = self.visual(pixels)
-        tokens = patches @ self.visual.proj
-        if self.prefix:
-            tokens = torch.cat([embedding[:, None], tokens], dim=1)
-        return embedding, tokens
+        hidden, last = self.trunk(pixels), self.visual.transformer.resblocks[-1]
+        if not self.prefix:
+            patches = self.visual.ln_post(last(hidden))[:, 1:]
+            return patches.mean(dim=1) @ self.visual.proj, patches @ self.visual.proj
+        tokens = self.visual.ln_post(last(hidden)) @ self.visual.proj
+        if not is_split(last):
+            return tokens[:, 0], tokens
+        return self.visual.ln_post(first_token(last, hidden))[:, 0] @ self.visual.proj, tokens
+
+
+def _copy(module: Any) -> Any:
+    """A module of its own with the same weights: what is set in it is not set in the other."""
+    twin = copy.copy(module)
+    twin._modules, twin._parameters = dict(module._modules), dict(module._parameters)
+    return twin
 
 
 class MapPoolImageEncoder(nn.Module):

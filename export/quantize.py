@@ -1,0 +1,216 @@
+"""The encoders in int8 for CPUs and in fp16 for GPUs, from their fp32 files.
+
+int8: products with constant weights, by ONNX Runtime's quantiser; weights per column, everything else
+in float. The image encoder takes the range of its activations from each image (dynamic), since no
+pictures are at hand that stand for all; the text encoder from prompts (static), so that a prompt's
+embedding does not depend on those beside it. A product that loses too much, as those do that a few
+very large activations pass through, stays in float. fp16: weights and most operations; layer norms,
+softmax, inputs and outputs stay in float, without which some models are lost (NVIDIA/TensorRT#2709).
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torchvision.models import ResNet18_Weights
+
+from edgeclip.bundle import GOLDEN
+from edgeclip.encoders import open_session
+from edgeclip.manifest import Manifest, Variant
+from export.checkpoints import Source
+from export.progress import quiet
+from export.verify import GOLDEN_PROMPTS
+
+PRODUCTS = ("MatMul", "Gemm")
+# Of a row (a token), relative to what the product gives; root mean square over the rows. Activations
+# of a normal distribution lose 0.01, and those beside one that is a hundred times larger 0.2.
+MAX_LAYER_ERROR = 0.1
+WORDS = 250  # in the prompts that static ranges are taken from
+ROWS = 1024  # of activations, to measure a product by
+FLOAT_OPERATIONS = ("LayerNormalization", "Softmax", "ReduceMean", "ReduceL2", "Pow", "Sqrt")
+LARGE_TABLE = 1 << 20  # elements
+SINGLE_FILE = 1_900_000_000  # bytes; a protobuf ends at 2 GiB
+
+Inputs = Mapping[str, NDArray[Any]]
+Weights = dict[str, onnx.TensorProto]
+
+
+def convert_encoders(
+    work: Path,
+    fp32: Variant,
+    made: Variant,
+    precision: str,
+    manifest: Manifest,
+    source: Source,
+) -> None:
+    """Write the two encoders of `made`, fp16 or int8, from those of `fp32`, all of them in `work`."""
+    pairs = [
+        (work / getattr(fp32, kind), work / getattr(made, kind))
+        for kind in ("image_encoder", "text_encoder")
+    ]
+    if precision == "fp16":
+        for given, target in pairs:
+            to_fp16(given, target)
+        return
+    with np.load(work / GOLDEN, allow_pickle=False) as golden:
+        pixels = golden["pixels"][None]
+    (image, image8), (text, text8) = pairs
+    to_int8(image, image8, [{"pixels": pixels}], static=False)
+    to_int8(text, text8, prompts(source, manifest), static=True)
+
+
+def prompts(source: Source, manifest: Manifest) -> list[Inputs]:
+    """Batches of prompts that stand for all: the templates with the words of ImageNet."""
+    words = ResNet18_Weights.IMAGENET1K_V1.meta["categories"][:: 1000 // WORDS]
+    templates = itertools.cycle(manifest.templates)
+    texts = [template.replace("{}", word) for template, word in zip(templates, words, strict=False)]
+    ids = source.tokenizer([*texts, *GOLDEN_PROMPTS, ""]).numpy()
+    if not manifest.text.dynamic_length:
+        return [{"ids": part} for part in np.array_split(ids, 4)]
+    lengths = (ids != manifest.text.pad_id).sum(axis=1)
+    return [{"ids": ids[lengths == length, :length]} for length in np.unique(lengths)]
+
+
+def to_int8(source: Path, target: Path, examples: Sequence[Inputs], *, static: bool) -> list[str]:
+    """Write `source` in int8 to `target`; returns the names of the products that stay in float.
+
+    examples: inputs of the graph, from which static ranges are taken, and by the first of which the
+    loss of each product is measured.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
+
+    errors = product_errors(source, examples[0])
+    sensitive = [name for name, error in errors.items() if not error <= MAX_LAYER_ERROR]
+    model = onnx.load(source)
+    if not static:
+        _fix_batch(model.graph)
+    _halve_tables(model.graph)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    options = {
+        "op_types_to_quantize": list(PRODUCTS),
+        "nodes_to_exclude": sensitive + _without_weights(model.graph, weights),
+        "per_channel": True,
+        "weight_type": QuantType.QInt8,
+        "use_external_data_format": source.stat().st_size > 4 * SINGLE_FILE,
+    }
+    extra: dict[str, Any] = {"MatMulConstBOnly": True}
+    with quiet():
+        if static:
+            extra["OpTypesToExcludeOutputQuantization"] = list(PRODUCTS)
+            quantize_static(model, target, _Examples(examples), extra_options=extra, **options)
+        else:
+            quantize_dynamic(model, target, extra_options=extra, **options)
+    return sensitive
+
+
+class _Examples:
+    """What ONNX Runtime's calibration reads from."""
+
+    def __init__(self, examples: Sequence[Inputs]) -> None:
+        self._rest = iter(examples)
+
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
+        found = next(self._rest, None)
+        return None if found is None else dict(found)
+
+
+def to_fp16(source: Path, target: Path) -> None:
+    """Write `source` with fp16 weights and fp32 inputs and outputs to `target`."""
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    blocked = [*DEFAULT_OP_BLOCK_LIST, *FLOAT_OPERATIONS]
+    with quiet():
+        model = convert_float_to_float16(str(source), keep_io_types=True, op_block_list=blocked)
+    made: set[str] = set()  # a weight of two float operations is cast for both, by the same name
+    for node in list(model.graph.node):
+        if made.issuperset(node.output):
+            model.graph.node.remove(node)
+        made.update(node.output)
+    del model.graph.value_info[:]  # of which some still say float32
+    graph = onnx_ir.from_proto(model)
+    graph.graph.sort()  # casts of inputs were put behind those that take them
+    _save(onnx_ir.to_proto(graph), target)
+
+
+def product_errors(source: Path, example: Inputs) -> dict[str, float]:
+    """By node, how much of each product with constant weights int8 loses on `example`: the error of
+    a row relative to its length, root mean square over the rows."""
+    model = onnx.load(source)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = [n for n in model.graph.node if n.op_type in PRODUCTS and n.input[1] in weights]
+    del model.graph.output[:]
+    for name in dict.fromkeys(node.input[0] for node in nodes):
+        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / source.name
+        _save(model, path)
+        session = open_session(path, "cpu")
+        names = [output.name for output in session.get_outputs()]
+        found = dict(zip(names, session.run(names, dict(example)), strict=True))
+    return {node.name: _error(node, found[node.input[0]], weights) for node in nodes}
+
+
+def _error(node: onnx.NodeProto, activations: NDArray[Any], weights: Weights) -> float:
+    weight = numpy_helper.to_array(weights[node.input[1]])
+    if any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
+        weight = weight.T
+    x = activations.reshape(-1, weight.shape[0])
+    step = np.float32((max(x.max(), 0) - min(x.min(), 0)) / 255)
+    steps = np.abs(weight).max(axis=0) / 127  # of each column
+    x = x[:: -(-len(x) // ROWS)]
+    rounded = step * np.rint(x / step) if step else x
+    columns = steps * np.rint(weight / np.where(steps > 0, steps, 1))
+    exact = np.asarray(x @ weight, np.float64)
+    size, lost = np.square(exact).sum(axis=1), np.square(rounded @ columns - exact).sum(axis=1)
+    used = size > 0
+    return float(np.sqrt((lost[used] / size[used]).mean())) if used.any() else 0.0
+
+
+def _without_weights(graph: onnx.GraphProto, weights: set[str]) -> list[str]:
+    """Products of two activations, of attention, which the static quantiser would take as well."""
+    return [n.name for n in graph.node if n.op_type in PRODUCTS and n.input[1] not in weights]
+
+
+def _fix_batch(graph: onnx.GraphProto) -> None:
+    """Take one input at a time: the range of a batch would make each answer depend on the others."""
+    del graph.value_info[:]
+    for value in (*graph.input, *graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+
+
+def _halve_tables(graph: onnx.GraphProto) -> None:
+    """Keep large tables that rows are taken from, as token embeddings, in fp16: half of a text
+    encoder's size, for an error far below that of int8 in any product."""
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    for node in list(graph.node):
+        table = weights.get(node.input[0]) if node.op_type == "Gather" else None
+        if table is None or table.data_type != TensorProto.FLOAT:
+            continue
+        array = numpy_helper.to_array(table)
+        if array.size < LARGE_TABLE or sum(table.name in n.input for n in graph.node) > 1:
+            continue
+        table.CopyFrom(numpy_helper.from_array(array.astype(np.float16), table.name))
+        for value in [v for v in graph.value_info if v.name == table.name]:  # says float32
+            graph.value_info.remove(value)
+        rows, node.output[0] = node.output[0], f"{node.output[0]}.fp16"
+        cast = helper.make_node("Cast", [node.output[0]], [rows], to=TensorProto.FLOAT)
+        graph.node.insert(list(graph.node).index(node) + 1, cast)
+
+
+def _save(model: onnx.ModelProto, path: Path) -> None:
+    """One file, or FILE and FILE.data where the weights are too large for one."""
+    size = sum(
+        int(np.prod(tensor.dims)) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in model.graph.initializer
+    )
+    external = size > SINGLE_FILE
+    onnx.save(model, path, save_as_external_data=external, location=f"{path.name}.data")
