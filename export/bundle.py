@@ -248,7 +248,9 @@ def _move(work: Path, out: Path) -> None:
     """Put the finished `work` where `out` is; what was there stays if that fails."""
     mask = os.umask(0)
     os.umask(mask)
-    work.chmod(0o777 & ~mask)  # mkdtemp lets only its owner in
+    work.chmod(0o777 & ~mask)  # mkdtemp lets only its owner in, and weights beside a graph
+    for path in work.iterdir():
+        path.chmod(0o666 & ~mask)
     old = work.with_name(work.name + ".old")
     if out.exists():
         out.rename(old)

@@ -28,6 +28,7 @@ from edgeclip.encoders import open_session
 from edgeclip.manifest import Manifest, Variant
 from export.checkpoints import Source
 from export.progress import quiet
+from export.to_onnx import SINGLE_FILE
 from export.verify import GOLDEN_PROMPTS
 
 PRODUCTS = ("MatMul", "Gemm")
@@ -38,10 +39,10 @@ WORDS = 250  # in the prompts that static ranges are taken from
 ROWS = 1024  # of activations, to measure a product by
 FLOAT_OPERATIONS = ("LayerNormalization", "Softmax", "ReduceMean", "ReduceL2", "Pow", "Sqrt")
 LARGE_TABLE = 1 << 20  # elements
-SINGLE_FILE = 1_900_000_000  # bytes; a protobuf ends at 2 GiB
+LARGEST_MESSAGE = 1_900_000_000  # bytes of weights that a protobuf takes
 
 Inputs = Mapping[str, NDArray[Any]]
-Weights = dict[str, onnx.TensorProto]
+Weights = Mapping[str, NDArray[Any]]
 
 
 def convert_encoders(
@@ -100,15 +101,16 @@ def to_int8(source: Path, target: Path, examples: Sequence[Inputs], *, static: b
         "nodes_to_exclude": sensitive + _without_weights(model.graph, weights),
         "per_channel": True,
         "weight_type": QuantType.QInt8,
-        "use_external_data_format": source.stat().st_size > 4 * SINGLE_FILE,
     }
     extra: dict[str, Any] = {"MatMulConstBOnly": True}
-    with quiet():
+    with quiet(), tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
         if static:
             extra["OpTypesToExcludeOutputQuantization"] = list(PRODUCTS)
-            quantize_static(model, target, _Examples(examples), extra_options=extra, **options)
+            quantize_static(model, made, _Examples(examples), extra_options=extra, **options)
         else:
-            quantize_dynamic(model, target, extra_options=extra, **options)
+            quantize_dynamic(model, made, extra_options=extra, **options)
+        _save(onnx.load(made), target)
     return sensitive
 
 
@@ -127,9 +129,14 @@ def to_fp16(source: Path, target: Path) -> None:
     """Write `source` with fp16 weights and fp32 inputs and outputs to `target`."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-    blocked = [*DEFAULT_OP_BLOCK_LIST, *FLOAT_OPERATIONS]
+    model = onnx.load(source)
     with quiet():
-        model = convert_float_to_float16(str(source), keep_io_types=True, op_block_list=blocked)
+        model = convert_float_to_float16(
+            model,
+            keep_io_types=True,
+            op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT_OPERATIONS],
+            disable_shape_infer=_bytes(model) > LARGEST_MESSAGE,  # the exporter's own shapes then
+        )
     made: set[str] = set()  # a weight of two float operations is cast for both, by the same name
     for node in list(model.graph.node):
         if made.issuperset(node.output):
@@ -145,7 +152,8 @@ def product_errors(source: Path, example: Inputs) -> dict[str, float]:
     """By node, how much of each product with constant weights int8 loses on `example`: the error of
     a row relative to its length, root mean square over the rows."""
     model = onnx.load(source)
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    # Before the graph is saved, which moves its weights to a file.
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     nodes = [n for n in model.graph.node if n.op_type in PRODUCTS and n.input[1] in weights]
     del model.graph.output[:]
     for name in dict.fromkeys(node.input[0] for node in nodes):
@@ -160,7 +168,7 @@ def product_errors(source: Path, example: Inputs) -> dict[str, float]:
 
 
 def _error(node: onnx.NodeProto, activations: NDArray[Any], weights: Weights) -> float:
-    weight = numpy_helper.to_array(weights[node.input[1]])
+    weight = weights[node.input[1]]
     if any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
         weight = weight.T
     x = activations.reshape(-1, weight.shape[0])
@@ -208,9 +216,13 @@ def _halve_tables(graph: onnx.GraphProto) -> None:
 
 def _save(model: onnx.ModelProto, path: Path) -> None:
     """One file, or FILE and FILE.data where the weights are too large for one."""
-    size = sum(
+    external = _bytes(model) > SINGLE_FILE
+    onnx.save(model, path, save_as_external_data=external, location=f"{path.name}.data")
+
+
+def _bytes(model: onnx.ModelProto) -> int:
+    """Of its weights."""
+    return sum(
         int(np.prod(tensor.dims)) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         for tensor in model.graph.initializer
     )
-    external = size > SINGLE_FILE
-    onnx.save(model, path, save_as_external_data=external, location=f"{path.name}.data")

@@ -22,7 +22,9 @@ from export.progress import brief, quiet
 from export.towers import image_encoder
 
 OPSET = 20  # has Gelu, which runtimes run as one operation; TensorRT 10.3 (JetPack 6) builds it
-SINGLE_FILE = 1_900_000_000  # bytes of weights; a protobuf ends at 2 GiB
+# Bytes of weights from which these lie beside the graph, where ONNX Runtime maps them into memory
+# rather than parse and copy them; a protobuf would end at 2 GiB.
+SINGLE_FILE = 16 << 20
 Shape = tuple[str | int, ...]
 
 
