@@ -145,6 +145,12 @@ def _first_line(err: Exception) -> str:
     return str(err).partition("\n")[0]
 
 
+def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows divided by their norms; a row of an encoder is never zero unless its weights are."""
+    divided: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return divided
+
+
 def open_encoder(path: Path, device: str, threads: int | None = None) -> tuple[Encoder, str]:
     """An encoder on `device` and the name of the device it got; auto takes the best that works.
 

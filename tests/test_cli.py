@@ -405,7 +405,49 @@ def test_explain_leaves_what_was_there_where_it_fails(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "out.png"]
 
 
-@pytest.mark.parametrize("command", ["classify", "embed", "explain", "info", "doctor"])
+def test_cache(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "cache", "--format", "table")
+    assert status == 0
+    assert re.search(r"^encoders +none$", out, re.MULTILINE)
+    assert run(capsys, "classify", BAG, *LABELS)[0] == 0
+    (file,) = cache.iterdir()
+    status, out, _ = run(capsys, "cache")
+    assert status == 0
+    report = json.loads(out)
+    (share,) = report.pop("encoders")
+    size = file.stat().st_size
+    assert report == {"path": str(file), "labels": 10, "bytes": size, "limit bytes": 1 << 28}
+    assert (share["labels"], share["bytes"]) == (10, 10 * 128 * 4)
+    assert "fp32" in share["encoder"]
+    assert "labels 10, bytes 5120" in run(capsys, "cache", "--format", "table")[1]
+    status, out, _ = run(capsys, "cache", "--clear")
+    assert json.loads(out) == {"path": str(file), "freed bytes": size}
+    assert list(cache.iterdir()) == []
+
+
+def test_cache_that_cannot_be_used(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cache / "labels-1.sqlite"
+    path.write_bytes(b"spoilt")
+    status, out, err = run(capsys, "cache")
+    assert (status, out) == (2, "")
+    assert "is damaged" in err
+    assert "edgeclip cache --clear" in err
+    assert run(capsys, "cache", "--clear")[0] == 0
+    path.mkdir()
+    status, out, err = run(capsys, "cache", "--clear")
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: cannot delete {path} (")
+    monkeypatch.setenv("EDGECLIP_CACHE_SIZE", "big")
+    for arguments in (["cache"], ["classify", BAG, *LABELS]):
+        status, out, err = run(capsys, *arguments)
+        assert (status, out) == (2, "")
+        (line,) = errors(err)
+        assert line.startswith("error: EDGECLIP_CACHE_SIZE is 'big': expected bytes")
+
+
+@pytest.mark.parametrize("command", ["classify", "embed", "explain", "cache", "info", "doctor"])
 def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
