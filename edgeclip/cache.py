@@ -195,29 +195,26 @@ def _has_schema(db: sqlite3.Connection) -> bool:
 
 def _select(db: sqlite3.Connection, keys: Sequence[bytes], dim: int) -> dict[bytes, Vector]:
     now = int(time.time())
-    found: dict[bytes, Vector] = {}
+    sound: dict[bytes, bytes] = {}
     stale = []
     for start in range(0, len(keys), KEYS):
         some = keys[start : start + KEYS]
         marks = ",".join("?" * len(some))
-        query = f"SELECT key, encoder, used, crc, vector FROM labels WHERE key IN ({marks})"
-        for key, encoder, used, crc, data in db.execute(query, some):
-            vector = _decode(key, data, crc, dim)
-            if vector is None or not isinstance(used, int):
-                logger.warning("label cache: a label of %s is damaged; encoding it again", encoder)
-                continue
-            found[key] = vector
-            if abs(now - used) > USE_KEPT:
-                stale.append((now, key))
+        query = f"SELECT key, used, crc, vector FROM labels WHERE key IN ({marks})"
+        for key, used, crc, data in db.execute(query, some):
+            if isinstance(data, bytes) and len(data) == 4 * dim and _crc(key, data) == crc:
+                sound[key] = data
+                if not isinstance(used, int) or abs(now - used) > USE_KEPT:
+                    stale.append((now, key))
+            else:
+                logger.warning("label cache: a label in it is damaged; encoding it again")
     if stale:
-        import sqlite3
-
-        with suppress(sqlite3.OperationalError):  # read-only, or another is writing: no matter
-            db.execute("PRAGMA busy_timeout = 0")
-            db.execute("BEGIN IMMEDIATE")
-            db.executemany("UPDATE labels SET used = ? WHERE key = ?", stale)
-            db.execute("COMMIT")
-    return found
+        _mark_used(db, stale)
+    rows = np.frombuffer(b"".join(sound.values()), "<f4").astype(np.float32).reshape(-1, dim)
+    good: list[bool] = np.isfinite(rows).all(axis=1).tolist()
+    if not all(good):
+        logger.warning("label cache: a label in it is not finite; encoding it again")
+    return {key: row for key, row, sane in zip(sound, rows, good, strict=True) if sane}
 
 
 def _crc(key: bytes, data: bytes) -> int:
@@ -225,11 +222,14 @@ def _crc(key: bytes, data: bytes) -> int:
     return zlib.crc32(data, zlib.crc32(key))
 
 
-def _decode(key: bytes, data: object, crc: object, dim: int) -> Vector | None:
-    if not isinstance(data, bytes) or len(data) != 4 * dim or _crc(key, data) != crc:
-        return None
-    vector: Vector = np.frombuffer(data, "<f4").astype(np.float32, copy=False)
-    return vector if np.isfinite(vector).all() else None
+def _mark_used(db: sqlite3.Connection, marks: Sequence[tuple[int, bytes]]) -> None:
+    import sqlite3
+
+    with suppress(sqlite3.OperationalError):  # read-only, or another is writing: no matter
+        db.execute("PRAGMA busy_timeout = 0")
+        db.execute("BEGIN IMMEDIATE")
+        db.executemany("UPDATE labels SET used = ? WHERE key = ?", marks)
+        db.execute("COMMIT")
 
 
 def _insert(db: sqlite3.Connection, rows: Sequence[tuple[object, ...]], limit: int) -> None:

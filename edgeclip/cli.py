@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from edgeclip import __version__, diagnose
+from edgeclip import __version__
 from edgeclip.arguments import Parser, from_zero, positive, step_size, up_to
 from edgeclip.bundle import Bundle
 from edgeclip.cache import LabelCache
@@ -284,11 +284,15 @@ def run_cache(args: argparse.Namespace) -> int:
 
 
 def run_info(args: argparse.Namespace) -> int:
+    from edgeclip import diagnose  # here, and not above: it slows the start of the others down
+
     _show(diagnose.describe(Bundle(args.bundle)), args.format)
     return 0
 
 
 def run_doctor(args: argparse.Namespace) -> int:
+    from edgeclip import diagnose
+
     report = diagnose.examine(args.bundle, args.device)
     _show(report, args.format)
     if report["problem"]:

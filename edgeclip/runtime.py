@@ -57,7 +57,8 @@ class Runtime:
     labels: what `classify` uses where it is given none.
     batch_size: images in one run of the encoder. threads: inside one run; None for one per core.
 
-    Raises BundleError, DeviceError, LabelError; ValueError for an option that is not known.
+    Raises BundleError, DeviceError, LabelError; ValueError for an option that is not known;
+    EdgeclipError where EDGECLIP_CACHE_SIZE is no size.
     """
 
     def __init__(
