@@ -132,7 +132,9 @@ def main() -> None:
         f"{report['tokens']:.1f} tokens in the mean"
     )
     best = min(ms for name, ms in report["ms"].items() if name != "edgeclip")
-    print("\n| encoder | ms a prompt | 1,000 labels x 80 | to the best peer |\n|---|---|---|---|")
+    print(
+        "\n| encoder | ms a prompt | so 1,000 labels x 80 | speed, best peer = 1 |\n|---|---|---|---|"
+    )
     for name, ms in report["ms"].items():
         print(f"| {name} | {ms:.2f} | {80 * ms / 60:.1f} min | {best / ms:.2f} |")
     work = report["GFLOP"]

@@ -211,7 +211,7 @@ def _select(db: sqlite3.Connection, keys: Sequence[bytes], dim: int) -> dict[byt
     if stale:
         _mark_used(db, stale)
     rows = np.frombuffer(b"".join(sound.values()), "<f4").astype(np.float32).reshape(-1, dim)
-    good: list[bool] = np.isfinite(rows).all(axis=1).tolist()
+    good: list[bool] = np.logical_and.reduce(np.isfinite(rows), axis=1).tolist()
     if not all(good):
         logger.warning("label cache: a label in it is not finite; encoding it again")
     return {key: row for key, row, sane in zip(sound, rows, good, strict=True) if sane}

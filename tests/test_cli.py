@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from conftest import EXAMPLES
 from PIL import Image
+from tqdm import tqdm
 
 from edgeclip.bundle import EMBEDDED
 from edgeclip.cli import main
+from edgeclip.output import text_progress
 
 BAG = str(EXAMPLES / "bag.png")
 LABELS = ["--labels", str(EXAMPLES / "labels.txt")]
@@ -504,6 +506,32 @@ def test_file_name_that_is_not_text(tmp_path: Path) -> None:
     first, _, last = map(json.loads, found.stdout.decode().splitlines())
     assert os.fsencode(first["image"]) == os.fsencode(name)
     assert last["predictions"][0]["label"] == "bag"
+
+
+def test_cached_labels_load_nothing_of_the_text_side(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "classify", BAG, *LABELS)[0] == 0
+    code = (
+        "import sys; from edgeclip.cli import main;"
+        f"status = main(['classify', {BAG!r}, *{LABELS!r}]);"
+        "slow = {'tokenizers', 'ftfy', 'tqdm', 'importlib.metadata', 'huggingface_hub'};"
+        "sys.exit(status or sorted(slow & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_progress_of_labels_where_a_person_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert text_progress() is None
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    at_once = {"delay": 0, "mininterval": 0}  # else a bar that is gone soon is not shown
+    monkeypatch.setattr("tqdm.tqdm", lambda **options: tqdm(**options | at_once))
+    update = text_progress()
+    assert update is not None
+    assert terminal.getvalue() == ""
+    update(1, 2)
+    update(2, 2)
+    assert "encoding labels: 100%" in terminal.getvalue()
 
 
 def test_user_without_a_home() -> None:
