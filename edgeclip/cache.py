@@ -183,9 +183,7 @@ def _with_file(path: Path, work: Callable[[sqlite3.Connection], T], *, create: b
     except (OSError, sqlite3.OperationalError) as err:
         raise EdgeclipError(f"cannot use {path} ({err})") from err
     except sqlite3.DatabaseError as err:
-        raise _DamagedError(
-            f"{path} is damaged ({err}): edgeclip cache --clear deletes it"
-        ) from err
+        raise _DamagedError(f"{path} is damaged ({err})") from err
 
 
 def _has_schema(db: sqlite3.Connection) -> bool:
@@ -196,24 +194,26 @@ def _has_schema(db: sqlite3.Connection) -> bool:
 def _select(db: sqlite3.Connection, keys: Sequence[bytes], dim: int) -> dict[bytes, Vector]:
     now = int(time.time())
     sound: dict[bytes, bytes] = {}
-    stale = []
+    stale, damaged = [], 0
     for start in range(0, len(keys), KEYS):
         some = keys[start : start + KEYS]
         marks = ",".join("?" * len(some))
         query = f"SELECT key, used, crc, vector FROM labels WHERE key IN ({marks})"
         for key, used, crc, data in db.execute(query, some):
-            if isinstance(data, bytes) and len(data) == 4 * dim and _crc(key, data) == crc:
+            blobs = isinstance(key, bytes) and isinstance(data, bytes)
+            if blobs and len(data) == 4 * dim and _crc(key, data) == crc:
                 sound[key] = data
                 if not isinstance(used, int) or abs(now - used) > USE_KEPT:
                     stale.append((now, key))
             else:
-                logger.warning("label cache: a label in it is damaged; encoding it again")
+                damaged += 1
     if stale:
         _mark_used(db, stale)
     rows = np.frombuffer(b"".join(sound.values()), "<f4").astype(np.float32).reshape(-1, dim)
     good: list[bool] = np.logical_and.reduce(np.isfinite(rows), axis=1).tolist()
-    if not all(good):
-        logger.warning("label cache: a label in it is not finite; encoding it again")
+    damaged += good.count(False)
+    if damaged:
+        logger.warning("label cache: %d labels in it are damaged; encoding them again", damaged)
     return {key: row for key, row, sane in zip(sound, rows, good, strict=True) if sane}
 
 

@@ -133,8 +133,7 @@ class TextTower:
     def _encode_labels(
         self, prompts: Mapping[bytes, list[str]], progress: Progress | None
     ) -> dict[bytes, NDArray[np.float32]]:
-        """Unit embeddings (D,) by key, which the cache has too, then: also of a part, where the
-        rest is interrupted."""
+        """Unit embeddings (D,) by key. Stored block by block: an interruption keeps what is done."""
         found: dict[bytes, NDArray[np.float32]] = {}
         total, done = sum(map(len, prompts.values())), 0
         with self._using() as (tokenizer, encoder):

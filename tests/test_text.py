@@ -117,7 +117,7 @@ def test_spoilt_label_is_encoded_again(
         found = Runtime().labels(labels)
     np.testing.assert_allclose(found.embeddings, first.embeddings, atol=1e-6)
     assert encoded == [len(Runtime().bundle.manifest.templates)]
-    assert "encoding it again" in caplog.text
+    assert "1 labels in it are damaged; encoding them again" in caplog.text
     (cache / FILE).write_bytes(b"spoilt")
     np.testing.assert_allclose(Runtime().labels(labels).embeddings, first.embeddings, atol=1e-6)
     encoded.clear()
