@@ -8,19 +8,20 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from typing import IO, Any, NoReturn
+from dataclasses import asdict, replace
+from typing import IO, Any
 
 import numpy as np
 
-from edgeclip import __version__, diagnose
+from edgeclip import __version__
+from edgeclip.arguments import Parser, from_zero, positive, step_size, up_to
 from edgeclip.bundle import Bundle
+from edgeclip.cache import LabelCache
 from edgeclip.errors import EdgeclipError, ImageError
 from edgeclip.images import ImageSource, expand
 from edgeclip.labels import check_labels, read_labels, read_templates
@@ -57,53 +58,18 @@ DOCTOR_EXAMPLES = """examples:
   edgeclip doctor
   edgeclip doctor vit-b-32/ --device cuda
 """
+CACHE_EXAMPLES = """examples:
+  edgeclip cache
+  edgeclip cache --format json
+  edgeclip cache --clear
 
-
-class _Parser(argparse.ArgumentParser):
-    """One clear line on wrong usage, rather than the whole usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() and len(text) < 10 else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return value
-
-
-def _up_to(limit: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = _positive(text)
-        if value > limit:
-            raise argparse.ArgumentTypeError(f"expected a whole number up to {limit}, got {value}")
-        return value
-
-    return parse
-
-
-def _from_zero(limit: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not (text.isdecimal() and len(text) <= len(str(limit)) and int(text) <= limit):
-            raise argparse.ArgumentTypeError(f"expected a number from 0 to {limit}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
-def _step_size(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
-    return value
+Embeddings of labels are kept in $EDGECLIP_CACHE, or ~/.cache/edgeclip; those that were not used for
+longest make room where they are more than $EDGECLIP_CACHE_SIZE (256M; 0: none are kept).
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="edgeclip",
         description="Zero-shot image classification with CLIP, without PyTorch.",
         epilog='example: edgeclip classify photo.jpg --label "a cat" --label "a dog"',
@@ -120,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     classify.add_argument("--label", action="append", default=[], metavar="TEXT", help="a class")
     _add_template(classify)
     classify.add_argument(
-        "--top-k", type=_positive, default=5, metavar="K", help="labels per image (default: 5)"
+        "--top-k", type=positive, default=5, metavar="K", help="labels per image (default: 5)"
     )
     classify.add_argument(
         "--format", choices=sorted(WRITERS), help="default: table on a terminal, else jsonl"
@@ -149,6 +115,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_format(explain)
     _add_device_options(explain)
+
+    cache = _add(
+        commands, "cache", "Show, or clear, the kept embeddings of labels.", CACHE_EXAMPLES
+    )
+    cache.set_defaults(run=run_cache)
+    cache.add_argument("--clear", action="store_true", help="delete them all")
+    _add_format(cache)
 
     info = _add(commands, "info", "Show what a bundle is.", INFO_EXAMPLES)
     info.set_defaults(run=run_info)
@@ -196,7 +169,7 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "tensorrt"])
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "fp16", "int8"])
     parser.add_argument(
-        "--threads", type=_up_to(MAX_THREADS), metavar="T", help="default: one per core"
+        "--threads", type=up_to(MAX_THREADS), metavar="T", help="default: one per core"
     )
 
 
@@ -209,23 +182,23 @@ def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
         help="default: auto, what the bundle recommends",
     )
     parser.add_argument(
-        "--steps", type=_up_to(MAX_STEPS), metavar="N", help="of cos and diff (the bundle's, or 10)"
+        "--steps", type=up_to(MAX_STEPS), metavar="N", help="of cos and diff (the bundle's, or 10)"
     )
     parser.add_argument(
-        "--step-size", type=_step_size, metavar="F", help="of cos and diff (the bundle's, or 30)"
+        "--step-size", type=step_size, metavar="F", help="of cos and diff (the bundle's, or 30)"
     )
     parser.add_argument(
         "--timesteps",
         nargs=2,
-        type=_from_zero(MAX_TIMESTEP),
+        type=from_zero(MAX_TIMESTEP),
         metavar=("FIRST", "LAST"),
         help="that --purify diff draws from (default: 900 999)",
     )
     parser.add_argument(
-        "--seed", type=_from_zero(MAX_SEED), metavar="S", help="of --purify diff (default: 0)"
+        "--seed", type=from_zero(MAX_SEED), metavar="S", help="of --purify diff (default: 0)"
     )
     parser.add_argument(
-        "--batch-size", type=_up_to(MAX_BATCH), default=8, metavar="B", help="images at a time (8)"
+        "--batch-size", type=up_to(MAX_BATCH), default=8, metavar="B", help="images at a time (8)"
     )
 
 
@@ -296,12 +269,30 @@ def run_explain(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_cache(args: argparse.Namespace) -> int:
+    cache = LabelCache()
+    report: dict[str, Any] = {"path": "" if cache.path is None else str(cache.path)}
+    if args.clear:
+        report["freed bytes"] = cache.clear()
+    else:
+        shares = cache.shares()
+        report["labels"] = sum(share.labels for share in shares)
+        report |= {"bytes": cache.size(), "limit bytes": cache.limit}
+        report["encoders"] = [asdict(share) for share in shares]
+    _show(report, args.format)
+    return 0
+
+
 def run_info(args: argparse.Namespace) -> int:
+    from edgeclip import diagnose  # here, and not above: it slows the start of the others down
+
     _show(diagnose.describe(Bundle(args.bundle)), args.format)
     return 0
 
 
 def run_doctor(args: argparse.Namespace) -> int:
+    from edgeclip import diagnose
+
     report = diagnose.examine(args.bundle, args.device)
     _show(report, args.format)
     if report["problem"]:
@@ -378,6 +369,8 @@ def _show(report: dict[str, Any], form: str | None) -> None:
     for key, value in report.items():
         lines = value if isinstance(value, list) else [value]
         for i, line in enumerate(lines or [""]):
+            if isinstance(line, dict):
+                line = ", ".join(f"{name} {entry}" for name, entry in line.items())
             print(f"{key if i == 0 else '':{width}}  {line if line != '' else 'none'}")
 
 

@@ -156,6 +156,12 @@ def _first_line(err: Exception) -> str:
     return str(err).partition("\n")[0]
 
 
+def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows divided by their norms; a row of an encoder is never zero unless its weights are."""
+    divided: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return divided
+
+
 def open_encoder(
     path_on: Callable[[str], Path], device: str, threads: int | None = None
 ) -> tuple[Encoder, str]:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.errors import LabelError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -160,66 +153,3 @@ def _read_text(path: str | PathLike[str]) -> str:
         raise LabelError(f"{path}: {err.strerror or err}") from err
     except UnicodeDecodeError as err:
         raise LabelError(f"{path}: not UTF-8 text; save it as UTF-8") from err
-
-
-class EmbeddingCache:
-    """Text embeddings on disk, by content: what was encoded, and by which encoder.
-
-    In $EDGECLIP_CACHE, else $XDG_CACHE_HOME/edgeclip, else ~/.cache/edgeclip. Several processes may
-    use it at once. A cache that cannot be read or written costs time, never an answer: it is
-    logged, and the text is encoded again.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder or default_cache_folder()
-
-    @staticmethod
-    def key(encoder: str, prompts: Sequence[Sequence[str]]) -> str:
-        """The name under which the embeddings of `prompts`, one list per class, are kept."""
-        content = json.dumps([encoder, prompts], ensure_ascii=True)
-        return hashlib.sha256(content.encode()).hexdigest()
-
-    def load(self, key: str, shape: tuple[int, int]) -> NDArray[np.float32] | None:
-        """The array kept under `key`, or None where there is none of this shape."""
-        if self._folder is None:
-            return None
-        path = self._folder / f"{key}.npy"
-        try:
-            with open(path, "rb") as file:
-                array = np.lib.format.read_array(file, allow_pickle=False)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, EOFError) as err:
-            logger.warning("label cache: cannot read %s (%s); encoding the labels again", path, err)
-            return None
-        if array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
-            logger.warning("label cache: %s is damaged; encoding the labels again", path)
-            return None
-        return np.ascontiguousarray(array)
-
-    def store(self, key: str, array: NDArray[np.float32]) -> None:
-        """Keep an array; readers see all of it or nothing."""
-        if self._folder is None:
-            return
-        part = None
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
-                part = file.name
-                np.save(file, array, allow_pickle=False)
-            os.replace(part, self._folder / f"{key}.npy")
-        except OSError as err:
-            logger.warning("label cache: cannot write to %s (%s)", self._folder, err)
-            if part is not None:
-                Path(part).unlink(missing_ok=True)
-
-
-def default_cache_folder() -> Path | None:
-    """Where text embeddings are kept; None, with a warning, for a user without a home."""
-    try:
-        if folder := os.environ.get("EDGECLIP_CACHE"):
-            return Path(folder).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeclip"
-    except RuntimeError:
-        logger.warning("label cache: no home directory; set EDGECLIP_CACHE to keep embeddings")
-        return None

@@ -82,12 +82,16 @@ def text_progress() -> Callable[[int, int], None] | None:
     """A bar on stderr for the encoding of labels, where a person watches."""
     if not sys.stderr.isatty():
         return None
-    from tqdm import tqdm
-
-    bar = tqdm(desc="encoding labels", unit="prompt", delay=1, leave=False)
+    bars: list[Any] = []  # one, once there is something to encode
 
     def update(done: int, total: int) -> None:
-        bar.total = total
+        if not bars:
+            from tqdm import tqdm
+
+            bars.append(
+                tqdm(desc="encoding labels", total=total, unit="prompt", delay=1, leave=False)
+            )
+        (bar,) = bars
         bar.update(done - bar.n)
         if done == total:
             bar.close()

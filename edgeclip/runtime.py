@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, overload
@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import _core
-from edgeclip.bundle import EMBEDDED, TOKENIZER, Bundle
-from edgeclip.encoders import Encoder, open_encoder
+from edgeclip.bundle import EMBEDDED, Bundle
+from edgeclip.encoders import open_encoder, unit
 from edgeclip.errors import BundleError, DeviceError, ImageError
 from edgeclip.images import ImageSource, decode
-from edgeclip.labels import EmbeddingCache, Label, LabelSet, check_labels, check_templates
+from edgeclip.labels import Label, LabelSet
 from edgeclip.prior import Prior
 from edgeclip.purify import (
     NO_PRIOR,
@@ -27,18 +27,13 @@ from edgeclip.purify import (
     check_prior,
     resolve,
 )
-from edgeclip.tokenizer import Tokenizer
+from edgeclip.text import Labels, Progress, TextTower
 
 if TYPE_CHECKING:
     from edgeclip.explain import Explanation
 
 logger = logging.getLogger(__name__)
 
-Labels = LabelSet | Sequence[str | Label]
-Progress = Callable[[int, int], object]
-
-TEXT_BATCH = 64  # prompts in one run of the text encoder
-LABEL_SETS_KEPT = 8  # in memory; on disk all are
 SINGLE = (str, bytes, bytearray, memoryview)  # sequences in Python, one thing here
 MAX_BATCH = 4096
 # int8 is for CPUs: a GPU has no kernels for the way in which it is written.
@@ -65,7 +60,8 @@ class Runtime:
     labels: what `classify` uses where it is given none.
     batch_size: images in one run of the encoder. threads: inside one run; None for one per core.
 
-    Raises BundleError, DeviceError, LabelError; ValueError for an option that is not known.
+    Raises BundleError, DeviceError, LabelError; ValueError for an option that is not known;
+    EdgeclipError where EDGECLIP_CACHE_SIZE is no size.
     """
 
     def __init__(
@@ -104,11 +100,7 @@ class Runtime:
         check_prior(self.purifier, None if spec is None else spec.timesteps)
         self._prior_lock = threading.Lock()
         self._prior: Prior | None = None
-        self._text_lock = threading.Lock()
-        self._text: tuple[Tokenizer, Encoder] | None = None
-        self._label_lock = threading.Lock()
-        self._label_sets: dict[tuple[tuple[Label, ...], tuple[str, ...]], LabelSet] = {}
-        self._cache = EmbeddingCache()
+        self._text = TextTower(self.bundle, self.precision, device=self.device, threads=threads)
         self._default_labels = None if labels is None else self.labels(labels)
 
     def _choose_precision(self, precision: str, device: str) -> str:
@@ -205,17 +197,7 @@ class Runtime:
         progress is called with the number of texts done so far and their total.
         """
         _refuse_single("embed_texts", texts)
-        tokenizer, encoder = self._text_encoder()
-        ids = tokenizer(texts)
-        found = np.empty((len(ids), self.bundle.manifest.embed_dim), np.float32)
-        # Sorted by length, so that a batch is hardly longer than each of its prompts.
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        for start in range(0, len(order), TEXT_BATCH):
-            chosen = order[start : start + TEXT_BATCH]
-            found[chosen] = encoder.embed(self._pad([ids[i] for i in chosen]))
-            if progress is not None:
-                progress(start + len(chosen), len(order))
-        return _unit(found)
+        return self._text.embed(texts, progress)
 
     def explain(
         self, image: ImageSource, label: str | Label, *, templates: Sequence[str] | None = None
@@ -238,36 +220,19 @@ class Runtime:
     ) -> LabelSet:
         """The text embeddings of labels, each the mean over `templates` (None: the bundle's).
 
-        Encoded once per set, then cached in memory and on disk; see `embed_texts` for progress.
-        Raises LabelError.
+        Each is encoded once, then cached on disk; see `embed_texts` for progress. What encodes
+        them is loaded for it and let go afterwards: where new labels come often, keep it with
+        `load_text`. Raises LabelError.
         """
-        if isinstance(names, LabelSet):
-            return self._own(names, templates)
-        checked = tuple(check_labels(names))
-        worded = check_templates(self.bundle.manifest.templates if templates is None else templates)
-        key = checked, tuple(worded)
-        with self._label_lock:
-            found = self._label_sets.get(key)
-        if found is not None:
-            return found
-        # Without the lock, which others need for labels that are there: at worst two threads
-        # encode the same ones at once.
-        embeddings = self._class_embeddings([label.worded(worded) for label in checked], progress)
-        names = tuple(label.name for label in checked)
-        made = LabelSet(names, embeddings, embeddings @ self.bundle.null_text, self.text_identity())
-        with self._label_lock:
-            while len(self._label_sets) >= LABEL_SETS_KEPT:
-                del self._label_sets[next(iter(self._label_sets))]  # the oldest
-            return self._label_sets.setdefault(key, made)
+        return self._text.labels(names, templates, progress)
 
-    def _own(self, labels: LabelSet, templates: object) -> LabelSet:
-        if templates is not None:
-            raise ValueError("a LabelSet has its prompts already: templates go with names")
-        if labels.encoder != self.text_identity():
-            raise ValueError(
-                "the LabelSet was made with another bundle: use this Runtime's labels()"
-            )
-        return labels
+    def load_text(self) -> None:
+        """Keep the tokenizer and the text encoder in memory, as `embed_texts` and `tokenize` do."""
+        self._text.load()
+
+    def release_text(self) -> None:
+        """Let go of the tokenizer and the text encoder; they are loaded again when needed."""
+        self._text.release()
 
     def preprocess(self, images: Sequence[ImageSource]) -> NDArray[np.float32]:
         """Images as the encoder's input, float32 (N, 3, H, W), resized and normalised."""
@@ -280,13 +245,12 @@ class Runtime:
 
     def encode(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Unit embeddings (N, D) of what `preprocess` gives, before any purification."""
-        return _unit(self._image_encoder.embed(pixels))
+        return unit(self._image_encoder.embed(pixels))
 
     def tokenize(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Token ids (N, L) of texts, padded to the longest (or to the context length)."""
         _refuse_single("tokenize", texts)
-        tokenizer, _ = self._text_encoder()
-        return self._pad(tokenizer(texts))
+        return self._text.tokenize(texts)
 
     def _preprocess_into(self, out: NDArray[np.float32], image: ImageSource) -> None:
         spec = self.bundle.manifest.image
@@ -329,7 +293,7 @@ class Runtime:
         manifest = self.bundle.manifest
         embeddings = self._image_encoder.embed(batch)
         if isinstance(self.purifier, DiffPurifier):
-            embeddings = self._open_prior().purify(_unit(embeddings), self.purifier)
+            embeddings = self._open_prior().purify(unit(embeddings), self.purifier)
         cos = self.purifier if isinstance(self.purifier, CosPurifier) else None
         indices, scores = _core.classify(
             embeddings,
@@ -366,23 +330,6 @@ class Runtime:
             raise ValueError("no labels: pass labels=[...] here, or to Runtime")
         return self._default_labels
 
-    def _class_embeddings(
-        self, prompts: list[list[str]], progress: Progress | None
-    ) -> NDArray[np.float32]:
-        key = EmbeddingCache.key(self.text_identity(), prompts)
-        shape = (len(prompts), self.bundle.manifest.embed_dim)
-        cached = self._cache.load(key, shape)
-        if cached is not None:
-            return cached
-        rows = self.embed_texts(
-            [prompt for worded in prompts for prompt in worded], progress=progress
-        )
-        counts = [len(worded) for worded in prompts]
-        starts = np.cumsum([0, *counts[:-1]])
-        classes = _unit(np.add.reduceat(rows, starts, axis=0))
-        self._cache.store(key, classes)
-        return classes
-
     def _open_prior(self) -> Prior:
         """Loaded when first needed: it may be larger than the encoders together."""
         with self._prior_lock:
@@ -394,36 +341,9 @@ class Runtime:
                 self._prior = Prior(path, dim, device=self.device, threads=self._threads)
             return self._prior
 
-    def _text_encoder(self) -> tuple[Tokenizer, Encoder]:
-        """Loaded when first needed: labels that are cached need neither."""
-        with self._text_lock:
-            if self._text is None:
-                spec = self.bundle.manifest.text
-                tokenizer = Tokenizer(
-                    self.bundle.file(TOKENIZER),
-                    context_length=spec.context_length,
-                    clean=spec.clean,
-                )
-                path = self.bundle.encoder("text_encoder", self.precision)
-                encoder, _ = open_encoder(lambda _: path, self.device, self._threads)
-                encoder.check_shapes((spec.context_length,), self.bundle.manifest.embed_dim)
-                self._text = tokenizer, encoder
-            return self._text
-
     def text_identity(self) -> str:
         """What text embeddings depend on besides the prompts: two equal ones may share them."""
-        manifest = self.bundle.manifest
-        files = manifest.files
-        encoder = manifest.precisions[self.precision].text_encoder
-        return f"{files[encoder]} {files.get(encoder + '.data')} {files[TOKENIZER]} {manifest.text}"
-
-    def _pad(self, ids: list[list[int]]) -> NDArray[np.int64]:
-        spec = self.bundle.manifest.text
-        length = max(map(len, ids), default=1) if spec.dynamic_length else spec.context_length
-        batch = np.full((len(ids), length), spec.pad_id, np.int64)
-        for row, prompt in zip(batch, ids, strict=True):
-            row[: len(prompt)] = prompt
-        return batch
+        return self._text.identity
 
 
 def check_count(name: str, value: int, high: int | None = None) -> None:
@@ -450,9 +370,3 @@ def _as_list(
 def _chunks(images: Sequence[ImageSource], size: int) -> Iterator[Sequence[ImageSource]]:
     for start in range(0, len(images), size):
         yield images[start : start + size]
-
-
-def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows divided by their norms; a row of an encoder is never zero unless its weights are."""
-    unit: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return unit

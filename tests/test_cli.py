@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from conftest import EXAMPLES
 from PIL import Image
+from tqdm import tqdm
 
 from edgeclip.bundle import EMBEDDED
 from edgeclip.cli import main
+from edgeclip.output import text_progress
 
 BAG = str(EXAMPLES / "bag.png")
 LABELS = ["--labels", str(EXAMPLES / "labels.txt")]
@@ -405,7 +407,49 @@ def test_explain_leaves_what_was_there_where_it_fails(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "out.png"]
 
 
-@pytest.mark.parametrize("command", ["classify", "embed", "explain", "info", "doctor"])
+def test_cache(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "cache", "--format", "table")
+    assert status == 0
+    assert re.search(r"^encoders +none$", out, re.MULTILINE)
+    assert run(capsys, "classify", BAG, *LABELS)[0] == 0
+    (file,) = cache.iterdir()
+    status, out, _ = run(capsys, "cache")
+    assert status == 0
+    report = json.loads(out)
+    (share,) = report.pop("encoders")
+    size = file.stat().st_size
+    assert report == {"path": str(file), "labels": 10, "bytes": size, "limit bytes": 1 << 28}
+    assert (share["labels"], share["bytes"]) == (10, 10 * 128 * 4)
+    assert "fp32" in share["encoder"]
+    assert "labels 10, bytes 5120" in run(capsys, "cache", "--format", "table")[1]
+    status, out, _ = run(capsys, "cache", "--clear")
+    assert json.loads(out) == {"path": str(file), "freed bytes": size}
+    assert list(cache.iterdir()) == []
+
+
+def test_cache_that_cannot_be_used(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cache / "labels-1.sqlite"
+    path.write_bytes(b"spoilt")
+    status, out, err = run(capsys, "cache")
+    assert (status, out) == (2, "")
+    assert "is damaged" in err
+    assert "edgeclip cache --clear" in err
+    assert run(capsys, "cache", "--clear")[0] == 0
+    path.mkdir()
+    status, out, err = run(capsys, "cache", "--clear")
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: cannot delete {path} (")
+    monkeypatch.setenv("EDGECLIP_CACHE_SIZE", "big")
+    for arguments in (["cache"], ["classify", BAG, *LABELS]):
+        status, out, err = run(capsys, *arguments)
+        assert (status, out) == (2, "")
+        (line,) = errors(err)
+        assert line.startswith("error: EDGECLIP_CACHE_SIZE is 'big': expected bytes")
+
+
+@pytest.mark.parametrize("command", ["classify", "embed", "explain", "cache", "info", "doctor"])
 def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
@@ -462,6 +506,32 @@ def test_file_name_that_is_not_text(tmp_path: Path) -> None:
     first, _, last = map(json.loads, found.stdout.decode().splitlines())
     assert os.fsencode(first["image"]) == os.fsencode(name)
     assert last["predictions"][0]["label"] == "bag"
+
+
+def test_cached_labels_load_nothing_of_the_text_side(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "classify", BAG, *LABELS)[0] == 0
+    code = (
+        "import sys; from edgeclip.cli import main;"
+        f"status = main(['classify', {BAG!r}, *{LABELS!r}]);"
+        "slow = {'tokenizers', 'ftfy', 'tqdm', 'importlib.metadata', 'huggingface_hub'};"
+        "sys.exit(status or sorted(slow & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_progress_of_labels_where_a_person_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert text_progress() is None
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    at_once = {"delay": 0, "mininterval": 0}  # else a bar that is gone soon is not shown
+    monkeypatch.setattr("tqdm.tqdm", lambda **options: tqdm(**options | at_once))
+    update = text_progress()
+    assert update is not None
+    assert terminal.getvalue() == ""
+    update(1, 2)
+    update(2, 2)
+    assert "encoding labels: 100%" in terminal.getvalue()
 
 
 def test_user_without_a_home() -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from edgeclip import Label, LabelError, read_labels
-from edgeclip.labels import EmbeddingCache, check_labels, read_templates
+from edgeclip.labels import check_labels, read_templates
 
 
 def write(tmp_path: Path, text: str, encoding: str = "utf-8") -> Path:
@@ -89,60 +87,3 @@ def test_templates(tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(LabelError, match="no template"):
         read_templates([str(path)])
-
-
-def test_cache_returns_what_was_stored(cache: Path, rng: np.random.Generator) -> None:
-    kept = EmbeddingCache()
-    array = rng.standard_normal((3, 4)).astype(np.float32)
-    key = kept.key("encoder", [["a cat"], ["a dog"]])
-    assert kept.load(key, (3, 4)) is None
-    kept.store(key, array)
-    np.testing.assert_array_equal(EmbeddingCache().load(key, (3, 4)), array)
-    assert [path.name for path in cache.iterdir()] == [f"{key}.npy"]
-
-
-def test_cache_keys_tell_everything_apart() -> None:
-    keys = {
-        EmbeddingCache.key(encoder, prompts)
-        for encoder in ("a", "b")
-        for prompts in ([["x", "y"]], [["x"], ["y"]], [["xy"]], [["x,y"]])
-    }
-    assert len(keys) == 8
-
-
-@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY\x01\x00", b"no array at all"])
-def test_damaged_cache_is_noticed(
-    cache: Path, damage: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
-    (cache / "key.npy").write_bytes(damage)
-    with caplog.at_level(logging.WARNING):
-        assert EmbeddingCache().load("key", (1, 4)) is None
-    assert "encoding the labels again" in caplog.text
-
-
-def test_cache_of_another_shape_or_not_finite(
-    cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    np.save(cache / "key.npy", np.full((1, 4), np.nan, np.float32))
-    assert EmbeddingCache().load("key", (1, 4)) is None
-    assert EmbeddingCache().load("key", (2, 4)) is None
-    assert "damaged" in caplog.text
-
-
-def test_cache_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    blocked = tmp_path / "file"
-    blocked.touch()
-    EmbeddingCache(blocked / "cache").store("key", np.zeros((1, 4), np.float32))
-    assert "cannot write" in caplog.text
-
-
-def test_failed_write_leaves_nothing_behind(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "save", full)
-    EmbeddingCache().store("key", np.zeros((1, 4), np.float32))
-    assert "No space left" in caplog.text
-    assert list(cache.iterdir()) == []

@@ -1,0 +1,156 @@
+"""Embeddings of labels: open_clip, edgeclip, and edgeclip with the labels in its cache.
+
+open_clip's 80 templates for ImageNet on a sample of ImageNet's classes, random weights, which do
+not change the time. The peer is open_clip as it is: eager float32, 77 tokens for each prompt, at the
+best of its batch sizes, on part of the prompts, since its time does not depend on their length. Both
+run in this process in turn and use all cores. The operations counted are those of the linear layers,
+2 x 12 x width^2 for each token and layer, which is what a shorter prompt saves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+
+import edgeclip
+from benchmarks.latency import bundle_for
+from benchmarks.timing import machine, medians_ms
+from edgeclip.cache import LabelCache, label_keys
+
+EPILOG = """examples:
+  python -m benchmarks.text
+  python -m benchmarks.text --labels 5 --repeats 4 --json text.json
+  python -m benchmarks.text --bundle vit-b-32/ --precision int8
+"""
+TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+PEER_BATCHES = (16, 32, 64, 128, 256)
+CACHED = 1000  # labels, loaded from the cache
+
+# Resident memory in MB: with the image encoder, while the labels are encoded, and afterwards.
+MEMORY = """
+import sys
+import edgeclip
+
+def resident():
+    with open("/proc/self/status") as file:
+        entries = dict(line.split(":", 1) for line in file)
+    return [int(entries[name].split()[0]) / 1e3 for name in ("VmRSS", "VmHWM")]
+
+rt = edgeclip.Runtime(sys.argv[1], precision=sys.argv[2])
+before, _ = resident()
+rt.labels([f"thing {i}" for i in range(100)], ["a photo of a {}.", "itap of my {}."])
+after, peak = resident()
+print(before, peak, after)
+"""
+
+
+def measure_encoding(rt: edgeclip.Runtime, names: list[str], args: argparse.Namespace) -> dict:
+    """Milliseconds for one prompt, and what was encoded."""
+    prompts = [template.replace("{}", name) for name in names for template in TEMPLATES]
+    lengths = (rt.tokenize(prompts) != rt.bundle.manifest.text.pad_id).sum(axis=1)
+    model = open_clip.create_model(args.model).eval()
+    ids = open_clip.get_tokenizer(args.model)(prompts[: max(PEER_BATCHES)])
+
+    def peer(size: int) -> None:
+        with torch.no_grad():
+            for chunk in ids[: max(size, 64)].split(size):
+                model.encode_text(chunk)
+
+    calls = {f"open_clip, batches of {n}": lambda n=n: peer(n) for n in PEER_BATCHES}
+    calls["edgeclip"] = lambda: rt.embed_texts(prompts)
+    times = medians_ms(calls, args.repeats, rounds=args.repeats, warm_up=0)
+    for n in PEER_BATCHES:
+        times[f"open_clip, batches of {n}"] /= min(max(n, 64), len(ids))
+    times["edgeclip"] /= len(prompts)
+    width = model.transformer.width
+    work = 2 * 12 * width**2 * model.transformer.layers / 1e9
+    return {
+        "ms": times,
+        "prompts": len(prompts),
+        "tokens": float(lengths.mean()),
+        "GFLOP": {"edgeclip": work * float(lengths.mean()), "open_clip": work * ids.shape[1]},
+    }
+
+
+def measure_cache(rt: edgeclip.Runtime, repeats: int) -> float:
+    """Milliseconds of Runtime.labels for 1,000 labels of 80 templates that are in the cache."""
+    names = [f"{name} {i}" for i, name in enumerate(open_clip.IMAGENET_CLASSNAMES[:CACHED])]
+    rows = np.random.default_rng(0).standard_normal((CACHED, rt.bundle.manifest.embed_dim))
+    keys = label_keys(rt.text_identity(), [edgeclip.Label(name) for name in names], TEMPLATES)
+    LabelCache().store("benchmark", dict(zip(keys, rows.astype(np.float32), strict=True)))
+    # Each time another order, since a Runtime remembers label sets that it has seen.
+    orders = iter([names[i:] + names[:i] for i in range(repeats)])
+    return medians_ms({"": lambda: rt.labels(next(orders), TEMPLATES)}, repeats, 1, 0)[""]
+
+
+def measure_memory(rt: edgeclip.Runtime) -> dict[str, float]:
+    command = [sys.executable, "-c", MEMORY, str(rt.bundle.path), rt.precision]
+    environment = os.environ | {"EDGECLIP_CACHE_SIZE": "0"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return dict(zip(("before", "peak", "after"), map(float, done.stdout.split()), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="ViT-B-32", help="of open_clip, with random weights")
+    parser.add_argument("--bundle", metavar="DIR", help="of that model; default: exported anew")
+    parser.add_argument("--precision", default="auto", help="of the bundle's (default: the first)")
+    parser.add_argument("--labels", type=int, default=20, help="classes encoded (default: 20)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each (default: 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    args = parser.parse_args()
+
+    logging.disable(logging.WARNING)  # that the weights are random is the point
+    torch.manual_seed(0)
+    bundle = args.bundle or bundle_for(args.model)
+    chosen = np.random.default_rng(0).choice(1000, args.labels, replace=False)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["EDGECLIP_CACHE"] = cache
+        rt = edgeclip.Runtime(bundle, precision=args.precision)
+        cached = measure_cache(rt, 20)
+        memory = measure_memory(rt)
+        report = measure_encoding(rt, [open_clip.IMAGENET_CLASSNAMES[i] for i in chosen], args)
+
+    versions = {p: version(p) for p in ("edgeclip", "onnxruntime", "torch", "open_clip_torch")}
+    print(f"{args.model}, {rt.precision}; {machine()}")
+    print(", ".join(f"{name} {number}" for name, number in versions.items()))
+    print(
+        f"\n{args.labels} labels x {len(TEMPLATES)} templates = {report['prompts']} prompts of "
+        f"{report['tokens']:.1f} tokens in the mean"
+    )
+    best = min(ms for name, ms in report["ms"].items() if name != "edgeclip")
+    print(
+        "\n| encoder | ms a prompt | so 1,000 labels x 80 | speed, best peer = 1 |\n|---|---|---|---|"
+    )
+    for name, ms in report["ms"].items():
+        print(f"| {name} | {ms:.2f} | {80 * ms / 60:.1f} min | {best / ms:.2f} |")
+    work = report["GFLOP"]
+    print(
+        f"\nGFLOP a prompt: {work['open_clip']:.2f} in open_clip, {work['edgeclip']:.2f} here: "
+        f"{work['open_clip'] / work['edgeclip']:.1f} times less"
+    )
+    print(f"{CACHED} cached labels x {len(TEMPLATES)} templates: {cached:.1f} ms")
+    told = ", ".join(f"{value:.0f} MB {name}" for name, value in memory.items())
+    print(f"resident memory around the encoding of labels: {told}")
+    if args.json:
+        report |= {"machine": machine(), "versions": versions, "model": args.model}
+        report |= {"precision": rt.precision, "labels": args.labels, "repeats": args.repeats}
+        report |= {"cached labels": CACHED, "cached ms": cached, "memory MB": memory}
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

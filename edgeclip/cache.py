@@ -1,0 +1,292 @@
+"""The label cache: text embeddings on disk, one for each label, by content.
+
+One SQLite file, which processes and threads may share: every call opens it, does one transaction
+and closes it again, so that nothing is left open across a fork. Its journal is the classic one,
+since SQLite's write-ahead log needs shared memory, which network drives have not, and a writable
+folder, which a cache that is only read has not. SQLite notices a file that is broken, but not a
+vector that is: each has a checksum of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.errors import EdgeclipError
+from edgeclip.labels import Label
+
+if TYPE_CHECKING:
+    import sqlite3
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Vector = NDArray[np.float32]
+
+FILE = "labels-1.sqlite"  # with the number of its schema: an older edgeclip keeps its own
+SCHEMA = """
+CREATE TABLE labels (
+    key BLOB NOT NULL UNIQUE,
+    encoder TEXT NOT NULL,
+    used INTEGER NOT NULL,
+    crc INTEGER NOT NULL,
+    vector BLOB NOT NULL
+);
+CREATE INDEX by_use ON labels (used);
+PRAGMA user_version = 1
+"""
+PAGE = 16384  # bytes; of SQLite's own 4096 a row with D = 512 would leave half empty
+TIMEOUT = 10.0  # seconds that a call waits for another process
+KEYS = 500  # in one query; older SQLites take 999
+USE_KEPT = 3600  # seconds: how exactly the time of the last use is known
+DEFAULT_LIMIT = "256M"
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one encoder has in the cache."""
+
+    encoder: str
+    labels: int
+    bytes: int  # of its vectors
+
+
+class _DamagedError(EdgeclipError):
+    """The file is not what this module wrote."""
+
+
+def label_keys(encoder: str, labels: Sequence[Label], templates: Sequence[str]) -> list[bytes]:
+    """For each label a hash of all that its embedding depends on.
+
+    That is `encoder` (Runtime.text_identity), and the label's own prompts, or else its name and the
+    templates: so the prompts of a label that is there already need not even be written out.
+    """
+    own = hashlib.sha256(json.dumps([encoder]).encode())
+    plain = hashlib.sha256(json.dumps([encoder, list(templates)]).encode())
+    keys = []
+    for label in labels:
+        digest = (own if label.prompts else plain).copy()
+        digest.update(json.dumps(label.prompts or label.name).encode())
+        keys.append(digest.digest())
+    return keys
+
+
+class LabelCache:
+    """Text embeddings on disk, in `folder` or else where `default_folder` says.
+
+    limit is the largest size of its file in bytes, 0 for no cache, None for EDGECLIP_CACHE_SIZE;
+    the labels that were not used for longest make room. A cache that cannot be read or written
+    costs time, never an answer: that is logged, and the labels are encoded again.
+    Raises EdgeclipError where EDGECLIP_CACHE_SIZE is no size.
+    """
+
+    def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
+        self.limit = default_limit() if limit is None else limit
+        folder = (folder or default_folder()) if self.limit else None
+        self.path = None if folder is None else folder / FILE
+
+    def load(self, keys: Sequence[bytes], dim: int) -> dict[bytes, Vector]:
+        """Those of the keys that are there, each with its vector, float32 (dim,)."""
+        if self.path is None or not os.path.exists(self.path):
+            return {}
+
+        def work(db: sqlite3.Connection) -> dict[bytes, Vector]:
+            return _select(db, keys, dim) if _has_schema(db) else {}
+
+        return self._try(self.path, work) or {}
+
+    def store(self, encoder: str, vectors: Mapping[bytes, Vector]) -> None:
+        """Keep vectors by key, all or none; `encoder` is for people, see `shares`."""
+        if self.path is None:
+            return
+        now = int(time.time())
+        arrays = {key: np.ascontiguousarray(v, "<f4").tobytes() for key, v in vectors.items()}
+        rows = [(key, encoder, now, _crc(key, data), data) for key, data in arrays.items()]
+        self._try(self.path, lambda db: _insert(db, rows, self.limit), create=True)
+
+    def shares(self) -> list[Share]:
+        """What is there, by encoder. Raises EdgeclipError where the file cannot be read."""
+        if self.path is None or not os.path.exists(self.path):
+            return []
+        query = "SELECT encoder, count(*), sum(length(vector)) FROM labels GROUP BY 1 ORDER BY 1"
+
+        def work(db: sqlite3.Connection) -> list[Share]:
+            return [Share(*row) for row in db.execute(query)] if _has_schema(db) else []
+
+        try:
+            return _with_file(self.path, work)
+        except EdgeclipError as err:
+            raise EdgeclipError(f"{err}; edgeclip cache --clear deletes it") from err
+
+    def size(self) -> int:
+        """Bytes on disk."""
+        with suppress(OSError):
+            return 0 if self.path is None else self.path.stat().st_size
+        return 0
+
+    def clear(self) -> int:
+        """Delete the file; bytes freed. Raises EdgeclipError where that is not allowed."""
+        size = self.size()
+        if self.path is not None and os.path.exists(self.path):
+            path = self.path
+
+            def work(db: sqlite3.Connection) -> None:
+                db.execute("BEGIN IMMEDIATE")  # nobody is writing, and no journal is in use
+                _remove(path)
+
+            with suppress(EdgeclipError):
+                _with_file(path, work)
+            _remove(path)
+        return size
+
+    def _try(
+        self, path: Path, work: Callable[[sqlite3.Connection], T], *, create: bool = False
+    ) -> T | None:
+        """What `work` gives; None, and a warning, where the cache is of no use."""
+        try:
+            return _with_file(path, work, create=create)
+        except EdgeclipError as err:
+            logger.warning("label cache: %s; labels may have to be encoded again", err)
+            if isinstance(err, _DamagedError):
+                with suppress(EdgeclipError):
+                    _remove(path)
+            return None
+
+
+def _with_file(path: Path, work: Callable[[sqlite3.Connection], T], *, create: bool = False) -> T:
+    try:
+        import sqlite3  # 5 ms, and some builds of Python are without
+    except ImportError as err:
+        raise EdgeclipError(f"this Python has no sqlite3 ({err})") from err
+    try:
+        if create:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
+        with closing(sqlite3.connect(uri, TIMEOUT, isolation_level=None, uri=True)) as db:
+            # Nobody waits for the disk: a power cut may break the file, which is then made anew.
+            db.execute("PRAGMA synchronous = OFF")
+            return work(db)
+    except (OSError, sqlite3.OperationalError) as err:
+        raise EdgeclipError(f"cannot use {path} ({err})") from err
+    except sqlite3.DatabaseError as err:
+        raise _DamagedError(f"{path} is damaged ({err})") from err
+
+
+def _has_schema(db: sqlite3.Connection) -> bool:
+    """Not so for the moment between the making of the file and its first labels."""
+    return bool(db.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _select(db: sqlite3.Connection, keys: Sequence[bytes], dim: int) -> dict[bytes, Vector]:
+    now = int(time.time())
+    sound: dict[bytes, bytes] = {}
+    stale, damaged = [], 0
+    for start in range(0, len(keys), KEYS):
+        some = keys[start : start + KEYS]
+        marks = ",".join("?" * len(some))
+        query = f"SELECT key, used, crc, vector FROM labels WHERE key IN ({marks})"
+        for key, used, crc, data in db.execute(query, some):
+            blobs = isinstance(key, bytes) and isinstance(data, bytes)
+            if blobs and len(data) == 4 * dim and _crc(key, data) == crc:
+                sound[key] = data
+                if not isinstance(used, int) or abs(now - used) > USE_KEPT:
+                    stale.append((now, key))
+            else:
+                damaged += 1
+    if stale:
+        _mark_used(db, stale)
+    rows = np.frombuffer(b"".join(sound.values()), "<f4").astype(np.float32).reshape(-1, dim)
+    good: list[bool] = np.logical_and.reduce(np.isfinite(rows), axis=1).tolist()
+    damaged += good.count(False)
+    if damaged:
+        logger.warning("label cache: %d labels in it are damaged; encoding them again", damaged)
+    return {key: row for key, row, sane in zip(sound, rows, good, strict=True) if sane}
+
+
+def _crc(key: bytes, data: bytes) -> int:
+    """With the key, since a broken index may lead to the vector of another label."""
+    return zlib.crc32(data, zlib.crc32(key))
+
+
+def _mark_used(db: sqlite3.Connection, marks: Sequence[tuple[int, bytes]]) -> None:
+    import sqlite3
+
+    with suppress(sqlite3.OperationalError):  # read-only, or another is writing: no matter
+        db.execute("PRAGMA busy_timeout = 0")
+        db.execute("BEGIN IMMEDIATE")
+        db.executemany("UPDATE labels SET used = ? WHERE key = ?", marks)
+        db.execute("COMMIT")
+
+
+def _insert(db: sqlite3.Connection, rows: Sequence[tuple[object, ...]], limit: int) -> None:
+    if not _has_schema(db):  # these two have to come before the first table, and outside
+        db.execute(f"PRAGMA page_size = {PAGE}")
+        db.execute("PRAGMA auto_vacuum = FULL")  # what is deleted makes the file smaller
+    db.execute("BEGIN IMMEDIATE")
+    if not _has_schema(db):
+        for statement in SCHEMA.split(";"):
+            db.execute(statement)
+    db.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?, ?)", rows)
+    while _size(db) > limit and _evict(db):
+        pass
+    db.execute("COMMIT")
+
+
+def _size(db: sqlite3.Connection) -> int:
+    pages, free, size = (
+        db.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free) * size)
+
+
+def _evict(db: sqlite3.Connection) -> int:
+    """Delete the tenth of the labels that was not used for longest; how many that were."""
+    (count,) = db.execute("SELECT count(*) FROM labels").fetchone()
+    oldest = "SELECT rowid FROM labels ORDER BY used, rowid LIMIT ?"
+    found = db.execute(f"DELETE FROM labels WHERE rowid IN ({oldest})", (-(-count // 10),))
+    return found.rowcount
+
+
+def _remove(path: Path) -> None:
+    try:
+        for file in (path, path.with_name(f"{path.name}-journal")):
+            file.unlink(missing_ok=True)
+    except OSError as err:
+        raise EdgeclipError(f"cannot delete {file} ({err.strerror or err})") from err
+
+
+def default_limit() -> int:
+    """EDGECLIP_CACHE_SIZE in bytes. Raises EdgeclipError where it is no size."""
+    text = os.environ.get("EDGECLIP_CACHE_SIZE") or DEFAULT_LIMIT
+    match = re.fullmatch(r"([0-9]{1,12})([KMG]?)", text.strip().upper())
+    if match is None:
+        raise EdgeclipError(
+            f"EDGECLIP_CACHE_SIZE is {text!r}: expected bytes, such as 500M or 2G, or 0 for no cache"
+        )
+    return int(match[1]) * UNITS[match[2]]
+
+
+def default_folder() -> Path | None:
+    """EDGECLIP_CACHE, else the user's cache folder; None, with a warning, for one without a home."""
+    try:
+        if folder := os.environ.get("EDGECLIP_CACHE"):
+            return Path(folder).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeclip"
+    except RuntimeError:
+        logger.warning("label cache: no home directory; set EDGECLIP_CACHE to keep embeddings")
+        return None

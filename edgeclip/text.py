@@ -1,0 +1,244 @@
+"""The text side of a bundle: prompts to embeddings, labels to LabelSets."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.bundle import TOKENIZER, Bundle
+from edgeclip.cache import LabelCache, label_keys
+from edgeclip.encoders import Encoder, open_encoder, unit
+from edgeclip.labels import Label, LabelSet, check_labels, check_templates
+from edgeclip.tokenizer import Tokenizer
+
+Labels = LabelSet | Sequence[str | Label]
+Progress = Callable[[int, int], object]
+
+# Of prompts in one run of the encoder. Fewer tokens read the weights more often than they must, more
+# do not fit into a processor's cache: 250 and 4000 are a seventh slower on two cores.
+RUN_TOKENS = 1024
+# Of labels that are encoded and stored together: enough that prompts of one length fill runs, and
+# few enough that an interruption, or memory, costs little.
+BLOCK_PROMPTS = 4096
+LABEL_SETS_KEPT = 8  # in memory; on disk all are
+
+
+class TextTower:
+    """Tokenizer, text encoder and label cache of a bundle. May be shared by threads.
+
+    Tokenizer and encoder are loaded when they are first needed, which is never for labels in the
+    cache. `labels` lets go of them when it is done, unless `load`, `tokenize` or `embed` was called
+    before: then they stay until `release`.
+    """
+
+    def __init__(
+        self, bundle: Bundle, precision: str, *, device: str, threads: int | None = None
+    ) -> None:
+        self._bundle, self._precision = bundle, precision
+        self._device, self._threads = device, threads
+        manifest = bundle.manifest
+        files, encoder = manifest.files, manifest.precisions[precision].text_encoder
+        data = files.get(encoder + ".data")
+        self.identity = f"{files[encoder]} {data} {files[TOKENIZER]} {manifest.text}"
+        model = manifest.source.get("model", manifest.description)
+        self._called = f"{model}, {precision}, {files[encoder][:12]}"
+        self._cache = LabelCache()
+        self._lock = threading.Lock()
+        self._loaded: tuple[Tokenizer, Encoder] | None = None
+        self._users = 0
+        self._stays = False
+        self._label_lock = threading.Lock()
+        self._label_sets: dict[tuple[tuple[Label, ...], tuple[str, ...]], LabelSet] = {}
+
+    def load(self) -> None:
+        """Load the tokenizer and the encoder, to stay until `release`."""
+        with self._lock:
+            self._stays = True
+            self._load()
+
+    def release(self) -> None:
+        """Let go of the tokenizer and the encoder, as soon as no thread is using them."""
+        with self._lock:
+            self._stays = False
+            self._let_go()
+        self._trim()
+
+    def tokenize(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Token ids (N, L) of texts, padded to the longest (or to the context length)."""
+        self.load()
+        with self._using() as (tokenizer, _):
+            return self._pad(tokenizer(texts))
+
+    def embed(self, texts: Sequence[str], progress: Progress | None = None) -> NDArray[np.float32]:
+        """Unit embeddings of texts, float32 (N, D), as they are."""
+        self.load()
+        with self._using() as (tokenizer, encoder):
+            return self._encode(tokenizer, encoder, texts, progress)
+
+    def labels(
+        self,
+        names: Labels,
+        templates: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> LabelSet:
+        """See Runtime.labels."""
+        if isinstance(names, LabelSet):
+            return self._own(names, templates)
+        checked = tuple(check_labels(names))
+        manifest = self._bundle.manifest
+        worded = tuple(check_templates(manifest.templates if templates is None else templates))
+        key = checked, worded
+        with self._label_lock:
+            found = self._label_sets.get(key)
+        if found is not None:
+            return found
+        # Without the lock, which others need for labels that are there: at worst two threads
+        # encode the same ones at once.
+        embeddings = self._class_embeddings(checked, worded, progress)
+        null_scores = embeddings @ self._bundle.null_text
+        made = LabelSet(tuple(x.name for x in checked), embeddings, null_scores, self.identity)
+        with self._label_lock:
+            while len(self._label_sets) >= LABEL_SETS_KEPT:
+                del self._label_sets[next(iter(self._label_sets))]  # the oldest
+            return self._label_sets.setdefault(key, made)
+
+    def _own(self, labels: LabelSet, templates: object) -> LabelSet:
+        if templates is not None:
+            raise ValueError("a LabelSet has its prompts already: templates go with names")
+        if labels.encoder != self.identity:
+            raise ValueError(
+                "the LabelSet was made with another bundle: use this Runtime's labels()"
+            )
+        return labels
+
+    def _class_embeddings(
+        self, labels: Sequence[Label], templates: Sequence[str], progress: Progress | None
+    ) -> NDArray[np.float32]:
+        """Unit embeddings (K, D), each the mean over its prompts: cached, or encoded now."""
+        dim = self._bundle.manifest.embed_dim
+        keys = label_keys(self.identity, labels, templates)
+        found = self._cache.load(keys, dim)
+        missing = {key: x for key, x in zip(keys, labels, strict=True) if key not in found}
+        if missing:
+            prompts = {key: label.worded(templates) for key, label in missing.items()}
+            found |= self._encode_labels(prompts, progress)
+            self._trim()
+        return np.concatenate([found[key] for key in keys]).reshape(-1, dim)  # faster than stack
+
+    def _encode_labels(
+        self, prompts: Mapping[bytes, list[str]], progress: Progress | None
+    ) -> dict[bytes, NDArray[np.float32]]:
+        """Unit embeddings (D,) by key. Stored block by block: an interruption keeps what is done."""
+        found: dict[bytes, NDArray[np.float32]] = {}
+        total, done = sum(map(len, prompts.values())), 0
+        with self._using() as (tokenizer, encoder):
+            for block in _blocks(prompts):
+                texts = [text for worded in block.values() for text in worded]
+                rows = self._encode(tokenizer, encoder, texts, _part(progress, done, total))
+                starts = np.cumsum([0, *map(len, block.values())])[:-1]
+                means = dict(zip(block, unit(np.add.reduceat(rows, starts)), strict=True))
+                self._cache.store(self._called, means)
+                found |= means
+                done += len(texts)
+        return found
+
+    def _encode(
+        self,
+        tokenizer: Tokenizer,
+        encoder: Encoder,
+        texts: Sequence[str],
+        progress: Progress | None,
+    ) -> NDArray[np.float32]:
+        numbers: dict[tuple[int, ...], int] = {}  # equal prompts are encoded once
+        places = [numbers.setdefault(tuple(ids), len(numbers)) for ids in tokenizer(texts)]
+        prompts = list(numbers)
+        rows = np.empty((len(prompts), self._bundle.manifest.embed_dim), np.float32)
+        done = len(texts) - len(prompts)
+        for chosen in self._runs(prompts):
+            rows[chosen] = encoder.embed(self._pad([prompts[i] for i in chosen]))
+            done += len(chosen)
+            if progress is not None:
+                progress(done, len(texts))
+        return unit(rows)[np.array(places, np.intp)]
+
+    def _runs(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """The prompts by number, sorted by length, so that a run is hardly longer than each."""
+        spec = self._bundle.manifest.text
+        run: list[int] = []
+        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+            length = len(prompts[i]) if spec.dynamic_length else spec.context_length
+            if run and (len(run) + 1) * length > RUN_TOKENS:
+                yield run
+                run = []
+            run.append(i)
+        if run:
+            yield run
+
+    def _pad(self, ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+        spec = self._bundle.manifest.text
+        length = max(map(len, ids), default=1) if spec.dynamic_length else spec.context_length
+        batch = np.full((len(ids), length), spec.pad_id, np.int64)
+        for row, prompt in zip(batch, ids, strict=True):
+            row[: len(prompt)] = prompt
+        return batch
+
+    def _load(self) -> tuple[Tokenizer, Encoder]:
+        """With the lock held."""
+        if self._loaded is None:
+            spec = self._bundle.manifest.text
+            tokenizer = Tokenizer(
+                self._bundle.file(TOKENIZER), context_length=spec.context_length, clean=spec.clean
+            )
+            path = self._bundle.encoder("text_encoder", self._precision)
+            encoder, _ = open_encoder(lambda _: path, self._device, self._threads)
+            encoder.check_shapes((spec.context_length,), self._bundle.manifest.embed_dim)
+            self._loaded = tokenizer, encoder
+        return self._loaded
+
+    def _let_go(self) -> None:
+        """With the lock held."""
+        if not self._users and not self._stays:
+            self._loaded = None
+
+    def _trim(self) -> None:
+        """Let the system have the encoder's memory: glibc keeps it, 275 MB of a ViT-B/32."""
+        if self._loaded is None:
+            with suppress(AttributeError, OSError, TypeError):  # no glibc, which others need not
+                ctypes.CDLL(None).malloc_trim(0)
+
+    @contextmanager
+    def _using(self) -> Iterator[tuple[Tokenizer, Encoder]]:
+        """The tokenizer and the encoder, which stay while this is open."""
+        with self._lock:
+            loaded = self._load()
+            self._users += 1
+        try:
+            yield loaded
+        finally:
+            with self._lock:
+                self._users -= 1
+                self._let_go()
+
+
+def _blocks(prompts: Mapping[bytes, list[str]]) -> Iterator[dict[bytes, list[str]]]:
+    """The labels' prompts by key, in parts of about BLOCK_PROMPTS."""
+    block: dict[bytes, list[str]] = {}
+    count = 0
+    for key, worded in prompts.items():
+        block[key] = worded
+        count += len(worded)
+        if count >= BLOCK_PROMPTS:
+            yield block
+            block, count = {}, 0
+    if block:
+        yield block
+
+
+def _part(progress: Progress | None, done: int, total: int) -> Progress | None:
+    """`progress` of a part of the work, before which `done` were done."""
+    return None if progress is None else lambda n, _: progress(done + n, total)
