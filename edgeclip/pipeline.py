@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from os import PathLike
 from queue import SimpleQueue
 from typing import TypeAlias
 
@@ -41,9 +42,12 @@ def batches(
 
     prepare fills one row of a batch, float32 `shape`, in one of `workers` threads; where it raises
     ImageError the row is left out. A batch is overwritten once the next one is asked for.
+    An iterator is asked for another image only once an array or PIL image that it gave is prepared:
+    it may then write over it, or close it. Paths and bytes are prepared side by side.
     What the source raises, or prepare other than ImageError, is raised after the images before it.
     """
     source = iter(images)
+    lasting = isinstance(images, (Sequence, np.ndarray))
     free: SimpleQueue[Pixels | None] = SimpleQueue()
     for _ in range(BUFFERS):
         free.put(np.empty(shape, np.float32))
@@ -57,6 +61,8 @@ def batches(
             try:
                 for row, image in zip(buffer, source, strict=False):
                     futures.append(pool.submit(prepare, row, image))
+                    if not (lasting or isinstance(image, (str, PathLike, bytes))):
+                        futures[-1].exception()  # waits; raised in its place
             except BaseException as err:  # noqa: BLE001  (raised where the images are asked for)
                 end = err
             if futures:

@@ -190,6 +190,27 @@ def test_classify_each_and_embed_each_equal_one_batch_after_another(
     np.testing.assert_array_equal(list(rt.embed_each(iter(frames))), rt.embed_images(frames))
 
 
+def test_an_iterator_may_reuse_what_it_gave(
+    tmp_path: Path, rt: Runtime, frames: list[np.ndarray]
+) -> None:
+    def arrays() -> Iterator[np.ndarray]:
+        buffer = np.empty_like(frames[0])
+        for frame in frames:
+            buffer[:] = frame
+            yield buffer
+            buffer[:] = 0
+
+    def pictures() -> Iterator[Image.Image]:
+        for i, frame in enumerate(frames):
+            Image.fromarray(frame).save(tmp_path / f"{i}.png")
+            with Image.open(tmp_path / f"{i}.png") as picture:  # not decoded, and closed again
+                yield picture
+
+    expected = rt.embed_images(frames)
+    np.testing.assert_array_equal(list(rt.embed_each(arrays())), expected)
+    np.testing.assert_array_equal(list(rt.embed_each(pictures())), expected)
+
+
 def test_failing_encoder_ends_the_threads(
     labels: list[str], frames: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
