@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -53,77 +54,79 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Rates:
-    """What the machine does at best with so many threads."""
+class Case:
+    """What is measured, and what it needs at least: floating-point operations, or bytes read."""
 
-    flops: float  # per second
-    bytes: float  # per second
+    what: str
+    size: str
+    call: Callable[[], object]
+    flops: float = 0.0
+    bytes: float = 0.0
 
 
-def timed(call: Callable[[], object], repeats: int) -> float:
-    return medians_ms({"": call}, repeats, rounds=1)[""]
-
-
-def machine_rates(threads: int, repeats: int) -> Rates:
+def measure(cases: Sequence[Case], threads: int, repeats: int) -> Iterator[Row]:
+    """The cases and the machine's own rates, by turns."""
     torch.set_num_threads(threads)
     a, b, many = torch.rand(MATRIX, MATRIX), torch.rand(MATRIX, MATRIX), torch.rand(ARRAY)
-    product = 1e-3 * timed(lambda: a @ b, repeats)
-    read = 1e-3 * timed(many.sum, repeats)
-    return Rates(2 * MATRIX**3 / product, 4 * ARRAY / read)
+    calls = {f"{case.what} {case.size}": case.call for case in cases}
+    calls |= {"product": partial(torch.mm, a, b), "read": many.sum}
+    ms = medians_ms(calls, repeats, warm_up=1)
+    per_flop, per_byte = ms["product"] / (2 * MATRIX**3), ms["read"] / (4 * ARRAY)
+    for case in cases:
+        limit = case.flops * per_flop + case.bytes * per_byte
+        took = ms[f"{case.what} {case.size}"]
+        yield Row(case.what, case.size, threads, took, limit or None)
 
 
 def encoder_flops(model: str) -> int:
     """Floating-point operations of the image encoder for one image, two per multiply-add."""
-    with torch.device("meta"):
-        clip = open_clip.create_model(model).eval()
-        size = clip.visual.image_size
-        height, width = size if isinstance(size, tuple) else (size, size)
-        counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad():
-            clip.encode_image(torch.empty(1, 3, height, width))
+    clip = open_clip.create_model(model)
+    size = clip.visual.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    # With gradients, without which attention takes a fused path that is not counted.
+    with FlopCounterMode(display=False) as counter:
+        clip.encode_image(torch.zeros(1, 3, height, width))
     return counter.get_total_flops()
 
 
-def encoder_rows(
-    rt: edgeclip.Runtime, flops: int, rates: Rates, threads: int, repeats: int
-) -> Iterator[Row]:
+def encoder_cases(rt: edgeclip.Runtime, flops: int) -> Iterator[Case]:
     rng = np.random.default_rng(0)
     for count in BATCHES:
         pixels = rng.standard_normal((count, 3, *rt.bundle.manifest.image.size), np.float32)
-        ms = timed(partial(rt.encode, pixels), repeats)
-        yield Row("encoder", f"batch {count}", threads, ms, 1e3 * flops * count / rates.flops)
+        yield Case("encoder", f"batch {count}", partial(rt.encode, pixels), flops=flops * count)
 
 
-def classify_rows(dim: int, repeats: int) -> Iterator[Row]:
-    """On as many threads as it takes by itself, up to one per core."""
-    rates = machine_rates(cores(), repeats)
+def classify_cases(dim: int) -> Iterator[Case]:
+    """On as many threads as the work deserves by itself, one per core at most."""
     rng = np.random.default_rng(0)
     row = rng.standard_normal((1, dim), np.float32)
     for count in LABELS:
         classes = rng.standard_normal((count, dim), np.float32)
-        ms = timed(partial(_core.classify, row, classes, logit_scale=100.0, top_k=5), repeats)
-        yield Row("classify", f"{count} labels", cores(), ms, 1e3 * classes.nbytes / rates.bytes)
+        call = partial(_core.classify, row, classes, logit_scale=100.0, top_k=5)
+        yield Case("classify", f"{count} labels", call, bytes=classes.nbytes)
 
 
-def image_rows(rt: edgeclip.Runtime, rates: Rates, threads: int, repeats: int) -> Iterator[Row]:
+def image_cases(rt: edgeclip.Runtime, jpegs: dict[str, bytes]) -> Iterator[Case]:
+    for size, jpeg in jpegs.items():
+        image = decode(jpeg)
+        yield Case("preprocess", size, partial(rt.preprocess, [image]), bytes=image.nbytes)
+
+
+def rows(args: argparse.Namespace, threads: Sequence[int], flops: int) -> Iterator[Row]:
+    folder = kept_bundle(args.model)
+    jpegs = {}
     for width, height in SIZES:
         buffer = io.BytesIO()
         picture(width, height).save(buffer, "JPEG", quality=90)
-        jpeg = buffer.getvalue()
-        image, size = decode(jpeg), f"{width}x{height}"
-        if threads == 1:  # it has no more
-            yield Row("decode", size, 1, timed(partial(decode, jpeg), repeats), None)
-        ms = timed(partial(rt.preprocess, [image]), repeats)
-        yield Row("preprocess", size, threads, ms, 1e3 * image.nbytes / rates.bytes)
-
-
-def measure(folder: Path, flops: int, threads: Sequence[int], repeats: int) -> Iterator[Row]:
+        jpegs[f"{width}x{height}"] = buffer.getvalue()
     for count in threads:
-        rates = machine_rates(count, repeats)
         rt = edgeclip.Runtime(folder, purify="none", threads=count)
-        yield from encoder_rows(rt, flops, rates, count, repeats)
-        yield from image_rows(rt, rates, count, repeats)
-    yield from classify_rows(rt.bundle.manifest.embed_dim, repeats)
+        cases = [*encoder_cases(rt, flops), *image_cases(rt, jpegs)]
+        yield from measure(cases, count, args.repeats)
+    decoding = [Case("decode", size, partial(decode, jpeg)) for size, jpeg in jpegs.items()]
+    yield from measure(decoding, 1, args.repeats)
+    classifying = list(classify_cases(rt.bundle.manifest.embed_dim))
+    yield from measure(classifying, cores(), args.repeats)
 
 
 def main() -> None:
@@ -140,21 +143,22 @@ def main() -> None:
     if min(*threads, args.repeats) < 1:
         parser.error("--threads and --repeats must be 1 or more")
 
+    logging.disable(logging.WARNING)  # that the weights are random is the point
     flops = encoder_flops(args.model)
     versions = {p: version(p) for p in ("edgeclip", "onnxruntime", "torch")}
     print(f"{args.model}, {flops / 1e9:.2f} GFLOP per image; {machine()}")
     print(", ".join(f"{name} {number}" for name, number in versions.items()))
     print("\n| what | size | threads | ms | limit ms | of limit |\n|---|---|---|---|---|---|")
-    rows = []
-    for row in measure(kept_bundle(args.model), flops, threads, args.repeats):
-        rows.append(row)
+    found = []
+    for row in rows(args, threads, flops):
+        found.append(row)
         limits = " | "
         if row.limit_ms is not None:
             limits = f"{row.limit_ms:.3f} | {row.limit_ms / row.ms:.0%}"
         print(f"| {row.what} | {row.size} | {row.threads} | {row.ms:.3f} | {limits} |", flush=True)
     if args.json:
         report = {"machine": machine(), "versions": versions, "model": args.model}
-        report |= {"flops": flops, "repeats": args.repeats, "rows": [asdict(row) for row in rows]}
+        report |= {"flops": flops, "repeats": args.repeats, "rows": [asdict(row) for row in found]}
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

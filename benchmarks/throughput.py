@@ -41,6 +41,7 @@ EPILOG = """examples:
   python -m benchmarks.throughput --images 256 --rounds 5 --json throughput.json
 """
 SIZES = {"320x240": (320, 240), "640x480": (640, 480), "12 megapixels": (4000, 3000)}
+COLUMNS = ("edgeclip", "limit", "encoder alone", "preparing alone", "plain loop", "open_clip")
 FILES = (100, 5000)  # of the memory measurement
 MEMORY_COMMAND = [sys.executable, "-m", "edgeclip", "classify", "--labels", "examples/labels.txt"]
 
@@ -147,25 +148,21 @@ def main() -> None:
     logging.disable(logging.WARNING)  # that the weights are random is the point
     model, _, transform = open_clip.create_model_and_transforms(args.model)
     model.eval()
-    with tempfile.TemporaryDirectory() as folder:
-        images = {}
-        for name, size in SIZES.items():
-            path = Path(folder) / f"{size[0]}.jpg"
-            picture(*size).save(path, quality=90)
-            images[name] = measure(rt, model, transform, path, args)
-        memory = measure_memory(Path(folder) / "320.jpg")
-
     versions = {p: version(p) for p in ("edgeclip", "onnxruntime", "torch", "open_clip_torch")}
     print(f"{args.model}, batch {args.batch_size}, {args.labels} labels; {machine()}")
     print(", ".join(f"{name} {number}" for name, number in versions.items()))
-    columns = ["edgeclip", "limit", "encoder alone", "preparing alone", "plain loop", "open_clip"]
-    print("\nImages per second:\n")
-    print(f"| JPEG | {' | '.join(columns)} | of limit | of encoder |")
-    print("|---" * (len(columns) + 3) + "|")
-    for name, rates in images.items():
-        cells = " | ".join(f"{rates[column]:.1f}" for column in columns)
-        shares = f"{rates['share of limit']:.0%} | {rates['share of encoder']:.0%}"
-        print(f"| {name} | {cells} | {shares} |")
+    print(f"\nImages per second:\n\n| JPEG | {' | '.join(COLUMNS)} | of limit | of encoder |")
+    print("|---" * (len(COLUMNS) + 3) + "|", flush=True)
+    images = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, size in SIZES.items():
+            path = Path(folder) / f"{size[0]}.jpg"
+            picture(*size).save(path, quality=90)
+            images[name] = rates = measure(rt, model, transform, path, args)
+            cells = " | ".join(f"{rates[column]:.1f}" for column in COLUMNS)
+            shares = f"{rates['share of limit']:.0%} | {rates['share of encoder']:.0%}"
+            print(f"| {name} | {cells} | {shares} |", flush=True)
+        memory = measure_memory(Path(folder) / "320.jpg")
     print("\n| files of 320x240 | peak memory, MB |\n|---|---|")
     for count, megabytes in memory.items():
         print(f"| {count} | {megabytes:.0f} |")

@@ -70,7 +70,8 @@ class Runtime:
     device: auto (the best that works), cpu or cuda. precision: auto, or one that the bundle has.
     purify: auto (what the bundle recommends), none, cos, diff, a CosPurifier or a DiffPurifier.
     labels: what `classify` uses where it is given none.
-    batch_size: images in one run of the encoder. threads: inside one run; None for one per core.
+    batch_size: images in one run of the encoder. threads: inside one run, and beside it to prepare
+    images; None for one per core.
 
     Raises BundleError, DeviceError, LabelError; ValueError for an option that is not known.
     """
