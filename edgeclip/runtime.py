@@ -162,8 +162,8 @@ class Runtime:
         """Answers for any number of images, in order, in bounded memory.
 
         An image that cannot be read gives its ImageError, and the others their predictions.
-        Threads read and prepare the next images while the encoder runs: `images` is read by one
-        thread, at most two batches ahead of the answers taken. They end with the generator.
+        Threads read and prepare the next batch while the encoder runs. One of them reads `images`,
+        never further than that batch. They end with the generator.
         What `images` raises is raised after the answers before it.
         """
         check_count("top_k", top_k)
