@@ -14,7 +14,7 @@ from edgeclip.bundle import Bundle
 from edgeclip.errors import BundleError, DeviceError, EdgeclipError, ImageError, LabelError
 from edgeclip.labels import Label, LabelSet, read_labels
 from edgeclip.purify import CosPurifier, DiffPurifier
-from edgeclip.runtime import Prediction, Runtime
+from edgeclip.runtime import FrameAnswer, Prediction, Runtime
 
 __all__ = [
     "Bundle",
@@ -23,6 +23,7 @@ __all__ = [
     "DeviceError",
     "DiffPurifier",
     "EdgeclipError",
+    "FrameAnswer",
     "ImageError",
     "Label",
     "LabelError",

@@ -327,9 +327,9 @@ def _open_runtime(args: argparse.Namespace) -> Runtime:
     )
 
 
-def _sources(names: Sequence[str]) -> Iterator[ImageSource]:
-    for name in names:
-        yield sys.stdin.buffer.read() if name == "-" else name
+def _sources(names: Sequence[str]) -> list[ImageSource]:
+    """Stdin is read here: Python aborts where a thread that still reads it outlives the rest."""
+    return [sys.stdin.buffer.read() if name == "-" else name for name in names]
 
 
 class _Failures:

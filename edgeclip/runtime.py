@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, overload
@@ -18,6 +19,7 @@ from edgeclip.encoders import open_encoder, unit
 from edgeclip.errors import BundleError, DeviceError, ImageError
 from edgeclip.images import ImageSource, decode
 from edgeclip.labels import Label, LabelSet
+from edgeclip.pipeline import batches, cores, newest
 from edgeclip.prior import Prior
 from edgeclip.purify import (
     NO_PRIOR,
@@ -50,6 +52,14 @@ class Prediction:
     index: int  # position among the labels
 
 
+@dataclass(frozen=True)
+class FrameAnswer:
+    """What `Runtime.stream` says about one frame."""
+
+    index: int  # position among all frames: a gap to the one before tells how many were dropped
+    predictions: list[Prediction] | ImageError
+
+
 class Runtime:
     """A bundle, loaded and ready to classify. One may be shared by threads.
 
@@ -58,7 +68,8 @@ class Runtime:
     has it, auto for the fastest there.
     purify: auto (what the bundle recommends), none, cos, diff, a CosPurifier or a DiffPurifier.
     labels: what `classify` uses where it is given none.
-    batch_size: images in one run of the encoder. threads: inside one run; None for one per core.
+    batch_size: images in one run of the encoder. threads: inside one run, and beside it to prepare
+    images; None for one per core.
 
     Raises BundleError, DeviceError, LabelError; ValueError for an option that is not known;
     EdgeclipError where EDGECLIP_CACHE_SIZE is no size.
@@ -153,12 +164,40 @@ class Runtime:
         """Answers for any number of images, in order, in bounded memory.
 
         An image that cannot be read gives its ImageError, and the others their predictions.
+        Threads read and prepare the next batch while the encoder runs. One of them reads `images`,
+        never further than that batch. They end with the generator.
+        What `images` raises is raised after the answers before it.
         """
         check_count("top_k", top_k)
         label_set = self._label_set(labels)
-        for batch, errors in self._batches(images):
-            answers = iter(self._classify(batch, label_set, top_k) if len(batch) else [])
-            yield from (error or next(answers) for error in errors)
+        with closing(self._batches(images)) as prepared:
+            for batch, errors in prepared:
+                answers = iter(self._classify(batch, label_set, top_k) if len(batch) else [])
+                yield from (error or next(answers) for error in errors)
+
+    def stream(
+        self, frames: Iterable[ImageSource], labels: Labels | None = None, *, top_k: int = 5
+    ) -> Iterator[FrameAnswer]:
+        """Answers about the newest frame of a camera, each as soon as it is there.
+
+        frames: for example what a generator reads from a camera. It is read by a thread as fast as
+        it gives frames; while the encoder is busy the newest one waits and the older ones are
+        dropped, so nothing piles up. The last frame is always answered. For every frame of a
+        recording, use `classify_each`. Arrays are copied: a camera may write over its own.
+        What frames raises is raised after the answers before it. Closing the generator stops
+        reading at the next frame.
+        """
+        check_count("top_k", top_k)
+        label_set = self._label_set(labels)
+        _refuse_single("stream", frames)
+        with closing(newest(frames)) as newest_frames:
+            for index, frame in newest_frames:
+                answer: list[Prediction] | ImageError
+                try:
+                    (answer,) = self.classify([frame], label_set, top_k=top_k)
+                except ImageError as err:
+                    answer = err
+                yield FrameAnswer(index, answer)
 
     def classify_pixels(
         self, pixels: NDArray[np.float32], labels: Labels | None = None, *, top_k: int = 5
@@ -184,10 +223,10 @@ class Runtime:
         self, images: Iterable[ImageSource]
     ) -> Iterator[NDArray[np.float32] | ImageError]:
         """Unit embeddings (D,) of any number of images, in order; see `classify_each`."""
-        for batch, errors in self._batches(images):
-            rows = self._embed(batch) if len(batch) else batch
-            good = iter(rows)
-            yield from (error or next(good) for error in errors)
+        with closing(self._batches(images)) as prepared:
+            for batch, errors in prepared:
+                rows = iter(self._embed(batch) if len(batch) else batch)
+                yield from (next(rows) if error is None else error for error in errors)
 
     def embed_texts(
         self, texts: Sequence[str], *, progress: Progress | None = None
@@ -267,25 +306,14 @@ class Runtime:
 
     def _batches(
         self, images: Iterable[ImageSource]
-    ) -> Iterator[tuple[NDArray[np.float32], list[ImageError | None]]]:
-        """Encoder inputs of up to `batch_size` readable images, and for each image its error."""
+    ) -> Generator[tuple[NDArray[np.float32], list[ImageError | None]], None, None]:
+        """Encoder inputs of up to `batch_size` readable images, and for each image its error.
+
+        Prepared by threads while the encoder runs; see `edgeclip.pipeline`.
+        """
         _refuse_single("this method", images)
-        spec = self.bundle.manifest.image
-        batch = np.empty((self.batch_size, 3, *spec.size), np.float32)
-        errors: list[ImageError | None] = []
-        filled = 0
-        for image in images:
-            try:
-                self._preprocess_into(batch[filled], image)
-                errors.append(None)
-                filled += 1
-            except ImageError as err:
-                errors.append(err)
-            if len(errors) == self.batch_size:
-                yield batch[:filled], errors
-                errors, filled = [], 0
-        if errors:
-            yield batch[:filled], errors
+        shape = self.batch_size, 3, *self.bundle.manifest.image.size
+        return batches(images, self._preprocess_into, shape, self._threads or cores())
 
     def _classify(
         self, batch: NDArray[np.float32], labels: LabelSet, top_k: int

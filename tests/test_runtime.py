@@ -195,7 +195,7 @@ def test_classify_each_reads_no_further_than_it_must(rt: Runtime, labels: list[s
             yield EXAMPLES / "bag.png"
 
     next(rt.classify_each(images(), labels))
-    assert len(read) == rt.batch_size
+    assert rt.batch_size <= len(read) <= 2 * rt.batch_size
 
 
 def test_many_labels_and_one(rt: Runtime) -> None:

@@ -1,0 +1,168 @@
+"""How time grows with the batch, the labels, the size of the image and the threads, and its limits.
+
+Limits are what this machine did in the same run: the encoder's floating-point operations at the rate
+of a large float32 matrix product, and the bytes that must be read (the labels' embeddings; the
+decoded image) at the rate of summing a large array. Decoding has no such limit, nor has what stays in
+a processor's cache. The weights are random, which does not change the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import edgeclip
+from benchmarks.latency import picture
+from benchmarks.throughput import kept_bundle
+from benchmarks.timing import machine, medians_ms
+from edgeclip import _core
+from edgeclip.images import decode
+from edgeclip.pipeline import cores
+
+EPILOG = """examples:
+  python -m benchmarks.scaling
+  python -m benchmarks.scaling --threads 1 4 --repeats 20 --json scaling.json
+"""
+BATCHES = (1, 2, 4, 8, 16)
+LABELS = (10, 100, 1000, 21_841)  # the last are ImageNet-21k's
+SIZES = ((224, 224), (320, 240), (640, 480), (1920, 1080), (4000, 3000))
+MATRIX = 2048  # rows of the matrix product that the rate is taken from
+CACHE = 32 * 2**20  # bytes: less may be kept by a processor from one run to the next
+ARRAY = 32 * 2**20  # float32 numbers, four times that
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; a limit is None where there is no theoretical one."""
+
+    what: str
+    size: str
+    threads: int
+    ms: float
+    limit_ms: float | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured, and what it needs at least: floating-point operations, or bytes read."""
+
+    what: str
+    size: str
+    call: Callable[[], object]
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+def measure(cases: Sequence[Case], threads: int, repeats: int) -> Iterator[Row]:
+    """The cases and the machine's own rates, by turns."""
+    torch.set_num_threads(threads)
+    a, b, many = torch.rand(MATRIX, MATRIX), torch.rand(MATRIX, MATRIX), torch.rand(ARRAY)
+    calls = {f"{case.what} {case.size}": case.call for case in cases}
+    calls |= {"product": partial(torch.mm, a, b), "read": many.sum}
+    ms = medians_ms(calls, repeats, warm_up=1)
+    per_flop, per_byte = ms["product"] / (2 * MATRIX**3), ms["read"] / (4 * ARRAY)
+    for case in cases:
+        from_memory = case.bytes if case.bytes > CACHE else 0
+        limit = case.flops * per_flop + from_memory * per_byte
+        took = ms[f"{case.what} {case.size}"]
+        yield Row(case.what, case.size, threads, took, limit or None)
+
+
+def encoder_flops(model: str) -> int:
+    """Floating-point operations of the image encoder for one image, two per multiply-add."""
+    clip = open_clip.create_model(model)
+    size = clip.visual.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    # With gradients, without which attention takes a fused path that is not counted.
+    with FlopCounterMode(display=False) as counter:
+        clip.encode_image(torch.zeros(1, 3, height, width))
+    return counter.get_total_flops()
+
+
+def encoder_cases(rt: edgeclip.Runtime, flops: int) -> Iterator[Case]:
+    rng = np.random.default_rng(0)
+    for count in BATCHES:
+        pixels = rng.standard_normal((count, 3, *rt.bundle.manifest.image.size), np.float32)
+        yield Case("encoder", f"batch {count}", partial(rt.encode, pixels), flops=flops * count)
+
+
+def classify_cases(dim: int) -> Iterator[Case]:
+    """On as many threads as the work deserves by itself, one per core at most."""
+    rng = np.random.default_rng(0)
+    row = rng.standard_normal((1, dim), np.float32)
+    for count in LABELS:
+        classes = rng.standard_normal((count, dim), np.float32)
+        call = partial(_core.classify, row, classes, logit_scale=100.0, top_k=5)
+        yield Case("classify", f"{count} labels", call, bytes=classes.nbytes)
+
+
+def image_cases(rt: edgeclip.Runtime, jpegs: dict[str, bytes]) -> Iterator[Case]:
+    for size, jpeg in jpegs.items():
+        image = decode(jpeg)
+        yield Case("preprocess", size, partial(rt.preprocess, [image]), bytes=image.nbytes)
+
+
+def rows(args: argparse.Namespace, threads: Sequence[int], flops: int) -> Iterator[Row]:
+    folder = kept_bundle(args.model)
+    jpegs = {}
+    for width, height in SIZES:
+        buffer = io.BytesIO()
+        picture(width, height).save(buffer, "JPEG", quality=90)
+        jpegs[f"{width}x{height}"] = buffer.getvalue()
+    for count in threads:
+        rt = edgeclip.Runtime(folder, purify="none", threads=count)
+        cases = [*encoder_cases(rt, flops), *image_cases(rt, jpegs)]
+        yield from measure(cases, count, args.repeats)
+    decoding = [Case("decode", size, partial(decode, jpeg)) for size, jpeg in jpegs.items()]
+    yield from measure(decoding, 1, args.repeats)
+    classifying = list(classify_cases(rt.bundle.manifest.embed_dim))
+    yield from measure(classifying, cores(), args.repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="ViT-B-32", help="of open_clip, with random weights")
+    add("--threads", type=int, nargs="+", metavar="T", help="default: 1 and one per core")
+    add("--repeats", type=int, default=10, help="runs of each (default: 10)")
+    add("--json", type=Path, metavar="FILE", help="write the figures there too")
+    args = parser.parse_args()
+    threads = args.threads or sorted({1, cores()})
+    if min(*threads, args.repeats) < 1:
+        parser.error("--threads and --repeats must be 1 or more")
+
+    logging.disable(logging.WARNING)  # that the weights are random is the point
+    flops = encoder_flops(args.model)
+    versions = {p: version(p) for p in ("edgeclip", "onnxruntime", "torch")}
+    print(f"{args.model}, {flops / 1e9:.2f} GFLOP per image; {machine()}")
+    print(", ".join(f"{name} {number}" for name, number in versions.items()))
+    print("\n| what | size | threads | ms | limit ms | of limit |\n|---|---|---|---|---|---|")
+    found = []
+    for row in rows(args, threads, flops):
+        found.append(row)
+        limits = " | "
+        if row.limit_ms is not None:
+            limits = f"{row.limit_ms:.3f} | {row.limit_ms / row.ms:.0%}"
+        print(f"| {row.what} | {row.size} | {row.threads} | {row.ms:.3f} | {limits} |", flush=True)
+    if args.json:
+        report = {"machine": machine(), "versions": versions, "model": args.model}
+        report |= {"flops": flops, "repeats": args.repeats, "rows": [asdict(row) for row in found]}
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
