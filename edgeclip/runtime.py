@@ -42,6 +42,7 @@ LABEL_SETS_KEPT = 8  # in memory; on disk all are
 SINGLE = (str, bytes, bytearray, memoryview)  # sequences in Python, one thing here
 MAX_BATCH = 4096
 MAX_THREADS = 1024
+DECODINGS = ("fast", "exact")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Runtime:
     device: auto (the best that works), cpu or cuda. precision: auto, or one that the bundle has.
     purify: auto (what the bundle recommends), none, cos, diff, a CosPurifier or a DiffPurifier.
     labels: what `classify` uses where it is given none.
+    decode: fast (large JPEGs at a reduced scale, see `edgeclip.images.decode`) or exact.
     batch_size: images in one run of the encoder. threads: inside one run; None for one per core.
 
     Raises BundleError, DeviceError, LabelError; ValueError for an option that is not known.
@@ -73,9 +75,12 @@ class Runtime:
         precision: str = "auto",
         purify: str | Purifier = "auto",
         labels: Labels | None = None,
+        decode: str = "fast",
         batch_size: int = 8,
         threads: int | None = None,
     ) -> None:
+        if decode not in DECODINGS:
+            raise ValueError(f"decode must be {' or '.join(DECODINGS)}, got {decode!r}")
         check_count("batch_size", batch_size, MAX_BATCH)
         if threads is not None:
             check_count("threads", threads, MAX_THREADS)
@@ -90,6 +95,7 @@ class Runtime:
         self.precision = self._choose_precision(precision)
         self.purifier = resolve(purify, self.bundle.manifest.purification)
         self._threads = threads
+        self._fast_for = self.bundle.manifest.image if decode == "fast" else None
         path = self.bundle.encoder("image_encoder", self.precision)
         self._image_encoder, self.device = open_encoder(path, device, threads)
         manifest = self.bundle.manifest
@@ -281,7 +287,7 @@ class Runtime:
     def _preprocess_into(self, out: NDArray[np.float32], image: ImageSource) -> None:
         spec = self.bundle.manifest.image
         _core.preprocess(
-            decode(image),
+            decode(image, fast_for=self._fast_for),
             out,
             mean=spec.mean,
             std=spec.std,
