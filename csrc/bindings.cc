@@ -238,6 +238,12 @@ by the lower index; with return_logits also the logits, float32 (N, K). A sample
 same bits in any batch. Raises ValueError for arrays and values that do not fit, for embeddings that
 are zero or not finite, and for logits that are not finite.)";
 
+constexpr const char* kSimdDoc =
+    R"(The instruction set that runs: "avx512", "avx2" or "baseline", the best that the machine has.
+
+Or the one in the environment variable EDGECLIP_SIMD, which is read once. Raises RuntimeError, as all
+operations on NumPy arrays then do, where it is none of these or more than the machine has.)";
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -264,7 +270,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("classify_workspace", &classify_workspace, py::arg("samples"), py::arg("classes"),
         "How many bytes of workspace classify needs on the GPU.");
   m.def("cuda_built", &cuda_built, "Whether edgeclip was built with its CUDA kernels.");
-  m.def("simd", &simd, "The instruction set that runs here: \"avx512\", \"avx2\" or \"baseline\".");
+  m.def("simd", &simd, kSimdDoc);
 }
 
 }  // namespace edgeclip

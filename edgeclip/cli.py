@@ -19,7 +19,7 @@ from typing import IO, Any, NoReturn
 
 import numpy as np
 
-from edgeclip import __version__, diagnose
+from edgeclip import __version__, _core, diagnose
 from edgeclip.bundle import Bundle
 from edgeclip.errors import EdgeclipError, ImageError
 from edgeclip.images import ImageSource, expand
@@ -393,6 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about an image is an error
     try:
         args = build_parser().parse_args(argv)
+        _check_core()
         status: int = args.run(args)
         sys.stdout.flush()
         return status
@@ -408,6 +409,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _check_core() -> None:
+    """Raises EdgeclipError where the environment asks for instructions that are not there."""
+    try:
+        _core.simd()
+    except RuntimeError as err:
+        raise EdgeclipError(str(err)) from err
 
 
 def _prepare_streams() -> None:
