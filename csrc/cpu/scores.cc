@@ -19,8 +19,8 @@ constexpr Tile tile_of(Simd level) {
 }
 
 constexpr int kClassesAlone = 8;  // of a single sample
-// From so many floats on, more than a cache holds, the classes to come are fetched ahead. Below,
-// that costs a fifth.
+// From so many floats on, more than a cache holds, the classes to come are fetched ahead: a batch
+// is an eighth faster for it. Of fewer floats a single sample would be a fifth slower.
 constexpr int64_t kFetchedAhead = 1 << 20;
 
 template <typename Lanes>
@@ -53,8 +53,7 @@ EDGECLIP_INLINE void accumulate(const float* samples, const float* classes, int6
   }
 }
 
-// `next` are the classes to come, fetched meanwhile, or null: the machine by itself does not
-// foresee where rows side by side go on.
+// `next` are the classes to come, fetched meanwhile, or null.
 template <int kLanes, int kSamples, int kClasses>
 EDGECLIP_INLINE void tile_scores(const float* samples, const float* classes, const float* next,
                                  int64_t dim, float* scores, int64_t score_stride) {
