@@ -89,8 +89,7 @@ class Classifier {
     return {static_cast<float>(rotation.a), static_cast<float>(rotation.b)};
   }
 
-  // From scores to logits, in place; their softmax over all classes, of which the top_k are
-  // written.
+  // From scores to logits, in place, and the top_k of their softmax over all classes.
   void finish(int64_t index, const Scaling& scaling, float* row, std::vector<float>& maxima) const {
     const float scale = static_cast<float>(options_.logit_scale);
     scores_to_logits(scale * scaling.a, scale * scaling.b, static_cast<float>(options_.logit_bias),
@@ -110,8 +109,7 @@ class Classifier {
     }
   }
 
-  // The top_k classes so far are a heap with the worst on top; most blocks have none that is
-  // better.
+  // The top_k classes so far are a heap, the worst on top. Most blocks have none that is better.
   void select_top(const float* logits, const std::vector<float>& maxima, int32_t* indices) const {
     const auto better = [&](int32_t x, int32_t y) {
       return logits[x] > logits[y] || (logits[x] == logits[y] && x < y);
