@@ -4,7 +4,7 @@ A single sample is bound by reading the class matrix: the fastest of NumPy's red
 every byte, over as many threads as gain something. A batch is bound by the matrix product:
 the faster of NumPy's and PyTorch's, with all cores. Purification is compared with none, and
 preprocessing with open_clip's transform of the decoded picture. All in this process in turn; a ratio
-above its limit is marked, and the exit status is then 1.
+above its limit is marked, and the exit status is then 1. On a machine with other work they are noise.
 """
 
 from __future__ import annotations

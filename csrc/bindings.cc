@@ -175,7 +175,7 @@ resize: "shortest" (shorter edge to the target, centre crop), "longest" (longer 
     centre pad with `fill`) or "squash" (exactly h x w, whatever the aspect).
 interpolation: "bicubic" or "bilinear", both antialiased.
 fill: the padding's value in all three channels, 0 to 255.
-threads: 0 for about one per megapixel; the result does not depend on it.
+threads: 0 for about one per 150,000 pixels; the result does not depend on it.
 workspace, stream: of CUDA arrays, on which `out` may be float16 too. The work is queued on the
     stream (a cudaStream_t as an integer), not waited for, and allocates nothing, so that it can be
     captured in a CUDA graph, after a first call that loads the kernels. workspace:
