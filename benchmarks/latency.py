@@ -106,7 +106,7 @@ def measure_image(rt: edgeclip.Runtime, model: Any, transform: Any, jpeg: bytes,
 
     stages = {
         "decode": (
-            lambda: decode(jpeg),
+            lambda: decode(jpeg, fast_for=rt.bundle.manifest.image),
             lambda: Image.open(io.BytesIO(jpeg)).convert("RGB"),
         ),
         "preprocess": (lambda: rt.preprocess([decoded]), lambda: transform(image)),

@@ -175,7 +175,7 @@ resize: "shortest" (shorter edge to the target, centre crop), "longest" (longer 
     centre pad with `fill`) or "squash" (exactly h x w, whatever the aspect).
 interpolation: "bicubic" or "bilinear", both antialiased.
 fill: the padding's value in all three channels, 0 to 255.
-threads: 0 for about one per megapixel; the result does not depend on it.
+threads: 0 for about one per 150,000 pixels; the result does not depend on it.
 workspace, stream: of CUDA arrays, on which `out` may be float16 too. The work is queued on the
     stream (a cudaStream_t as an integer), not waited for, and allocates nothing, so that it can be
     captured in a CUDA graph, after a first call that loads the kernels. workspace:
@@ -238,6 +238,12 @@ by the lower index; with return_logits also the logits, float32 (N, K). A sample
 same bits in any batch. Raises ValueError for arrays and values that do not fit, for embeddings that
 are zero or not finite, and for logits that are not finite.)";
 
+constexpr const char* kSimdDoc =
+    R"(The instruction set that runs: "avx512", "avx2" or "baseline", the best that the machine has.
+
+Or the one in the environment variable EDGECLIP_SIMD, which is read once. Raises RuntimeError, as all
+operations on NumPy arrays then do, where it is none of these or more than the machine has.)";
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -264,7 +270,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("classify_workspace", &classify_workspace, py::arg("samples"), py::arg("classes"),
         "How many bytes of workspace classify needs on the GPU.");
   m.def("cuda_built", &cuda_built, "Whether edgeclip was built with its CUDA kernels.");
-  m.def("simd", &simd, "The instruction set that runs here: \"avx512\", \"avx2\" or \"baseline\".");
+  m.def("simd", &simd, kSimdDoc);
 }
 
 }  // namespace edgeclip

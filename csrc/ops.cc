@@ -302,15 +302,6 @@ int64_t classify_workspace(int64_t samples, int64_t classes) {
 
 bool cuda_built() { return cuda::built(); }
 
-std::string simd() {
-  switch (simd_level()) {
-    case Simd::kAvx512:
-      return "avx512";
-    case Simd::kAvx2:
-      return "avx2";
-    default:
-      return "baseline";
-  }
-}
+std::string simd() { return simd_name(simd_level()); }
 
 }  // namespace edgeclip

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
-#include <system_error>
+#include <functional>
 #include <thread>
 #include <vector>
 
@@ -17,8 +17,12 @@ inline int64_t automatic_threads(double work, double work_per_thread) {
   return static_cast<int64_t>(std::min(work / work_per_thread, machine));
 }
 
-// Calls body(begin, end) on contiguous parts of [0, count), one part per thread, and returns when
-// all are done. The first exception of the lowest part is rethrown.
+// Calls run(part) for each of the `parts`, on this thread and on others that are kept for it, and
+// returns when all are done. `run` must not throw.
+void run_parts(int64_t parts, const std::function<void(int64_t)>& run);
+
+// Calls body(begin, end) on contiguous parts of [0, count), `threads` of them, and returns when all
+// are done. The first exception of the lowest part is rethrown.
 template <typename Body>
 void parallel_for(int64_t count, int64_t threads, const Body& body) {
   const int64_t parts = std::min(threads, count);
@@ -27,7 +31,7 @@ void parallel_for(int64_t count, int64_t threads, const Body& body) {
     return;
   }
   std::vector<std::exception_ptr> errors(parts);
-  const auto run = [&](int64_t part) {
+  run_parts(parts, [&](int64_t part) {
     // Not count * part / parts, which could overflow.
     const int64_t size = count / parts, extra = count % parts;
     const int64_t begin = part * size + std::min(part, extra);
@@ -36,18 +40,7 @@ void parallel_for(int64_t count, int64_t threads, const Body& body) {
     } catch (...) {
       errors[part] = std::current_exception();
     }
-  };
-  std::vector<std::thread> workers;
-  workers.reserve(parts - 1);
-  int64_t started = 1;
-  try {
-    for (; started < parts; ++started) workers.emplace_back(run, started);
-  } catch (const std::system_error&) {
-    // The system has no thread left to give: the caller does the rest itself.
-  }
-  run(0);
-  for (int64_t part = started; part < parts; ++part) run(part);
-  for (std::thread& worker : workers) worker.join();
+  });
   for (const std::exception_ptr& error : errors) {
     if (error) std::rethrow_exception(error);
   }

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from edgeclip import __version__
+from edgeclip import __version__, _core
 from edgeclip.arguments import Parser, from_zero, positive, step_size, up_to
 from edgeclip.bundle import Bundle
 from edgeclip.cache import LabelCache
@@ -27,7 +27,7 @@ from edgeclip.images import ImageSource, expand
 from edgeclip.labels import check_labels, read_labels, read_templates
 from edgeclip.output import WRITERS, Answer, show_progress, text_progress
 from edgeclip.purify import MAX_SEED, MAX_STEPS, MAX_TIMESTEP, resolve
-from edgeclip.runtime import MAX_BATCH, MAX_THREADS, Runtime
+from edgeclip.runtime import DECODINGS, MAX_BATCH, MAX_THREADS, Runtime
 
 CLASSIFY_EXAMPLES = """examples:
   edgeclip classify photo.jpg --label "a cat" --label "a dog"
@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     explain = _add(commands, "explain", "Draw where an image speaks for a label.", EXPLAIN_EXAMPLES)
     # Not offered: purification does not touch the tokens, and there are two images at most.
-    explain.set_defaults(run=run_explain, purify="none", batch_size=1)
+    explain.set_defaults(run=run_explain, purify="none", batch_size=1, decode="exact")
     explain.set_defaults(steps=None, step_size=None, timesteps=None, seed=None)
     explain.add_argument("image", metavar="IMAGE", help="file, or - for stdin")
     explain.add_argument("attacked", nargs="?", metavar="ATTACKED", help="to compare with IMAGE")
@@ -196,6 +196,12 @@ def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seed", type=from_zero(MAX_SEED), metavar="S", help="of --purify diff (default: 0)"
+    )
+    parser.add_argument(
+        "--decode",
+        default="fast",
+        choices=DECODINGS,
+        help="fast: JPEGs far larger than needed at a reduced scale (default)",
     )
     parser.add_argument(
         "--batch-size", type=up_to(MAX_BATCH), default=8, metavar="B", help="images at a time (8)"
@@ -322,6 +328,7 @@ def _open_runtime(args: argparse.Namespace) -> Runtime:
         device=args.device,
         precision=args.precision,
         purify=purifier,
+        decode=args.decode,
         batch_size=args.batch_size,
         threads=args.threads,
     )
@@ -379,6 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about an image is an error
     try:
         args = build_parser().parse_args(argv)
+        _check_core()
         status: int = args.run(args)
         sys.stdout.flush()
         return status
@@ -394,6 +402,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _check_core() -> None:
+    """Raises EdgeclipError where the environment asks for instructions that are not there."""
+    try:
+        _core.simd()
+    except RuntimeError as err:
+        raise EdgeclipError(str(err)) from err
 
 
 def _prepare_streams() -> None:

@@ -41,6 +41,7 @@ MAX_BATCH = 4096
 # int8 is for CPUs: a GPU has no kernels for the way in which it is written.
 FASTEST_ON_CUDA = ("fp16", "fp32", "int8")
 MAX_THREADS = 1024
+DECODINGS = ("fast", "exact")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Runtime:
     has it, auto for the fastest there.
     purify: auto (what the bundle recommends), none, cos, diff, a CosPurifier or a DiffPurifier.
     labels: what `classify` uses where it is given none.
+    decode: fast (large JPEGs at a reduced scale, see `edgeclip.images.decode`) or exact.
     batch_size: images in one run of the encoder. threads: inside one run, and beside it to prepare
     images; None for one per core.
 
@@ -83,9 +85,12 @@ class Runtime:
         precision: str = "auto",
         purify: str | Purifier = "auto",
         labels: Labels | None = None,
+        decode: str = "fast",
         batch_size: int = 8,
         threads: int | None = None,
     ) -> None:
+        if decode not in DECODINGS:
+            raise ValueError(f"decode must be {' or '.join(DECODINGS)}, got {decode!r}")
         check_count("batch_size", batch_size, MAX_BATCH)
         if threads is not None:
             check_count("threads", threads, MAX_THREADS)
@@ -99,6 +104,7 @@ class Runtime:
         self.batch_size = batch_size
         self.purifier = resolve(purify, self.bundle.manifest.purification)
         self._threads = threads
+        self._fast_for = self.bundle.manifest.image if decode == "fast" else None
         self._image_encoder, self.device = open_encoder(
             lambda d: self.bundle.encoder("image_encoder", self._choose_precision(precision, d)),
             device,
@@ -294,7 +300,7 @@ class Runtime:
     def _preprocess_into(self, out: NDArray[np.float32], image: ImageSource) -> None:
         spec = self.bundle.manifest.image
         _core.preprocess(
-            decode(image),
+            decode(image, fast_for=self._fast_for),
             out,
             mean=spec.mean,
             std=spec.std,

@@ -48,11 +48,12 @@ def test_unknown_entries_are_ignored(copy: Path) -> None:
     assert Bundle(copy).manifest == Bundle().manifest
 
 
-def test_golden_outputs_hold(rt: edgeclip.Runtime) -> None:
-    found = golden.check(rt)
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("int8", 1e-2)])
+def test_golden_outputs_hold(precision: str, limit: float) -> None:
+    found = golden.check(edgeclip.Runtime(precision=precision))
     assert found["pixels"] <= 1e-3
-    assert found["image"] < 1e-5
-    assert found["text"] < 1e-5
+    assert found["image"] < limit
+    assert found["text"] < limit
 
 
 def test_missing_directory(tmp_path: Path) -> None:
@@ -189,9 +190,9 @@ def test_missing_and_altered_files_are_named(copy: Path, name: str) -> None:
 
 
 def test_altered_encoder_is_never_run(copy: Path) -> None:
-    path = copy / "image_encoder.fp32.onnx"
+    path = copy / "image_encoder.int8.onnx"
     path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(BundleError, match=r"image_encoder\.fp32\.onnx was altered"):
+    with pytest.raises(BundleError, match=r"image_encoder\.int8\.onnx was altered"):
         edgeclip.Runtime(copy)
 
 

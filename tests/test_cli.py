@@ -228,7 +228,7 @@ def test_empty_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["classify", BAG, *LABELS, "--steps", "3"], "need --purify cos"),
         (["classify", BAG, *LABELS, "--purify", "diff"], "needs a bundle with a diffusion prior"),
         (["classify", BAG, *LABELS, "--device", "tensorrt"], "'tensorrt' is not supported"),
-        (["classify", BAG, *LABELS, "--precision", "int8"], "has no int8 encoders"),
+        (["classify", BAG, *LABELS, "--precision", "fp16"], "has no fp16 encoders"),
         (["classify", BAG, *LABELS, "--bundle", "none"], "none is not a bundle"),
         (["classify", BAG, *LABELS, "--frmat", "json"], "unrecognized arguments: --frmat"),
         (["classify", BAG, "--labels", ""], "No such file"),
@@ -270,7 +270,7 @@ def test_spoiled_bundles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     bundle = Path(shutil.copytree(EMBEDDED, tmp_path / "bundle"))
     manifest = bundle / "manifest.json"
     text = manifest.read_text()
-    encoder = bundle / "image_encoder.fp32.onnx"
+    encoder = bundle / "image_encoder.int8.onnx"
 
     def refused(message: str) -> None:
         for command in (["classify", BAG, *LABELS, "--bundle"], ["doctor"]):
@@ -283,9 +283,9 @@ def test_spoiled_bundles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     refused("schema version 99 is not supported")
     manifest.write_text(text)
     encoder.write_bytes(encoder.read_bytes()[:-1])
-    refused("image_encoder.fp32.onnx was altered")
+    refused("image_encoder.int8.onnx was altered")
     encoder.unlink()
-    refused("image_encoder.fp32.onnx is missing")
+    refused("image_encoder.int8.onnx is missing")
 
 
 def test_10_000_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -420,7 +420,7 @@ def test_cache(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = file.stat().st_size
     assert report == {"path": str(file), "labels": 10, "bytes": size, "limit bytes": 1 << 28}
     assert (share["labels"], share["bytes"]) == (10, 10 * 128 * 4)
-    assert "fp32" in share["encoder"]
+    assert "int8" in share["encoder"]
     assert "labels 10, bytes 5120" in run(capsys, "cache", "--format", "table")[1]
     status, out, _ = run(capsys, "cache", "--clear")
     assert json.loads(out) == {"path": str(file), "freed bytes": size}

@@ -175,6 +175,48 @@ def test_extreme_logits(scale: float) -> None:
         assert indices[:, 0].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("top_k", [1, 5, 64, 65, 300])
+@pytest.mark.parametrize("order", ["rising", "falling", "level", "random", "few values"])
+def test_top_k_of_any_order(order: str, top_k: int) -> None:
+    rng = np.random.default_rng(0)
+    scores = {
+        "rising": np.linspace(-1, 1, 300),
+        "falling": np.linspace(1, -1, 300),
+        "level": np.full(300, 0.5),
+        "random": rng.uniform(-1, 1, 300),
+        "few values": rng.integers(0, 4, 300) / 4,
+    }[order].astype(np.float32)
+    classes = np.stack([scores, np.sqrt(1 - scores**2)], axis=1)
+    indices, probabilities = _core.classify(
+        np.float32([[3, 0]]), classes, logit_scale=2.0, top_k=top_k
+    )
+    expected = np.argsort(-scores, kind="stable")[:top_k]
+    assert indices[0].tolist() == expected.tolist()
+    reference = softmax(2.0 * scores.astype(float)[None])[0, expected]
+    np.testing.assert_allclose(probabilities[0], reference, rtol=1e-6)
+
+
+@pytest.mark.parametrize("span", [1e-3, 1.0, 20.0, 86.0, 88.0, 1000.0, 1e30])
+@pytest.mark.parametrize("k", [2, 17, 2049])
+def test_softmax_over_any_span_of_logits(span: float, k: int) -> None:
+    scores = np.linspace(0, -1, k).astype(np.float32)
+    classes = np.stack([scores, np.sqrt(1 - scores**2)], axis=1)
+    _, probabilities, logits = _core.classify(
+        np.float32([[1, 0]]), classes, logit_scale=span, top_k=1, return_logits=True
+    )
+    reference = softmax(logits.astype(float)).max()
+    np.testing.assert_allclose(probabilities, reference, rtol=3e-7)
+
+
+@pytest.mark.parametrize("at", [0, 63, 64, 299])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_broken_class_is_found_wherever_it_is(at: int, value: float) -> None:
+    embeddings, classes, _ = problem(2, 300, 8)
+    broken = with_value(classes, (at, 0), value)
+    with pytest.raises(ValueError, match="the logits of embedding 0 contain NaN or infinity"):
+        _core.classify(np.abs(embeddings), broken, logit_scale=1.0)
+
+
 def test_top_k_is_cut_to_the_number_of_classes() -> None:
     embeddings, classes, _ = problem(4, 3, 8)
     indices, probabilities = _core.classify(embeddings, classes, logit_scale=1.0, top_k=2**40)

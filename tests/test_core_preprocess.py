@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import resource
+import subprocess
 import sys
 
 import numpy as np
@@ -203,6 +204,27 @@ def test_threads_do_not_change_the_result(mode: str, size: tuple[int, int]) -> N
         results.append(out)
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
+
+
+def test_after_a_fork() -> None:
+    """The threads that are kept are the parent's: a child has to start its own."""
+    code = """
+import os, numpy as np
+from edgeclip import _core
+def pixels():
+    image = np.arange(300 * 200 * 3, dtype=np.uint8).reshape(300, 200, 3)
+    out = np.zeros((3, 50, 50), np.float32)
+    _core.preprocess(image, out, mean=(0, 0, 0), std=(1, 1, 1), threads=4)
+    return out
+expected = pixels()
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(pixels(), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+assert np.array_equal(pixels(), expected)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
 
 
 def test_writes_one_row_of_a_batch_only() -> None:

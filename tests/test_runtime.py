@@ -224,7 +224,7 @@ def test_label_set_belongs_to_its_bundle(rt: Runtime, labels: list[str], tmp_pat
 
 
 def test_failing_encoder_is_a_device_error(rt: Runtime) -> None:
-    with pytest.raises(edgeclip.DeviceError, match=r"image_encoder\.fp32\.onnx failed on cpu"):
+    with pytest.raises(edgeclip.DeviceError, match=r"image_encoder\.int8\.onnx failed on cpu"):
         rt.encode(np.zeros((1, 3, 5, 5), np.float32))
 
 
@@ -241,8 +241,8 @@ def test_bad_options(rt: Runtime, labels: list[str]) -> None:
     if "cuda" not in available_devices():
         with pytest.raises(edgeclip.DeviceError, match="CUDAExecutionProvider"):
             Runtime(device="cuda")
-    with pytest.raises(edgeclip.DeviceError, match="has no int8 encoders; it has fp32"):
-        Runtime(precision="int8")
+    with pytest.raises(edgeclip.DeviceError, match="has no fp16 encoders; it has fp32, int8"):
+        Runtime(precision="fp16")
     with pytest.raises(ValueError, match="device must be"):
         Runtime(device="tpu")
     with pytest.raises(ValueError, match="batch_size"):

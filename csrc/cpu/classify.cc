@@ -1,12 +1,13 @@
 #include <algorithm>
 #include <cmath>
-#include <numeric>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "csrc/cpu/rows.h"
 #include "csrc/cpu/scores.h"
+#include "csrc/cpu/softmax.h"
 #include "csrc/math.h"
 #include "csrc/ops.h"
 #include "csrc/parallel.h"
@@ -14,7 +15,8 @@
 namespace edgeclip::cpu {
 namespace {
 
-constexpr double kProductsPerThread = 1 << 24;
+constexpr double kProductsPerThread = 1 << 22;
+constexpr int64_t kMinChunk = 8;   // samples for which a thread reads all classes by itself
 constexpr int64_t kMaxChunk = 64;  // samples that go through all classes together
 // Beyond this the purified score is a small difference of large numbers.
 constexpr double kMaxFactor = 16.0;
@@ -45,24 +47,21 @@ class Classifier {
     for (int64_t i = 0; i < count; ++i) {
       scalings[i] = prepare(begin + i, samples.data() + i * sizes_.dim);
     }
-    std::vector<float> scratch;
+    std::unique_ptr<float[]> scratch;  // not a vector, which would be set to zero first
     float* logits = nullptr;
     if (outputs_.logits) {
       logits = outputs_.logits->as<float>() + begin * sizes_.classes;
     } else {
-      scratch.resize(count * sizes_.classes);
-      logits = scratch.data();
+      scratch.reset(new float[count * sizes_.classes]);
+      logits = scratch.get();
     }
     parallel_for(sizes_.classes, threads, [&](int64_t first, int64_t last) {
       class_scores(samples.data(), count, inputs_.classes.as<const float>(), first, last,
                    sizes_.dim, logits, sizes_.classes);
     });
-    std::vector<int32_t> all(sizes_.classes);
-    std::iota(all.begin(), all.end(), 0);
+    std::vector<float> maxima((sizes_.classes + kBlock - 1) / kBlock);
     for (int64_t i = 0; i < count; ++i) {
-      float* row = logits + i * sizes_.classes;
-      scores_to_logits(scalings[i], row);
-      finish(begin + i, row, all);
+      finish(begin + i, scalings[i], logits + i * sizes_.classes, maxima);
     }
   }
 
@@ -90,23 +89,13 @@ class Classifier {
     return {static_cast<float>(rotation.a), static_cast<float>(rotation.b)};
   }
 
-  void scores_to_logits(const Scaling& scaling, float* row) const {
+  // From scores to logits, in place, and the top_k of their softmax over all classes.
+  void finish(int64_t index, const Scaling& scaling, float* row, std::vector<float>& maxima) const {
     const float scale = static_cast<float>(options_.logit_scale);
-    const float bias = static_cast<float>(options_.logit_bias);
-    if (null_scores_ == nullptr) {
-      for (int64_t c = 0; c < sizes_.classes; ++c) row[c] = scale * row[c] + bias;
-      return;
-    }
-    for (int64_t c = 0; c < sizes_.classes; ++c) {
-      row[c] = scale * (scaling.a * row[c] + scaling.b * null_scores_[c]) + bias;
-    }
-  }
-
-  // Softmax over all classes, of which the top_k are written.
-  void finish(int64_t index, const float* logits, const std::vector<int32_t>& all) const {
-    const float max = *std::max_element(logits, logits + sizes_.classes);
-    double sum = 0.0;  // of up to millions of terms
-    for (int64_t c = 0; c < sizes_.classes; ++c) sum += std::exp(logits[c] - max);
+    scores_to_logits(scale * scaling.a, scale * scaling.b, static_cast<float>(options_.logit_bias),
+                     null_scores_, sizes_.classes, row, maxima.data());
+    const float max = *std::max_element(maxima.begin(), maxima.end());
+    const double sum = sum_of_powers(row, sizes_.classes, max);
     if (!std::isfinite(sum)) {
       throw std::invalid_argument("[classify] the logits of embedding " + std::to_string(index) +
                                   " contain NaN or infinity: look at classes, null_scores and "
@@ -114,13 +103,34 @@ class Classifier {
     }
     int32_t* indices = outputs_.indices.as<int32_t>() + index * sizes_.top_k;
     float* probabilities = outputs_.probabilities.as<float>() + index * sizes_.top_k;
-    std::partial_sort_copy(all.begin(), all.end(), indices, indices + sizes_.top_k,
-                           [&](int32_t x, int32_t y) {
-                             return logits[x] > logits[y] || (logits[x] == logits[y] && x < y);
-                           });
+    select_top(row, maxima, indices);
     for (int64_t k = 0; k < sizes_.top_k; ++k) {
-      probabilities[k] = static_cast<float>(std::exp(logits[indices[k]] - max) / sum);
+      probabilities[k] = static_cast<float>(std::exp(row[indices[k]] - max) / sum);
     }
+  }
+
+  // The top_k classes so far are a heap, the worst on top. Most blocks have none that is better.
+  void select_top(const float* logits, const std::vector<float>& maxima, int32_t* indices) const {
+    const auto better = [&](int32_t x, int32_t y) {
+      return logits[x] > logits[y] || (logits[x] == logits[y] && x < y);
+    };
+    int64_t found = 0;
+    for (int64_t c = 0; c < sizes_.classes; ++c) {
+      if (found < sizes_.top_k) {
+        indices[found++] = static_cast<int32_t>(c);
+        std::push_heap(indices, indices + found, better);
+        continue;
+      }
+      const float worst = logits[indices[0]];
+      if (c % kBlock == 0 && maxima[c / kBlock] <= worst) {
+        c += kBlock - 1;
+      } else if (logits[c] > worst) {
+        std::pop_heap(indices, indices + found, better);
+        indices[found - 1] = static_cast<int32_t>(c);
+        std::push_heap(indices, indices + found, better);
+      }
+    }
+    std::sort_heap(indices, indices + found, better);
   }
 
   const ClassifyInputs& inputs_;
@@ -140,7 +150,8 @@ void classify(const ClassifyInputs& inputs, const ClassifyOutputs& outputs,
   const double products = static_cast<double>(sizes.samples) * static_cast<double>(sizes.classes) *
                           static_cast<double>(sizes.dim);
   const int64_t threads = automatic_threads(products, kProductsPerThread);
-  const int64_t chunk = std::clamp<int64_t>((sizes.samples + threads - 1) / threads, 1, kMaxChunk);
+  const int64_t chunk =
+      std::clamp<int64_t>((sizes.samples + threads - 1) / threads, kMinChunk, kMaxChunk);
   const int64_t chunks = (sizes.samples + chunk - 1) / chunk;
   parallel_for(chunks, threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {

@@ -9,7 +9,7 @@
 namespace edgeclip::cpu {
 namespace {
 
-constexpr double kPixelsPerThread = 1e6;
+constexpr double kPixelsPerThread = 1.5e5;
 
 // value -> (value / 255 - mean) / std, in the order of torchvision's ToTensor and Normalize.
 std::vector<float> normalization_table(const PreprocessOptions& options) {

@@ -40,6 +40,43 @@ EDGECLIP_INLINE void split_planes(const uint8_t* __restrict pixels, int64_t pixe
   }
 }
 
+template <Simd>
+EDGECLIP_INLINE void resample_row_kernel(const uint8_t* pixels, int64_t pixel_stride,
+                                         int64_t channel_stride, const RowFilter& filter,
+                                         int16_t* planes, uint8_t* out) {
+  const int64_t size = filter.plane_size;
+  if (pixel_stride == 3 && channel_stride == 1) {
+    split_planes(pixels, 3, 1, filter.columns, planes, planes + size, planes + 2 * size);
+  } else {
+    split_planes(pixels, pixel_stride, channel_stride, filter.columns, planes, planes + size,
+                 planes + 2 * size);
+  }
+  const int64_t outputs = filter.outputs();
+  for (int64_t i = 0; i < outputs; ++i) {
+    const int32_t* weights = filter.weights.data() + i * filter.stride;
+    const int16_t* red = planes + filter.begin[i];
+    int32_t sums[3];
+    weigh(red, red + size, red + 2 * size, weights, filter.blocks[i], sums);
+    for (int channel = 0; channel < 3; ++channel) {
+      out[channel * outputs + i] = to_pixel(sums[channel]);
+    }
+  }
+}
+
+template <Simd>
+EDGECLIP_INLINE void resample_column_kernel(const uint8_t* rows, int64_t row_stride, int64_t width,
+                                            const int32_t* weights, int64_t taps, int32_t* sums,
+                                            uint8_t* out) {
+  std::fill_n(sums, width, kHalf);
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const uint8_t* __restrict row = rows + tap * row_stride;
+    int32_t* __restrict sum = sums;
+    const int32_t weight = weights[tap];
+    for (int64_t x = 0; x < width; ++x) sum[x] += row[x] * weight;
+  }
+  for (int64_t x = 0; x < width; ++x) out[x] = to_pixel(sums[x]);
+}
+
 }  // namespace
 
 Filter make_filter(const Axis& axis, Interpolation interpolation) {
@@ -80,39 +117,14 @@ RowFilter::RowFilter(const Filter& filter)
   }
 }
 
-EDGECLIP_SIMD_CLONES void resample_row(const uint8_t* pixels, int64_t pixel_stride,
-                                       int64_t channel_stride, const RowFilter& filter,
-                                       int16_t* planes, uint8_t* out) {
-  const int64_t size = filter.plane_size;
-  if (pixel_stride == 3 && channel_stride == 1) {
-    split_planes(pixels, 3, 1, filter.columns, planes, planes + size, planes + 2 * size);
-  } else {
-    split_planes(pixels, pixel_stride, channel_stride, filter.columns, planes, planes + size,
-                 planes + 2 * size);
-  }
-  const int64_t outputs = filter.outputs();
-  for (int64_t i = 0; i < outputs; ++i) {
-    const int32_t* weights = filter.weights.data() + i * filter.stride;
-    const int16_t* red = planes + filter.begin[i];
-    int32_t sums[3];
-    weigh(red, red + size, red + 2 * size, weights, filter.blocks[i], sums);
-    for (int channel = 0; channel < 3; ++channel) {
-      out[channel * outputs + i] = to_pixel(sums[channel]);
-    }
-  }
-}
+EDGECLIP_SIMD_KERNEL(void, resample_row,
+                     (const uint8_t* pixels, int64_t pixel_stride, int64_t channel_stride,
+                      const RowFilter& filter, int16_t* planes, uint8_t* out),
+                     (pixels, pixel_stride, channel_stride, filter, planes, out))
 
-EDGECLIP_SIMD_CLONES void resample_column(const uint8_t* rows, int64_t row_stride, int64_t width,
-                                          const int32_t* weights, int64_t taps, int32_t* sums,
-                                          uint8_t* out) {
-  std::fill_n(sums, width, kHalf);
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    const uint8_t* __restrict row = rows + tap * row_stride;
-    int32_t* __restrict sum = sums;
-    const int32_t weight = weights[tap];
-    for (int64_t x = 0; x < width; ++x) sum[x] += row[x] * weight;
-  }
-  for (int64_t x = 0; x < width; ++x) out[x] = to_pixel(sums[x]);
-}
+EDGECLIP_SIMD_KERNEL(void, resample_column,
+                     (const uint8_t* rows, int64_t row_stride, int64_t width,
+                      const int32_t* weights, int64_t taps, int32_t* sums, uint8_t* out),
+                     (rows, row_stride, width, weights, taps, sums, out))
 
 }  // namespace edgeclip::cpu

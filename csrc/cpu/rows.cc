@@ -14,9 +14,8 @@ namespace {
   throw std::invalid_argument("[" + std::string(row.op) + "] " + row.name + index + what);
 }
 
-}  // namespace
-
-EDGECLIP_SIMD_CLONES double dot(const float* x, const float* y, int64_t size) {
+template <Simd>
+EDGECLIP_INLINE double dot_kernel(const float* x, const float* y, int64_t size) {
   constexpr int kLanes = 16;
   double sums[kLanes] = {};
   int64_t i = 0;
@@ -30,6 +29,10 @@ EDGECLIP_SIMD_CLONES double dot(const float* x, const float* y, int64_t size) {
   for (double lane : sums) sum += lane;
   return sum;
 }
+
+}  // namespace
+
+EDGECLIP_SIMD_KERNEL(double, dot, (const float* x, const float* y, int64_t size), (x, y, size))
 
 double checked_norm(const RowName& name, const float* row, int64_t size) {
   // Squares of float32 neither overflow nor vanish in double, so the sum tells of each value.

@@ -7,19 +7,21 @@
 namespace edgeclip::cpu {
 namespace {
 
-template <int kLanes>
-struct Vector {
-  typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-};
-
 // How many dot products are computed together, so that each loaded vector serves several of them
 // while all sums stay in registers.
-template <int kLaneCount, int kSampleCount, int kClassCount>
 struct Tile {
-  static constexpr int kLanes = kLaneCount;
-  static constexpr int kSamples = kSampleCount;
-  static constexpr int kClasses = kClassCount;
+  int samples;
+  int classes;
 };
+
+constexpr Tile tile_of(Simd level) {
+  return level == Simd::kAvx512 ? Tile{4, 4} : level == Simd::kAvx2 ? Tile{2, 6} : Tile{3, 4};
+}
+
+constexpr int kClassesAlone = 8;  // of a single sample
+// From so many floats on, more than a cache holds, the classes to come are fetched ahead: a batch
+// is an eighth faster for it. Of fewer floats a single sample would be a fifth slower.
+constexpr int64_t kFetchedAhead = 1 << 20;
 
 template <typename Lanes>
 EDGECLIP_INLINE void load(const float* from, int64_t count, Lanes& lanes) {
@@ -27,14 +29,16 @@ EDGECLIP_INLINE void load(const float* from, int64_t count, Lanes& lanes) {
   std::memcpy(&lanes, from, static_cast<size_t>(count) * sizeof(float));
 }
 
-template <int kLanes, typename Lanes>
-EDGECLIP_INLINE float sum(const Lanes& lanes) {
-  float values[kLanes];
-  std::memcpy(values, &lanes, sizeof(lanes));
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) values[i] += values[i + width];
+template <int kLanes>
+EDGECLIP_INLINE float sum(const typename Vector<float, kLanes>::Lanes& lanes) {
+  if constexpr (kLanes == 4) {
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+  } else {
+    typename Vector<float, kLanes / 2>::Lanes halves[2];
+    std::memcpy(halves, &lanes, sizeof(lanes));
+    halves[0] += halves[1];
+    return sum<kLanes / 2>(halves[0]);
   }
-  return values[0];
 }
 
 template <int kSamples, int kClasses, typename Lanes>
@@ -49,83 +53,75 @@ EDGECLIP_INLINE void accumulate(const float* samples, const float* classes, int6
   }
 }
 
+// `next` are the classes to come, fetched meanwhile, or null.
 template <int kLanes, int kSamples, int kClasses>
-EDGECLIP_INLINE void tile_scores(const float* samples, const float* classes, int64_t dim,
-                                 float* scores, int64_t score_stride) {
-  typename Vector<kLanes>::Lanes sums[kSamples][kClasses] = {};
+EDGECLIP_INLINE void tile_scores(const float* samples, const float* classes, const float* next,
+                                 int64_t dim, float* scores, int64_t score_stride) {
+  typename Vector<float, kLanes>::Lanes sums[kSamples][kClasses] = {};
   int64_t at = 0;
-  for (; at + kLanes <= dim; at += kLanes) accumulate(samples, classes, dim, at, kLanes, sums);
+  for (; at + kLanes <= dim; at += kLanes) {
+    if (next != nullptr) {
+      for (int c = 0; c < kClasses; ++c) __builtin_prefetch(next + c * dim + at);
+    }
+    accumulate(samples, classes, dim, at, kLanes, sums);
+  }
   if (at < dim) accumulate(samples, classes, dim, at, dim - at, sums);
   for (int s = 0; s < kSamples; ++s) {
     for (int c = 0; c < kClasses; ++c) scores[s * score_stride + c] = sum<kLanes>(sums[s][c]);
   }
 }
 
-template <typename Tile, int kClasses>
+template <Simd kLevel, int kClasses>
 EDGECLIP_INLINE void all_samples(const float* samples, int64_t sample_count, const float* classes,
-                                 int64_t dim, float* scores, int64_t score_stride) {
+                                 const float* next, int64_t dim, float* scores,
+                                 int64_t score_stride) {
+  constexpr int kLanes = float_lanes(kLevel), kSamples = tile_of(kLevel).samples;
   int64_t s = 0;
-  for (; s + Tile::kSamples <= sample_count; s += Tile::kSamples) {
-    tile_scores<Tile::kLanes, Tile::kSamples, kClasses>(samples + s * dim, classes, dim,
-                                                        scores + s * score_stride, score_stride);
+  for (; s + kSamples <= sample_count; s += kSamples) {
+    tile_scores<kLanes, kSamples, kClasses>(samples + s * dim, classes, s == 0 ? next : nullptr,
+                                            dim, scores + s * score_stride, score_stride);
   }
   for (; s < sample_count; ++s) {
-    tile_scores<Tile::kLanes, 1, kClasses>(samples + s * dim, classes, dim,
-                                           scores + s * score_stride, score_stride);
+    tile_scores<kLanes, 1, kClasses>(samples + s * dim, classes, s == 0 ? next : nullptr, dim,
+                                     scores + s * score_stride, score_stride);
   }
 }
 
-template <typename Tile>
-EDGECLIP_INLINE void all_scores(const float* samples, int64_t sample_count, const float* classes,
-                                int64_t begin, int64_t end, int64_t dim, float* scores,
-                                int64_t score_stride) {
+// As many of the classes from `begin` on as fill tiles of kClasses; returns where they end.
+template <Simd kLevel, int kClasses>
+EDGECLIP_INLINE int64_t whole_tiles(const float* samples, int64_t sample_count,
+                                    const float* classes, int64_t begin, int64_t end, int64_t dim,
+                                    float* scores, int64_t score_stride) {
+  const bool ahead = (end - begin) * dim >= kFetchedAhead;
   int64_t c = begin;
-  for (; c + Tile::kClasses <= end; c += Tile::kClasses) {
-    all_samples<Tile, Tile::kClasses>(samples, sample_count, classes + c * dim, dim, scores + c,
-                                      score_stride);
+  for (; c + kClasses <= end; c += kClasses) {
+    const bool more = ahead && c + 2 * kClasses <= end;
+    const float* next = more ? classes + (c + kClasses) * dim : nullptr;
+    all_samples<kLevel, kClasses>(samples, sample_count, classes + c * dim, next, dim, scores + c,
+                                  score_stride);
   }
-  for (; c < end; ++c) {
-    all_samples<Tile, 1>(samples, sample_count, classes + c * dim, dim, scores + c, score_stride);
+  return c;
+}
+
+template <Simd kLevel>
+EDGECLIP_INLINE void class_scores_kernel(const float* samples, int64_t sample_count,
+                                         const float* classes, int64_t begin, int64_t end,
+                                         int64_t dim, float* scores, int64_t stride) {
+  if (sample_count == 1) {
+    begin =
+        whole_tiles<kLevel, kClassesAlone>(samples, 1, classes, begin, end, dim, scores, stride);
+  } else {
+    begin = whole_tiles<kLevel, tile_of(kLevel).classes>(samples, sample_count, classes, begin, end,
+                                                         dim, scores, stride);
   }
-}
-
-#ifdef EDGECLIP_HAVE_TARGET_CLONES
-__attribute__((target(EDGECLIP_AVX512))) void scores_avx512(const float* samples, int64_t count,
-                                                            const float* classes, int64_t begin,
-                                                            int64_t end, int64_t dim, float* scores,
-                                                            int64_t stride) {
-  all_scores<Tile<16, 4, 4>>(samples, count, classes, begin, end, dim, scores, stride);
-}
-
-__attribute__((target(EDGECLIP_AVX2))) void scores_avx2(const float* samples, int64_t count,
-                                                        const float* classes, int64_t begin,
-                                                        int64_t end, int64_t dim, float* scores,
-                                                        int64_t stride) {
-  all_scores<Tile<8, 2, 6>>(samples, count, classes, begin, end, dim, scores, stride);
-}
-#endif
-
-// SSE2 and NEON.
-void scores_baseline(const float* samples, int64_t count, const float* classes, int64_t begin,
-                     int64_t end, int64_t dim, float* scores, int64_t stride) {
-  all_scores<Tile<4, 3, 4>>(samples, count, classes, begin, end, dim, scores, stride);
-}
-
-// Not target_clones: the tile that fits the registers differs with the instruction set.
-auto choose_scores() {
-#ifdef EDGECLIP_HAVE_TARGET_CLONES
-  if (simd_level() == Simd::kAvx512) return scores_avx512;
-  if (simd_level() == Simd::kAvx2) return scores_avx2;
-#endif
-  return scores_baseline;
+  whole_tiles<kLevel, 1>(samples, sample_count, classes, begin, end, dim, scores, stride);
 }
 
 }  // namespace
 
-void class_scores(const float* samples, int64_t sample_count, const float* classes, int64_t begin,
-                  int64_t end, int64_t dim, float* scores, int64_t score_stride) {
-  static const auto run = choose_scores();
-  run(samples, sample_count, classes, begin, end, dim, scores, score_stride);
-}
+EDGECLIP_SIMD_KERNEL(void, class_scores,
+                     (const float* samples, int64_t sample_count, const float* classes,
+                      int64_t begin, int64_t end, int64_t dim, float* scores, int64_t score_stride),
+                     (samples, sample_count, classes, begin, end, dim, scores, score_stride))
 
 }  // namespace edgeclip::cpu

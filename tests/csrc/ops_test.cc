@@ -12,6 +12,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -171,6 +172,23 @@ void test_parallel_for() {
   CHECK(error == "25");
 }
 
+// Callers at once, whose parts wait in one queue; and parts that have parts of their own.
+void test_parallel_for_from_many_threads() {
+  std::vector<std::thread> callers;
+  std::atomic<int64_t> sum{0};
+  for (int caller = 0; caller < 5; ++caller) {
+    callers.emplace_back([&] {
+      for (int turn = 0; turn < 50; ++turn) {
+        parallel_for(100, 3, [&](int64_t begin, int64_t end) {
+          parallel_for(end - begin, 2, [&](int64_t first, int64_t last) { sum += last - first; });
+        });
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  CHECK(sum == 5 * 50 * 100);
+}
+
 }  // namespace
 }  // namespace edgeclip
 
@@ -178,6 +196,7 @@ void test_parallel_for() {
 int main(int argc, char** argv) {
   const bool all = argc < 2 || std::string(argv[1]) != "threads";
   edgeclip::test_parallel_for();
+  edgeclip::test_parallel_for_from_many_threads();
   edgeclip::test_preprocess_flipped();
   edgeclip::test_classify_with_threads();
   edgeclip::test_errors();
