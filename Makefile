@@ -70,8 +70,10 @@ robustness: $(VENV)/.dev
 accuracy: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.accuracy
 
+# Everything of docs/PERFORMANCE.md on this machine, which should have nothing else to do; a quarter of
+# an hour. It writes the tables there and in README.md.
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.latency
+	$(BIN)/python -m benchmarks.report --run
 
 # The CUDA kernels by nvcc for every GPU of CMakeLists.txt, without a warning, and how many registers
 # they use. Needs nvcc, no GPU.

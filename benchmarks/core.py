@@ -10,13 +10,11 @@ above its limit is marked, and the exit status is then 1. On a machine with othe
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +22,8 @@ import numpy as np
 import torch
 from open_clip.transform import image_transform
 
-from benchmarks.latency import STEP_SIZE, STEPS, picture
-from benchmarks.timing import machine, medians_ms
+from benchmarks.latency import STEP_SIZE, STEPS, picture, versions_of
+from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
 
 EPILOG = """examples:
@@ -127,6 +125,31 @@ def cases() -> Iterator[Case]:
     yield preprocess_case(640, 480, 1 / 6)
 
 
+def measure(case: Case, repeats: int) -> dict:
+    ms = medians_ms({"edgeclip": case.ours, **case.references}, repeats, rounds=10)
+    ours = ms.pop("edgeclip")
+    ratio = ours / min(ms.values())
+    row = {"operation": case.name, "ms": ours, "references": ms, "ratio": ratio}
+    return row | {"limit": case.limit, "within": ratio <= case.limit}
+
+
+def render(report: dict) -> str:
+    """The report as Markdown."""
+    lines = [
+        f"Instruction set {report['simd']}.",
+        "",
+        "| operation | ms | reference | ms | ratio | limit | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        reference, ms = min(row["references"].items(), key=lambda pair: pair[1])
+        lines.append(
+            f"| {row['operation']} | {row['ms']:.3f} | {reference} | {ms:.3f} | {row['ratio']:.3f} "
+            f"| {row['limit']:.3f} | {'' if row['within'] else 'missed'} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -135,27 +158,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
 
-    versions = {p: version(p) for p in ("edgeclip", "numpy", "torch", "open_clip_torch")}
-    print(f"core {_core.simd()}; {machine()}")
-    print(", ".join(f"{name} {number}" for name, number in versions.items()))
-    print("\n| operation | ms | reference | ms | ratio | limit | |\n|---|---|---|---|---|---|---|")
-    rows = []
-    for case in cases():
-        ms = medians_ms({"edgeclip": case.ours, **case.references}, args.repeats, rounds=10)
-        ours = ms.pop("edgeclip")
-        reference = min(ms, key=lambda name: ms[name])
-        ratio = ours / ms[reference]
-        row = {"operation": case.name, "ms": ours, "references": ms, "ratio": ratio}
-        rows.append(row | {"limit": case.limit, "within": ratio <= case.limit})
-        print(
-            f"| {case.name} | {ours:.3f} | {reference} | {ms[reference]:.3f} | {ratio:.3f} "
-            f"| {case.limit:.3f} | {'' if ratio <= case.limit else 'missed'} |",
-            flush=True,
-        )
-    if args.json:
-        report = {"machine": machine(), "simd": _core.simd(), "versions": versions}
-        report |= {"repeats": args.repeats, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    rows = [measure(case, args.repeats) for case in cases()]
+    report = {
+        "machine": machine(),
+        "versions": versions_of("edgeclip", "numpy", "torch", "open_clip_torch"),
+        "simd": _core.simd(),
+        "repeats": args.repeats,
+        "rows": rows,
+    }
+    publish(report, render, args.json)
     sys.exit(0 if all(row["within"] for row in rows) else 1)
 
 

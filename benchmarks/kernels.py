@@ -12,7 +12,6 @@ a large copy.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -23,11 +22,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from benchmarks.timing import publish
 from edgeclip import _core
 
 EPILOG = """examples:
   python -m benchmarks.kernels
-  python -m benchmarks.kernels --repeats 200 --out kernels.json
+  python -m benchmarks.kernels --repeats 200 --json kernels.json
 """
 STEPS, STEP_SIZE = 10, 30.0
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -181,12 +181,28 @@ def measure(case: Case, bandwidth: float, repeats: int) -> dict[str, float]:
     }
 
 
+def render(report: dict) -> str:
+    """The report as Markdown."""
+    columns = list(next(iter(report["ms"].values())))
+    lines = [
+        f"| microseconds | {' | '.join(columns)} | torch in a graph / edgeclip |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for name, ms in report["ms"].items():
+        ratio = ms["torch in a graph"] / ms["edgeclip in a graph"]
+        cells = " | ".join(f"{1e3 * ms[column]:.1f}" for column in columns)
+        lines.append(f"| {name} | {cells} | {ratio:.1f} |")
+    moved = report["bytes_per_second"] / 1e9
+    lines += ["", f"CLIPure-Cos {STEPS} x {STEP_SIZE:g}; a large copy moves {moved:.0f} GB/s."]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=100, help="runs of each (default: 100)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.kernels: needs an NVIDIA GPU")
@@ -196,19 +212,15 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.cuda.get_device_name()
     bandwidth = copy_bandwidth(args.repeats)
-    print(f"{device}; a copy moves {bandwidth / 1e9:.0f} GB/s; torch {torch.__version__}")
-    print(f"Median microseconds of {args.repeats}; CLIPure-Cos {STEPS} x {STEP_SIZE:g}\n")
-    results: dict[str, dict[str, float]] = {}
-    for case in cases():
-        ms = results[case.name] = measure(case, bandwidth, args.repeats)
-        if len(results) == 1:
-            print("| operation |", " | ".join(ms), "|\n|---" + "|---" * len(ms) + "|")
-        print(f"| {case.name} |", " | ".join(f"{1e3 * v:.1f}" for v in ms.values()), "|")
-    if args.out:
-        versions = {"edgeclip": version("edgeclip"), "torch": torch.__version__}
-        report = {"device": device, "bytes_per_second": bandwidth, "versions": versions}
-        report |= {"cuda": torch.version.cuda, "repeats": args.repeats, "ms": results}
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    report = {
+        "machine": device,
+        "versions": {"edgeclip": version("edgeclip"), "torch": torch.__version__},
+        "cuda": torch.version.cuda,
+        "bytes_per_second": bandwidth,
+        "repeats": args.repeats,
+        "ms": {case.name: measure(case, bandwidth, args.repeats) for case in cases()},
+    }
+    publish(report, render, args.json)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,20 @@
 Both sides purify with the published setting, run in this process in turn, and use all cores. The
 weights are random, which does not change the time. The peer is what the paper's setting means in
 PyTorch: Pillow decode, open_clip's transform, the eager float32 encoder, ten steps of gradient
-ascent on the cosine with autograd, and the logits.
+ascent on the cosine with autograd, and the logits. The encoders are compared with OpenVINO too, on
+the same ONNX file, where it is installed; the limit is that of their floating-point operations at
+the rate of a large float32 matrix product in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import logging
 import subprocess
 import sys
-from importlib.metadata import version
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import edgeclip
-from benchmarks.timing import machine, medians_ms, process
+from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
 from edgeclip.images import decode
 
@@ -34,7 +37,7 @@ EPILOG = """examples:
   python -m benchmarks.latency --model ViT-L-14 --repeats 10 --json latency.json
 """
 STEPS, STEP_SIZE = 10, 30.0
-EXAMPLE = ["examples/ankle-boot.png", "--labels", "examples/labels.txt"]
+MATRIX = 2048  # rows of the matrix product that the limit is taken from
 
 
 def clipure_cos(z: torch.Tensor, null_text: torch.Tensor) -> torch.Tensor:
@@ -59,11 +62,79 @@ def picture(width: int, height: int) -> Image.Image:
 
 
 def bundle_for(model: str) -> Path:
-    """A bundle of the model with random weights, exported anew into build/benchmarks."""
+    """A bundle of the model with random weights, fp32 and int8, in build/benchmarks; exported where
+    it is missing."""
     folder = Path("build/benchmarks") / model
-    command = [sys.executable, "-m", "export", model, "--pretrained", "random", "-o"]
-    subprocess.run([*command, str(folder), "--force"], check=True, stdout=subprocess.DEVNULL)
+    if not (folder / "manifest.json").is_file():
+        command = [sys.executable, "-m", "export", model, "--pretrained", "random", "--precision"]
+        command += ["fp32", "int8", "-o", str(folder)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def openvino_encoders(path: Path, pixels: np.ndarray) -> dict[str, Callable[[], object]]:
+    """OpenVINO on the same graph, tuned for latency; nothing where it is not installed."""
+    try:
+        import openvino
+    except ImportError:
+        return {}
+    core = openvino.Core()
+    graph = core.read_model(path)
+    graph.reshape(pixels.shape)
+    calls = {}
+    for name, precision in (("fp32", "f32"), ("bf16", "bf16")):
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+        request = core.compile_model(graph, "CPU", options).create_infer_request()
+        calls[f"OpenVINO {name}"] = lambda request=request: request.infer({0: pixels})
+    return calls
+
+
+def encoder_flops(model: Any) -> int:
+    """Floating-point operations of open_clip's image encoder for one image, two per multiply-add."""
+    size = model.visual.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    # With gradients, without which attention takes a fused path that is not counted.
+    with FlopCounterMode(display=False) as counter:
+        model.encode_image(torch.zeros(1, 3, height, width))
+    return counter.get_total_flops()
+
+
+def measure_encoders(runtimes: dict[str, Any], model: Any, repeats: int) -> dict[str, Any]:
+    """Milliseconds of one image through each encoder, and what its operations would take at least."""
+    first = next(iter(runtimes.values()))
+    pixels = first.preprocess([np.asarray(picture(640, 480))])
+    tensor = torch.from_numpy(pixels)
+
+    def eager() -> None:
+        with torch.no_grad():
+            model.encode_image(tensor)
+
+    def autocast() -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            model.encode_image(tensor)
+
+    a, b = torch.rand(2, MATRIX, MATRIX)
+    calls = {f"edgeclip {name}": lambda rt=rt: rt.encode(pixels) for name, rt in runtimes.items()}
+    calls |= {"open_clip fp32": eager, "open_clip bf16": autocast}
+    calls |= openvino_encoders(first.bundle.encoder("image_encoder", "fp32"), pixels)
+    ms = medians_ms(calls | {"product": lambda: torch.mm(a, b)}, repeats)
+    flops = encoder_flops(model)
+    return {
+        "limit fp32": ms.pop("product") * flops / (2 * MATRIX**3),
+        "ms": ms,
+        "gflop": flops / 1e9,
+    }
 
 
 def measure_image(rt: edgeclip.Runtime, model: Any, transform: Any, jpeg: bytes, args: Any) -> dict:
@@ -123,11 +194,33 @@ def measure_image(rt: edgeclip.Runtime, model: Any, transform: Any, jpeg: bytes,
     }
 
 
-def measure_start(repeats: int) -> dict:
-    """The embedded bundle as a whole process, against importing open_clip."""
-    ours = process([sys.executable, "-m", "edgeclip", "classify", *EXAMPLE], repeats)
-    theirs = process([sys.executable, "-c", "import open_clip"], repeats)
-    return {"edgeclip": ours, "open_clip": theirs}
+def render(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    encoders = report["encoders"]
+    peer = encoders["ms"]["open_clip fp32"]
+    lines = [
+        "| encoder, one image | ms | open_clip fp32 / it | of the fp32 limit |",
+        "|---|---|---|---|",
+    ]
+    for name, ms in encoders["ms"].items():
+        share = encoders["limit fp32"] / ms
+        lines.append(f"| {name} | {ms:.1f} | {peer / ms:.2f} | {share:.0%} |")
+    lines += [
+        "",
+        (
+            f"{encoders['gflop']:.2f} GFLOP, at the rate of a large float32 product "
+            f"{encoders['limit fp32']:.1f} ms; int8 and bf16 may go below that."
+        ),
+        "",
+        f"| JPEG | stage, edgeclip {report['precision']} | edgeclip ms | open_clip ms | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for name, stages in report["images"].items():
+        for stage, ms in stages.items():
+            ours, theirs = ms["edgeclip"], ms["open_clip"]
+            lines.append(f"| {name} | {stage} | {ours:.3f} | {theirs:.3f} | {theirs / ours:.1f} |")
+    lines += ["", f"{report['labels']} labels, CLIPure-Cos {STEPS} x {STEP_SIZE:g}."]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -136,11 +229,18 @@ def main() -> None:
     )
     parser.add_argument("--model", default="ViT-B-32", help="of open_clip, with random weights")
     parser.add_argument("--labels", type=int, default=1000, help="classes (default: 1000)")
-    parser.add_argument("--repeats", type=int, default=20, help="runs of each (default: 20)")
+    parser.add_argument("--repeats", type=int, default=40, help="runs of each (default: 40)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
 
-    rt = edgeclip.Runtime(bundle_for(args.model), purify=edgeclip.CosPurifier(STEPS, STEP_SIZE))
+    bundle = edgeclip.Bundle(bundle_for(args.model))
+    purifier = edgeclip.CosPurifier(STEPS, STEP_SIZE)
+    runtimes = {
+        name: edgeclip.Runtime(bundle, precision=name, purify=purifier)
+        for name in bundle.manifest.precisions
+        if name != "fp16"  # which CPUs do not compute in
+    }
+    rt = edgeclip.Runtime(bundle, purify=purifier)
     torch.manual_seed(0)
     logging.disable(logging.WARNING)  # that the weights are random is the point
     model, _, transform = open_clip.create_model_and_transforms(args.model)
@@ -150,26 +250,17 @@ def main() -> None:
         buffer = io.BytesIO()
         picture(*size).save(buffer, "JPEG", quality=90)
         images[name] = measure_image(rt, model, transform, buffer.getvalue(), args)
-    start = measure_start(max(3, args.repeats // 4))
-
-    versions = {p: version(p) for p in ("edgeclip", "onnxruntime", "torch", "open_clip_torch")}
-    print(f"{args.model}, {args.labels} labels, CLIPure-Cos {STEPS} x {STEP_SIZE:g}; {machine()}")
-    print(", ".join(f"{name} {number}" for name, number in versions.items()))
-    print("\n| JPEG | stage | edgeclip ms | open_clip ms | ratio |\n|---|---|---|---|---|")
-    for name, stages in images.items():
-        for stage, ms in stages.items():
-            ours, theirs = ms["edgeclip"], ms["open_clip"]
-            print(f"| {name} | {stage} | {ours:.3f} | {theirs:.3f} | {theirs / ours:.1f} |")
-    print("\n| process | time, ms | peak memory, MB |\n|---|---|---|")
-    names = {"edgeclip": "edgeclip classify, embedded bundle", "open_clip": "import open_clip"}
-    for side, (ms_, mb) in start.items():
-        print(f"| {names[side]} | {ms_:.0f} | {mb:.0f} |")
-    print(f"| ratio | {start['open_clip'][0] / start['edgeclip'][0]:.1f} | |")
-    if args.json:
-        report = {"machine": machine(), "versions": versions, "model": args.model}
-        report |= {"labels": args.labels, "repeats": args.repeats, "images": images}
-        report["process"] = {k: {"ms": v[0], "mb": v[1]} for k, v in start.items()}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    report = {
+        "machine": machine(),
+        "versions": versions_of("edgeclip", "onnxruntime", "torch", "open_clip_torch", "openvino"),
+        "model": args.model,
+        "labels": args.labels,
+        "repeats": args.repeats,
+        "precision": rt.precision,
+        "encoders": measure_encoders(runtimes, model, args.repeats),
+        "images": images,
+    }
+    publish(report, render, args.json)
 
 
 if __name__ == "__main__":

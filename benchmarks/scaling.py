@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import edgeclip
-from benchmarks.latency import picture
-from benchmarks.throughput import kept_bundle
-from benchmarks.timing import machine, medians_ms
+from benchmarks.latency import bundle_for, encoder_flops, picture, versions_of
+from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
 from edgeclip.images import decode
 from edgeclip.pipeline import cores
@@ -80,17 +76,6 @@ def measure(cases: Sequence[Case], threads: int, repeats: int) -> Iterator[Row]:
         yield Row(case.what, case.size, threads, took, limit or None)
 
 
-def encoder_flops(model: str) -> int:
-    """Floating-point operations of the image encoder for one image, two per multiply-add."""
-    clip = open_clip.create_model(model)
-    size = clip.visual.image_size
-    height, width = size if isinstance(size, tuple) else (size, size)
-    # With gradients, without which attention takes a fused path that is not counted.
-    with FlopCounterMode(display=False) as counter:
-        clip.encode_image(torch.zeros(1, 3, height, width))
-    return counter.get_total_flops()
-
-
 def encoder_cases(rt: edgeclip.Runtime, flops: int) -> Iterator[Case]:
     rng = np.random.default_rng(0)
     for count in BATCHES:
@@ -115,14 +100,14 @@ def image_cases(rt: edgeclip.Runtime, jpegs: dict[str, bytes]) -> Iterator[Case]
 
 
 def rows(args: argparse.Namespace, threads: Sequence[int], flops: int) -> Iterator[Row]:
-    folder = kept_bundle(args.model)
+    folder = bundle_for(args.model)
     jpegs = {}
     for width, height in SIZES:
         buffer = io.BytesIO()
         picture(width, height).save(buffer, "JPEG", quality=90)
         jpegs[f"{width}x{height}"] = buffer.getvalue()
     for count in threads:
-        rt = edgeclip.Runtime(folder, purify="none", threads=count)
+        rt = edgeclip.Runtime(folder, precision=args.precision, purify="none", threads=count)
         cases = [*encoder_cases(rt, flops), *image_cases(rt, jpegs)]
         yield from measure(cases, count, args.repeats)
     decoding = [Case("decode", size, partial(decode, jpeg)) for size, jpeg in jpegs.items()]
@@ -131,12 +116,31 @@ def rows(args: argparse.Namespace, threads: Sequence[int], flops: int) -> Iterat
     yield from measure(classifying, cores(), args.repeats)
 
 
+def render(report: dict) -> str:
+    """The report as Markdown."""
+    lines = [
+        f"edgeclip {report['precision']}; {report['flops'] / 1e9:.2f} GFLOP per image.",
+        "",
+        "| what | size | threads | ms | limit ms | of limit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        limits = " | "
+        if row["limit_ms"] is not None:
+            limits = f"{row['limit_ms']:.3f} | {row['limit_ms'] / row['ms']:.0%}"
+        lines.append(
+            f"| {row['what']} | {row['size']} | {row['threads']} | {row['ms']:.3f} | {limits} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--model", default="ViT-B-32", help="of open_clip, with random weights")
+    add("--precision", default="fp32", help="of the encoder (default: fp32, which has the limit)")
     add("--threads", type=int, nargs="+", metavar="T", help="default: 1 and one per core")
     add("--repeats", type=int, default=10, help="runs of each (default: 10)")
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
@@ -146,22 +150,18 @@ def main() -> None:
         parser.error("--threads and --repeats must be 1 or more")
 
     logging.disable(logging.WARNING)  # that the weights are random is the point
-    flops = encoder_flops(args.model)
-    versions = {p: version(p) for p in ("edgeclip", "onnxruntime", "torch")}
-    print(f"{args.model}, {flops / 1e9:.2f} GFLOP per image; {machine()}")
-    print(", ".join(f"{name} {number}" for name, number in versions.items()))
-    print("\n| what | size | threads | ms | limit ms | of limit |\n|---|---|---|---|---|---|")
-    found = []
-    for row in rows(args, threads, flops):
-        found.append(row)
-        limits = " | "
-        if row.limit_ms is not None:
-            limits = f"{row.limit_ms:.3f} | {row.limit_ms / row.ms:.0%}"
-        print(f"| {row.what} | {row.size} | {row.threads} | {row.ms:.3f} | {limits} |", flush=True)
-    if args.json:
-        report = {"machine": machine(), "versions": versions, "model": args.model}
-        report |= {"flops": flops, "repeats": args.repeats, "rows": [asdict(row) for row in found]}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    flops = encoder_flops(open_clip.create_model(args.model))
+    found = [asdict(row) for row in rows(args, threads, flops)]
+    report = {
+        "machine": machine(),
+        "versions": versions_of("edgeclip", "onnxruntime", "torch"),
+        "model": args.model,
+        "precision": args.precision,
+        "flops": flops,
+        "repeats": args.repeats,
+        "rows": found,
+    }
+    publish(report, render, args.json)
 
 
 if __name__ == "__main__":

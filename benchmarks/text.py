@@ -10,13 +10,11 @@ run in this process in turn and use all cores. The operations counted are those 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +22,8 @@ import open_clip
 import torch
 
 import edgeclip
-from benchmarks.latency import bundle_for
-from benchmarks.timing import machine, medians_ms
+from benchmarks.latency import bundle_for, versions_of
+from benchmarks.timing import machine, medians_ms, publish
 from edgeclip.cache import LabelCache, label_keys
 
 EPILOG = """examples:
@@ -101,13 +99,45 @@ def measure_memory(rt: edgeclip.Runtime) -> dict[str, float]:
     return dict(zip(("before", "peak", "after"), map(float, done.stdout.split()), strict=True))
 
 
+def render(report: dict) -> str:
+    """The report as Markdown."""
+    best = min(ms for name, ms in report["ms"].items() if name != "edgeclip")
+    lines = [
+        (
+            f"{report['labels']} labels x {len(TEMPLATES)} templates, {report['tokens']:.1f} tokens in "
+            f"the mean; edgeclip {report['precision']}."
+        ),
+        "",
+        "| text encoder | ms a prompt | so 1,000 labels x 80 | speed, best peer = 1 |",
+        "|---|---|---|---|",
+    ]
+    for name, ms in report["ms"].items():
+        lines.append(f"| {name} | {ms:.2f} | {80 * ms / 60:.1f} min | {best / ms:.2f} |")
+    work = report["GFLOP"]
+    told = ", ".join(f"{value:.0f} MB {name}" for name, value in report["memory MB"].items())
+    lines += [
+        "",
+        (
+            f"GFLOP a prompt: {work['open_clip']:.2f} in open_clip, {work['edgeclip']:.2f} here, "
+            f"{work['open_clip'] / work['edgeclip']:.1f} times less."
+        ),
+        f"{CACHED:,} cached labels x {len(TEMPLATES)} templates: {report['cached ms']:.1f} ms.",
+        f"Resident memory around the encoding of labels: {told}.",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="ViT-B-32", help="of open_clip, with random weights")
-    parser.add_argument("--bundle", metavar="DIR", help="of that model; default: exported anew")
-    parser.add_argument("--precision", default="auto", help="of the bundle's (default: the first)")
+    parser.add_argument(
+        "--bundle", metavar="DIR", help="of that model; default: one with random weights"
+    )
+    parser.add_argument(
+        "--precision", default="auto", help="of the bundle's (default: the fastest)"
+    )
     parser.add_argument("--labels", type=int, default=20, help="classes encoded (default: 20)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
@@ -124,32 +154,17 @@ def main() -> None:
         memory = measure_memory(rt)
         report = measure_encoding(rt, [open_clip.IMAGENET_CLASSNAMES[i] for i in chosen], args)
 
-    versions = {p: version(p) for p in ("edgeclip", "onnxruntime", "torch", "open_clip_torch")}
-    print(f"{args.model}, {rt.precision}; {machine()}")
-    print(", ".join(f"{name} {number}" for name, number in versions.items()))
-    print(
-        f"\n{args.labels} labels x {len(TEMPLATES)} templates = {report['prompts']} prompts of "
-        f"{report['tokens']:.1f} tokens in the mean"
-    )
-    best = min(ms for name, ms in report["ms"].items() if name != "edgeclip")
-    print(
-        "\n| encoder | ms a prompt | so 1,000 labels x 80 | speed, best peer = 1 |\n|---|---|---|---|"
-    )
-    for name, ms in report["ms"].items():
-        print(f"| {name} | {ms:.2f} | {80 * ms / 60:.1f} min | {best / ms:.2f} |")
-    work = report["GFLOP"]
-    print(
-        f"\nGFLOP a prompt: {work['open_clip']:.2f} in open_clip, {work['edgeclip']:.2f} here: "
-        f"{work['open_clip'] / work['edgeclip']:.1f} times less"
-    )
-    print(f"{CACHED} cached labels x {len(TEMPLATES)} templates: {cached:.1f} ms")
-    told = ", ".join(f"{value:.0f} MB {name}" for name, value in memory.items())
-    print(f"resident memory around the encoding of labels: {told}")
-    if args.json:
-        report |= {"machine": machine(), "versions": versions, "model": args.model}
-        report |= {"precision": rt.precision, "labels": args.labels, "repeats": args.repeats}
-        report |= {"cached labels": CACHED, "cached ms": cached, "memory MB": memory}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    report |= {
+        "machine": machine(),
+        "versions": versions_of("edgeclip", "onnxruntime", "torch", "open_clip_torch"),
+        "model": args.model,
+        "precision": rt.precision,
+        "labels": args.labels,
+        "repeats": args.repeats,
+        "cached ms": cached,
+        "memory MB": memory,
+    }
+    publish(report, render, args.json)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ classify` with the embedded bundle on a folder of small files: its peak as a pro
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import statistics
@@ -20,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import edgeclip
-from benchmarks.latency import bundle_for, picture
+from benchmarks.latency import bundle_for, picture, versions_of
 from benchmarks.purification import label_set
-from benchmarks.timing import machine, process
+from benchmarks.timing import machine, process, publish
 from edgeclip.pipeline import cores
 
 EPILOG = """examples:
@@ -57,12 +55,6 @@ class Files(Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.transform(Image.open(self.path).convert("RGB"))
-
-
-def kept_bundle(model: str) -> Path:
-    """A bundle of the model with random weights in build/benchmarks, exported where missing."""
-    folder = Path("build/benchmarks") / model
-    return folder if (folder / "manifest.json").is_file() else bundle_for(model)
 
 
 def peer(model: Any, transform: Any, path: Path, args: Any, classes: torch.Tensor) -> Any:
@@ -128,6 +120,24 @@ def measure_memory(jpeg: Path) -> dict[int, float]:
     return found
 
 
+def render(report: dict) -> str:
+    """The report as Markdown."""
+    lines = [
+        f"Images per second, edgeclip {report['precision']}, batch {report['batch_size']}:",
+        "",
+        f"| JPEG | {' | '.join(COLUMNS)} | of limit | of encoder | open_clip = 1 |",
+        "|---" * (len(COLUMNS) + 4) + "|",
+    ]
+    for name, rates in report["images_per_second"].items():
+        cells = " | ".join(f"{rates[column]:.1f}" for column in COLUMNS)
+        shares = f"{rates['share of limit']:.0%} | {rates['share of encoder']:.0%}"
+        ratio = rates["edgeclip"] / rates["open_clip"]
+        lines.append(f"| {name} | {cells} | {shares} | {ratio:.1f} |")
+    lines += ["", "| files of 320x240 | peak memory, MB |", "|---|---|"]
+    lines += [f"| {count} | {megabytes:.0f} |" for count, megabytes in report["peak_mb"].items()]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -143,34 +153,31 @@ def main() -> None:
     if args.batch_size < 1 or args.images < 1 or args.images % args.batch_size:
         parser.error("--images must be a multiple of --batch-size")
 
-    rt = edgeclip.Runtime(kept_bundle(args.model), purify="none", batch_size=args.batch_size)
+    rt = edgeclip.Runtime(bundle_for(args.model), purify="none", batch_size=args.batch_size)
     torch.manual_seed(0)
     logging.disable(logging.WARNING)  # that the weights are random is the point
     model, _, transform = open_clip.create_model_and_transforms(args.model)
     model.eval()
-    versions = {p: version(p) for p in ("edgeclip", "onnxruntime", "torch", "open_clip_torch")}
-    print(f"{args.model}, batch {args.batch_size}, {args.labels} labels; {machine()}")
-    print(", ".join(f"{name} {number}" for name, number in versions.items()))
-    print(f"\nImages per second:\n\n| JPEG | {' | '.join(COLUMNS)} | of limit | of encoder |")
-    print("|---" * (len(COLUMNS) + 3) + "|", flush=True)
     images = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, size in SIZES.items():
             path = Path(folder) / f"{size[0]}.jpg"
             picture(*size).save(path, quality=90)
-            images[name] = rates = measure(rt, model, transform, path, args)
-            cells = " | ".join(f"{rates[column]:.1f}" for column in COLUMNS)
-            shares = f"{rates['share of limit']:.0%} | {rates['share of encoder']:.0%}"
-            print(f"| {name} | {cells} | {shares} |", flush=True)
+            images[name] = measure(rt, model, transform, path, args)
         memory = measure_memory(Path(folder) / "320.jpg")
-    print("\n| files of 320x240 | peak memory, MB |\n|---|---|")
-    for count, megabytes in memory.items():
-        print(f"| {count} | {megabytes:.0f} |")
-    if args.json:
-        report = {"machine": machine(), "versions": versions, "model": args.model}
-        report |= {"batch_size": args.batch_size, "labels": args.labels, "images": args.images}
-        report |= {"rounds": args.rounds, "images_per_second": images, "peak_mb": memory}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    report = {
+        "machine": machine(),
+        "versions": versions_of("edgeclip", "onnxruntime", "torch", "open_clip_torch"),
+        "model": args.model,
+        "precision": rt.precision,
+        "batch_size": args.batch_size,
+        "labels": args.labels,
+        "images": args.images,
+        "rounds": args.rounds,
+        "images_per_second": images,
+        "peak_mb": memory,
+    }
+    publish(report, render, args.json)
 
 
 if __name__ == "__main__":

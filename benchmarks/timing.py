@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROUNDS = 4
 WARM_UP = 3
@@ -78,3 +79,19 @@ def machine() -> str:
         lines = cpuinfo.read_text().splitlines()
         model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
     return f"{model}, {cores} cores"
+
+
+def publish(
+    report: dict[str, Any], render: Callable[[dict[str, Any]], str], out: Path | None
+) -> None:
+    """Print a report, and write it to `out` as JSON where that is asked for."""
+    print(f"{headline(report)}\n\n{render(report)}", flush=True)
+    if out is not None:
+        out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def headline(report: dict[str, Any]) -> str:
+    """What was measured, on which machine, by which versions."""
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    model = f"{report['model']}; " if "model" in report else ""
+    return f"{model}{report['machine']}; {versions}."
