@@ -122,7 +122,7 @@ def cases() -> Iterator[Case]:
     for n in (1, 64):
         yield purify_case(n, 768, 21841)
     yield preprocess_case(4000, 3000, 1 / 6)
-    yield preprocess_case(640, 480, 1 / 6)
+    yield preprocess_case(640, 480, 1 / 3)
 
 
 def measure(case: Case, repeats: int) -> dict:

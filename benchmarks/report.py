@@ -116,7 +116,9 @@ def draw() -> None:
     for count in threads:
         rows = [r for r in report["rows"] if (r["what"], r["threads"]) == ("encoder", count)]
         sizes = [int(row["size"].split()[-1]) for row in rows]
-        (line,) = left.plot(sizes, [r["ms"] for r in rows], "o-", label=f"{count} threads")
+        (line,) = left.plot(
+            sizes, [r["ms"] for r in rows], "o-", label=f"{count} thread{'s' if count > 1 else ''}"
+        )
         limits = [r["limit_ms"] for r in rows]
         left.plot(sizes, limits, "--", color=line.get_color(), label="its limit")
     left.set(xlabel="batch", ylabel="ms", title=f"{report['model']} {report['precision']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
@@ -11,7 +12,7 @@ from edgeclip import __version__, _core, golden
 from edgeclip.bundle import Bundle
 from edgeclip.encoders import available_devices
 from edgeclip.errors import EdgeclipError
-from edgeclip.manifest import PriorSpec, Robustness, TokenSpec
+from edgeclip.manifest import PriorSpec, Robustness, TokenSpec, Variant
 from edgeclip.runtime import Runtime
 
 PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "tensorrt")
@@ -32,15 +33,21 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "context length": manifest.text.context_length,
         "templates": list(manifest.templates),
         "precisions": [
-            f"{name}: {key} {value:.3g}"
-            for name, variant in manifest.precisions.items()
-            for key, value in variant.parity.items()
+            line for name, v in manifest.precisions.items() for line in _describe_variant(name, v)
         ],
         "purification": str(manifest.purification or "none"),
         "prior": _describe_prior(manifest.prior),
         "robustness": [_describe_robustness(row) for row in manifest.robustness] or "not measured",
         "size": f"{sum((bundle.path / f).stat().st_size for f in manifest.files) / 1e6:.1f} MB",
     }
+
+
+def _describe_variant(name: str, variant: Variant) -> list[str]:
+    """How fast it was where the bundle was made, and how far from the model."""
+    speed = (
+        [] if variant.cpu_ms is None else [f"{name}: {variant.cpu_ms:.3g} ms on the exporter's CPU"]
+    )
+    return [*speed, *(f"{name}: {key} {value:.6g}" for key, value in variant.parity.items())]
 
 
 def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
@@ -66,16 +73,17 @@ def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
     except EdgeclipError as err:
         return report | {"problem": str(err)}
     problems = []
-    for name in names:
+    for name, precision in itertools.product(names, bundle.manifest.precisions):
         try:
-            found = golden.check(Runtime(bundle, device=name, purify="none"))
+            runtime = Runtime(bundle, device=name, precision=precision, purify="none")
+            found = golden.check(runtime)
         except EdgeclipError as err:
-            report["devices"].append(f"{name}: {err}")
+            report["devices"].append(f"{name} {precision}: {err}")
             problems.append(str(err))
             continue
         report["device used"] = report["device used"] or name
-        differences = ", ".join(f"{key} {value:.2g}" for key, value in found.items())
-        report["devices"].append(f"{name}: works; largest golden differences: {differences}")
+        told = ", ".join(f"{key} {value:.2g}" for key, value in found.items())
+        report["devices"].append(f"{name} {precision}: works; largest golden differences: {told}")
     if not report["device used"]:
         report["problem"] = problems[0]
     return report

@@ -344,7 +344,7 @@ def test_info_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(out)
     assert report["problem"] == ""
     assert report["device used"]
-    assert any(line.startswith("cpu: works") for line in report["devices"])
+    assert any(line.startswith("cpu int8: works") for line in report["devices"])
     assert any(line.startswith("onnxruntime ") for line in report["packages"])
 
 

@@ -1,0 +1,55 @@
+"""The documents show what the benchmarks' JSON files say, and no figure of their own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+
+SHOWN = [
+    (document, match[2], match[0])
+    for document in report.DOCUMENTS
+    for match in report.MARK.finditer(document.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize(
+    ("document", "name", "text"), SHOWN, ids=[f"{d.stem} {name}" for d, name, _ in SHOWN]
+)
+def test_tables_are_those_of_the_results(document: Path, name: str, text: str) -> None:
+    begin, end = f"<!-- benchmarks.{name} -->\n", f"\n<!-- /benchmarks.{name} -->"
+    assert text == f"{begin}{report.table(name)}{end}"
+
+
+def test_every_result_is_shown() -> None:
+    shown = {name for document, name, _ in SHOWN if document.stem == "PERFORMANCE"}
+    results = {path.stem for path in report.RESULTS.glob("*.json")}
+    assert shown == results | {"targets"}
+    assert results >= report.RUNS.keys()
+
+
+def test_targets_say_what_was_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in report.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    memory = json.loads((tmp_path / "memory.json").read_text())
+    memory["mb"]["edgeclip int8"] = {"image encoder": [171, 0], "with the text encoder": [280, 0]}
+    (tmp_path / "memory.json").write_text(json.dumps(memory))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    lines = report.targets().splitlines()
+    assert "| int8, image encoder, resident | at most 170 MB | 171 MB | missed |" in lines
+    assert "| int8, both encoders, resident | at most 280 MB | 280 MB |  |" in lines
+
+
+def test_a_document_keeps_what_is_beside_its_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = tmp_path / "doc.md"
+    document.write_text("a\n<!-- benchmarks.x -->\nold\n<!-- /benchmarks.x -->\nb\n")
+    monkeypatch.setattr(report, "table", lambda name: f"table of {name}")
+    for _ in range(2):
+        assert report.update(document) == 1
+        expected = "a\n<!-- benchmarks.x -->\ntable of x\n<!-- /benchmarks.x -->\nb\n"
+        assert document.read_text() == expected
