@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEVICES = ("cpu", "cuda")
+# fp32 means it: by default products round to TensorFloat-32, ten bits, and miss the golden outputs.
+PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 
 
 class Encoder(Protocol):
@@ -63,7 +65,10 @@ def open_session(path: Path, device: str, threads: int | None = None) -> ort.Inf
         )
     try:
         session = ort.InferenceSession(
-            str(path), _session_options(ort, threads), providers=[provider], enable_fallback=0
+            str(path),
+            _session_options(ort, threads),
+            providers=[(provider, PROVIDER_OPTIONS[device])],
+            enable_fallback=0,
         )
     except Exception as err:  # the library has no public base class for its errors
         error = BundleError if device == "cpu" else DeviceError
