@@ -89,10 +89,11 @@ def run(options: argparse.Namespace) -> None:
     # Imported late: what is wrong with the arguments is said before PyTorch has loaded.
     try:
         with step("loading PyTorch"):
-            from export import bundle, checkpoints, diffusion_prior, robustness
+            from export import bundle, checkpoints, diffusion_prior, fidelity, robustness
     except ImportError as err:
         raise ExportError(f"{err}: exporting needs pip install 'edgeclip[export]'") from err
     bundle.check_target(options.out, options.force)  # before minutes of work
+    data = fidelity.load(options.data) if options.data else None
     source = checkpoints.load(options.model, options.pretrained, quick_gelu=options.quickgelu)
     words = bundle.wording(source, options.description, options.template, options.null_template)
     prior = options.prior and diffusion_prior.load_prior(options.prior)
@@ -104,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
         options.out,
         words,
         precisions=list(dict.fromkeys(options.precision)),
-        data=options.data,
+        data=data,
         robustness=measured,
         purification=recommended,
         prior=prior,

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import open_clip
@@ -36,6 +36,9 @@ from export.progress import step
 from export.quantize import convert_encoders
 from export.tokenizer import clean_kind, convert, pad_id
 from export.verify import cpu_ms, golden, verify
+
+if TYPE_CHECKING:
+    from train.data import DataSet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ def export_bundle(
     words: Wording,
     *,
     precisions: Sequence[str] = ("fp32",),
-    data: str | None = None,
+    data: DataSet | None = None,
     robustness: tuple[Robustness, ...] = (),
     purification: Purifier = None,
     prior: TrainedPrior | None = None,
@@ -81,8 +84,7 @@ def export_bundle(
 ) -> Manifest:
     """Write the bundle of `source` to `out`, and return its manifest.
 
-    precisions: fp32, fp16 and int8, each verified. data: a data set of train.data, on whose test
-    images each of them has to answer as the model does, under attack too; without it only
+    precisions: fp32, fp16 and int8, each verified. data: test images, on which each of them has to answer as the model does, under attack too; without it only
     embeddings are compared.
     purification: what the bundle recommends; it has to be earned by a measurement. prior: what
     CLIPure-Diff needs; prior_gradient is exact or forward, see export.diffusion_prior.
@@ -185,12 +187,12 @@ def _write_precisions(
     return dataclasses.replace(manifest, precisions=timed)
 
 
-def _compare_answers(work: Path, source: Source, manifest: Manifest, data: str) -> Manifest:
+def _compare_answers(work: Path, source: Source, manifest: Manifest, data: DataSet) -> Manifest:
     from export import fidelity  # with it the training package, which itself builds on this one
 
-    with step(f"comparing answers on {data}, attacked images too"):
+    with step(f"comparing answers on {data.name}, attacked images too"):
         measured = fidelity.measure(Bundle(work), source, data)
-    fidelity.check(measured, data)
+    fidelity.check(measured, data.name)
     variants = {
         name: dataclasses.replace(variant, parity={**variant.parity, **measured[name]})
         for name, variant in manifest.precisions.items()

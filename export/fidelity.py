@@ -21,15 +21,21 @@ MIN_AGREEMENT = 0.99
 MAX_CHANGE = 0.01  # of the accuracy under attack
 
 
-def measure(bundle: Bundle, source: Source, spec: str) -> dict[str, dict[str, float]]:
-    """For each precision of `bundle`, on up to SAMPLES test images of the data set `spec`:
+def load(spec: str) -> data.DataSet:
+    """The test images of a data set, by its name as for train.evaluate. Raises ExportError."""
+    try:
+        return data.load(spec, train=False)
+    except data.DataError as err:
+        raise ExportError(f"--data {spec}: {err}") from err
+
+
+def measure(bundle: Bundle, source: Source, test: data.DataSet) -> dict[str, dict[str, float]]:
+    """For each precision of `bundle`, on up to SAMPLES images of `test`:
 
     top1_agreement: how often its answer is that of the model in PyTorch; attacked_accuracy and
     attacked_accuracy_change: on images attacked in PyTorch (PGD on the margin, linf EPS), its
-    accuracy, and how much more that is than PyTorch's. Raises DataError for a data set that is not
-    there.
+    accuracy, and how much more that is than PyTorch's.
     """
-    test = data.load(spec, train=False)
     chosen = np.linspace(0, len(test) - 1, min(SAMPLES, len(test))).round().astype(int)
     manifest = bundle.manifest
     subject = Subject(source, manifest.templates, manifest.null_templates, bundle)
@@ -63,17 +69,17 @@ def measure(bundle: Bundle, source: Source, spec: str) -> dict[str, dict[str, fl
     }
 
 
-def check(measured: Mapping[str, Mapping[str, float]], spec: str) -> None:
+def check(measured: Mapping[str, Mapping[str, float]], name_of_set: str) -> None:
     """Raises ExportError for a precision that does not keep enough."""
     for name, found in measured.items():
         agreement, change = found["top1_agreement"], found["attacked_accuracy_change"]
         if not agreement >= MIN_AGREEMENT:
             raise ExportError(
-                f"{name} answers as the model does on {agreement:.1%} of {spec}, less than "
+                f"{name} answers as the model does on {agreement:.1%} of {name_of_set}, less than "
                 f"{MIN_AGREEMENT:.0%}: export without {name}; no bundle was written"
             )
         if not abs(change) <= MAX_CHANGE + 1e-9:
             raise ExportError(
-                f"{name} is right on {change:+.1%} of {spec} under attack, compared with the model, "
+                f"{name} is right on {change:+.1%} of {name_of_set} under attack, compared with the model, "
                 f"more than {MAX_CHANGE:.0%} apart: export without {name}; no bundle was written"
             )

@@ -176,7 +176,7 @@ def folder_of_images(root: Path) -> Path:
 def test_answers_are_compared_on_a_data_set(tmp_path: Path) -> None:
     made, bundle = exported("vit"), quantized("vit")
     spec = f"folder:{folder_of_images(tmp_path / 'set')}"
-    measured = fidelity.measure(bundle, made.source, spec)
+    measured = fidelity.measure(bundle, made.source, fidelity.load(spec))
     assert measured.keys() == {"fp32", "fp16", "int8"}
     assert measured["fp32"]["top1_agreement"] == 1
     assert measured["fp32"]["attacked_accuracy_change"] == 0
@@ -191,6 +191,8 @@ def test_answers_are_compared_on_a_data_set(tmp_path: Path) -> None:
     same = [a[0].index == b for a, b in zip(runtime.classify(files), answers.tolist(), strict=True)]
     assert measured["int8"]["top1_agreement"] == pytest.approx(np.mean(same), abs=1 / 8)
     assert image.size == (32, 32)
+    with pytest.raises(ExportError, match="--data nonsense: unknown data set"):
+        fidelity.load("nonsense")
 
 
 @pytest.mark.parametrize(
