@@ -240,7 +240,7 @@ def main() -> None:
         for name in bundle.manifest.precisions
         if name != "fp16"  # which CPUs do not compute in
     }
-    rt = edgeclip.Runtime(bundle, purify=purifier)
+    rt = runtimes["int8"]
     torch.manual_seed(0)
     logging.disable(logging.WARNING)  # that the weights are random is the point
     model, _, transform = open_clip.create_model_and_transforms(args.model)

@@ -135,9 +135,7 @@ def main() -> None:
     parser.add_argument(
         "--bundle", metavar="DIR", help="of that model; default: one with random weights"
     )
-    parser.add_argument(
-        "--precision", default="auto", help="of the bundle's (default: the fastest)"
-    )
+    parser.add_argument("--precision", default="int8", help="of the bundle's (default: int8)")
     parser.add_argument("--labels", type=int, default=20, help="classes encoded (default: 20)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")

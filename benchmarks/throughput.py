@@ -153,7 +153,9 @@ def main() -> None:
     if args.batch_size < 1 or args.images < 1 or args.images % args.batch_size:
         parser.error("--images must be a multiple of --batch-size")
 
-    rt = edgeclip.Runtime(bundle_for(args.model), purify="none", batch_size=args.batch_size)
+    rt = edgeclip.Runtime(
+        bundle_for(args.model), precision="int8", purify="none", batch_size=args.batch_size
+    )
     torch.manual_seed(0)
     logging.disable(logging.WARNING)  # that the weights are random is the point
     model, _, transform = open_clip.create_model_and_transforms(args.model)

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.errors import BundleError
+from edgeclip.external import locations
 from edgeclip.manifest import Manifest
 
 EMBEDDED = Path(__file__).parent / "bundles" / "fashion"
@@ -107,11 +108,20 @@ class Bundle:
         return self.graph(getattr(self.manifest.precisions[precision], kind))
 
     def graph(self, name: str) -> Path:
-        """An ONNX file, with its external data checked."""
-        data = f"{name}.data"
-        if data in self.manifest.files:
+        """An ONNX file, with its external data checked: FILE.data of the bundle, and no other file."""
+        path, data = self.file(name), f"{name}.data"
+        try:
+            found = locations(path)
+        except (OSError, ValueError) as err:
+            raise BundleError(f"{path} is no ONNX file: {err}") from err
+        if found - {data} or (found and data not in self.manifest.files):
+            raise BundleError(
+                f"{path} has weights in {', '.join(sorted(found))}: a bundle has them in {data}, "
+                "with its sha256; export it again"
+            )
+        if found:
             self.file(data)
-        return self.file(name)
+        return path
 
     def verify(self) -> None:
         """Check every file. Raises BundleError that names the first one that is not intact."""

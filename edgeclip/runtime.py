@@ -40,6 +40,8 @@ SINGLE = (str, bytes, bytearray, memoryview)  # sequences in Python, one thing h
 MAX_BATCH = 4096
 # int8 is for CPUs: a GPU has no kernels for the way in which it is written.
 FASTEST_ON_CUDA = ("fp16", "fp32", "int8")
+PLAINEST = ("fp32", "int8", "fp16")  # on a CPU, which does not compute in fp16
+MARGIN = 0.9  # of its time, before another precision takes the place of the plainest
 MAX_THREADS = 1024
 DECODINGS = ("fast", "exact")
 
@@ -66,7 +68,7 @@ class Runtime:
 
     bundle: a directory, a Bundle, or None for the embedded demonstration bundle.
     device: auto (the best that works), cpu or cuda. precision: fp32, fp16 or int8 where the bundle
-    has it, auto for the fastest there.
+    has it; auto for the fastest of those that were held to the model's answers (export --data).
     purify: auto (what the bundle recommends), none, cos, diff, a CosPurifier or a DiffPurifier.
     labels: what `classify` uses where it is given none.
     decode: fast (large JPEGs at a reduced scale, see `edgeclip.images.decode`) or exact.
@@ -121,7 +123,8 @@ class Runtime:
         self._default_labels = None if labels is None else self.labels(labels)
 
     def _choose_precision(self, precision: str, device: str) -> str:
-        """auto: what is fastest there; all that are in a bundle were checked when it was made."""
+        """auto: the fastest of those that are known to give the model's answers. On a CPU that is
+        what was fastest by a margin where the bundle was made, and fp32 where nothing was measured."""
         variants = self.bundle.manifest.precisions
         if precision != "auto":
             if precision not in variants:
@@ -129,10 +132,16 @@ class Runtime:
                     f"{self.bundle.path} has no {precision} encoders; it has {', '.join(variants)}"
                 )
             return precision
+        known = [n for n, v in variants.items() if n == "fp32" or "top1_agreement" in v.parity]
+        known = known or list(variants)
         if device == "cuda":
-            return min(variants, key=FASTEST_ON_CUDA.index)
-        timed = {name: v.cpu_ms for name, v in variants.items() if v.cpu_ms is not None}
-        return min(timed, key=timed.__getitem__) if timed else next(iter(variants))
+            return min(known, key=FASTEST_ON_CUDA.index)
+        plain = min(known, key=PLAINEST.index)
+        times = {name: ms for name in known if (ms := variants[name].cpu_ms) is not None}
+        if plain not in times:
+            return plain
+        fastest = min(times, key=times.__getitem__)
+        return fastest if times[fastest] < MARGIN * times[plain] else plain
 
     @overload
     def classify(  # type: ignore[overload-overlap]  # a str is one image, not a sequence of them

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from edgeclip.bundle import Bundle
+from edgeclip.purify import CosPurifier
 from export import ExportError
 from export.checkpoints import Source
 from train import data
@@ -30,7 +31,7 @@ def load(spec: str) -> data.DataSet:
 
 
 def measure(bundle: Bundle, source: Source, test: data.DataSet) -> dict[str, dict[str, float]]:
-    """For each precision of `bundle`, on up to SAMPLES images of `test`:
+    """For each precision of `bundle`, with its purification, on up to SAMPLES images of `test`:
 
     top1_agreement: how often its answer is that of the model in PyTorch; attacked_accuracy and
     attacked_accuracy_change: on images attacked in PyTorch (PGD on the margin, linf EPS), its
@@ -39,8 +40,10 @@ def measure(bundle: Bundle, source: Source, test: data.DataSet) -> dict[str, dic
     chosen = np.linspace(0, len(test) - 1, min(SAMPLES, len(test))).round().astype(int)
     manifest = bundle.manifest
     subject = Subject(source, manifest.templates, manifest.null_templates, bundle)
-    defence = subject.defence(test.classes, None).eval()
-    shipped = {name: Shipped(subject, test.classes, None, name) for name in manifest.precisions}
+    own = manifest.purification
+    purifier = own if isinstance(own, CosPurifier) else None  # no precision changes a prior's step
+    defence = subject.defence(test.classes, purifier).eval()
+    shipped = {n: Shipped(subject, test.classes, purifier, n) for n in manifest.precisions}
     mean, std = (torch.tensor(x)[:, None, None] for x in (manifest.image.mean, manifest.image.std))
     agree, right = (dict.fromkeys(shipped, 0) for _ in range(2))
     held = 0
@@ -56,9 +59,9 @@ def measure(bundle: Bundle, source: Source, test: data.DataSet) -> dict[str, dic
         with torch.no_grad():
             answers, bent = defence(images).argmax(1), defence(attacked).argmax(1)
         held += int((bent == labels).sum())
-        for name, own in shipped.items():
-            agree[name] += int((own.answers(images) == answers).sum())
-            right[name] += int((own.answers(attacked) == labels).sum())
+        for name, runtime in shipped.items():
+            agree[name] += int((runtime.answers(images) == answers).sum())
+            right[name] += int((runtime.answers(attacked) == labels).sum())
     return {
         name: {
             "top1_agreement": agree[name] / len(chosen),

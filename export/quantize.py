@@ -26,8 +26,9 @@ from torchvision.models import ResNet18_Weights
 from edgeclip.bundle import GOLDEN
 from edgeclip.encoders import open_session
 from edgeclip.manifest import Manifest, Variant
+from export import ExportError
 from export.checkpoints import Source
-from export.progress import quiet
+from export.progress import brief, quiet
 from export.to_onnx import SINGLE_FILE
 from export.verify import GOLDEN_PROMPTS
 
@@ -53,11 +54,25 @@ def convert_encoders(
     manifest: Manifest,
     source: Source,
 ) -> None:
-    """Write the two encoders of `made`, fp16 or int8, from those of `fp32`, all of them in `work`."""
+    """Write the two encoders of `made`, fp16 or int8, from those of `fp32`, all of them in `work`.
+
+    Raises ExportError.
+    """
     pairs = [
         (work / getattr(fp32, kind), work / getattr(made, kind))
         for kind in ("image_encoder", "text_encoder")
     ]
+    try:
+        _convert(work, pairs, precision, prompts(source, manifest))
+    except Exception as err:  # of ONNX Runtime's converters, which raise anything
+        raise ExportError(
+            f"cannot make {precision} encoders ({brief(err)}): export without {precision}"
+        ) from err
+
+
+def _convert(
+    work: Path, pairs: Sequence[tuple[Path, Path]], precision: str, texts: Sequence[Inputs]
+) -> None:
     if precision == "fp16":
         for given, target in pairs:
             to_fp16(given, target)
@@ -66,7 +81,7 @@ def convert_encoders(
         pixels = golden["pixels"][None]
     (image, image8), (text, text8) = pairs
     to_int8(image, image8, [{"pixels": pixels}], static=False)
-    to_int8(text, text8, prompts(source, manifest), static=True)
+    to_int8(text, text8, texts, static=True)
 
 
 def prompts(source: Source, manifest: Manifest) -> list[Inputs]:
@@ -101,6 +116,7 @@ def to_int8(source: Path, target: Path, examples: Sequence[Inputs], *, static: b
         "nodes_to_exclude": sensitive + _without_weights(model.graph, weights),
         "per_channel": True,
         "weight_type": QuantType.QInt8,
+        "use_external_data_format": _bytes(model) > LARGEST_MESSAGE,
     }
     extra: dict[str, Any] = {"MatMulConstBOnly": True}
     with quiet(), tempfile.TemporaryDirectory(dir=target.parent) as folder:

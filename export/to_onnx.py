@@ -166,7 +166,7 @@ def _fold_transposes(model: onnx_ir.Model) -> None:
         weight, turn = node.inputs[0], tuple(node.attributes["perm"].as_ints())
         if (weight.name, turn) not in folded:
             array = np.ascontiguousarray(weight.const_value.numpy().transpose(turn))
-            name = f"{weight.name}.transposed"
+            name = f"{weight.name}.transposed{len(folded)}"
             value = onnx_ir.Value(
                 name=name,
                 shape=onnx_ir.Shape(array.shape),

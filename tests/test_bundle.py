@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import save_file
 
@@ -15,6 +16,7 @@ import edgeclip
 from edgeclip import Bundle, BundleError, golden
 from edgeclip.bundle import EMBEDDED, sha256
 from edgeclip.diagnose import describe
+from edgeclip.external import locations
 from edgeclip.manifest import Manifest
 
 
@@ -48,12 +50,69 @@ def test_unknown_entries_are_ignored(copy: Path) -> None:
     assert Bundle(copy).manifest == Bundle().manifest
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("int8", 1e-2)])
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("int8", 0.05)])
 def test_golden_outputs_hold(precision: str, limit: float) -> None:
     found = golden.check(edgeclip.Runtime(precision=precision))
     assert found["pixels"] <= 1e-3
     assert found["image"] < limit
     assert found["text"] < limit
+
+
+@pytest.mark.parametrize(("cosine", "good"), [(0.995, True), (0.98, False), (0.5, False)])
+def test_golden_check_is_by_the_distance_of_embeddings(
+    copy: Path, cosine: float, good: bool
+) -> None:
+    """However many dimensions share it: each component may be small."""
+    with np.load(copy / "golden.npz") as arrays:
+        golden_arrays = dict(arrays)
+    own = golden_arrays["embedding"]
+    other = np.random.default_rng(0).standard_normal(own.shape)
+    other -= own * (own @ other)
+    other /= np.linalg.norm(other)
+    moved = cosine * own + np.sqrt(1 - cosine**2) * other
+    np.savez(copy / "golden.npz", **golden_arrays | {"embedding": moved.astype(np.float32)})
+    Bundle.write_manifest(copy, Bundle(copy).manifest)
+    runtime = edgeclip.Runtime(copy, precision="int8")
+    if good:
+        assert golden.check(runtime)["image"] > 0.05
+    else:
+        with pytest.raises(BundleError, match="golden image differ"):
+            golden.check(runtime)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.bin", "/etc/hostname", "other.bin", "", "manifest.json"]
+)
+def test_weights_lie_in_the_bundle_under_their_graphs_name(copy: Path, name: str) -> None:
+    path = copy / "image_encoder.int8.onnx"
+    model = onnx.load(path)
+    large = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    large.data_location = onnx.TensorProto.EXTERNAL
+    large.external_data.add(key="location", value=name)
+    (copy / "other.bin").write_bytes(large.raw_data)
+    large.ClearField("raw_data")
+    path.write_bytes(model.SerializeToString())
+    Bundle.write_manifest(copy, Bundle(copy).manifest)
+    with pytest.raises(BundleError, match=r"image_encoder\.int8\.onnx has weights in"):
+        edgeclip.Runtime(copy, precision="int8")
+
+
+def test_weights_in_a_subgraph_are_found(tmp_path: Path) -> None:
+    tensor = onnx.TensorProto(name="w", dims=[1], data_type=1, data_location=1)
+    tensor.external_data.add(key="offset", value="0")
+    tensor.external_data.add(key="location", value="inner.bin")
+    inner = onnx.helper.make_graph([], "inner", [], [], [tensor])
+    constant = onnx.helper.make_node("Constant", [], ["c"], value=tensor)
+    branch = onnx.helper.make_node("If", ["x"], ["y"], then_branch=inner)
+    graph = onnx.helper.make_graph([constant], "g", [], [])
+    for nodes in ([constant], [branch]):
+        graph = onnx.helper.make_graph(nodes, "g", [], [])
+        (tmp_path / "m.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+        assert locations(tmp_path / "m.onnx") == {"inner.bin"}
+    for broken in (b"", b"\x3a\xff", b"\x3a\x05ab", b"\x3b"):
+        (tmp_path / "m.onnx").write_bytes(broken)
+        with pytest.raises(ValueError, match=r"is|end"):
+            locations(tmp_path / "m.onnx")
 
 
 def test_missing_directory(tmp_path: Path) -> None:

@@ -233,14 +233,19 @@ def test_auto_takes_the_fastest(tmp_path: Path) -> None:
     for times, wanted in (
         ({"fp32": 2.0, "fp16": 3.0, "int8": 1.0}, "int8"),
         ({"fp32": 1.0, "fp16": 3.0, "int8": 2.0}, "fp32"),
-        ({"fp32": None, "fp16": None, "int8": 2.0}, "int8"),
+        ({"fp32": 2.0, "fp16": 3.0, "int8": 1.9}, "fp32"),  # not by a margin
+        ({"fp32": None, "fp16": None, "int8": 2.0}, "fp32"),
         ({"fp32": None, "fp16": None, "int8": None}, "fp32"),  # as it is in bundles made before
     ):
-        variants = {n: dataclasses.replace(v, cpu_ms=times[n]) for n, v in names.items()}
-        folder = tmp_path / wanted / str(times["fp32"])
-        shutil.copytree(bundle.path, folder)
-        Bundle.write_manifest(folder, dataclasses.replace(bundle.manifest, precisions=variants))
-        runtime = edgeclip.Runtime(folder, device="cpu")
-        assert runtime.precision == wanted
-        assert runtime._choose_precision("auto", "cuda") == "fp16"
-        assert runtime._choose_precision("fp32", "cpu") == "fp32"
+        for parity in ({"top1_agreement": 0.99}, {}):
+            variants = {
+                n: dataclasses.replace(v, cpu_ms=times[n], parity=parity) for n, v in names.items()
+            }
+            folder = tmp_path / str(len(list(tmp_path.iterdir())))
+            shutil.copytree(bundle.path, folder)
+            Bundle.write_manifest(folder, dataclasses.replace(bundle.manifest, precisions=variants))
+            runtime = edgeclip.Runtime(folder, device="cpu")
+            # Without a comparison of answers nothing but fp32 is taken unasked.
+            assert runtime.precision == (wanted if parity else "fp32")
+            assert runtime._choose_precision("auto", "cuda") == ("fp16" if parity else "fp32")
+            assert runtime._choose_precision("int8", "cpu") == "int8"
