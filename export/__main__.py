@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeclip.encoders import import_onnxruntime
 from edgeclip.errors import EdgeclipError
 from edgeclip.manifest import PRECISIONS, PRIOR_GRADIENTS
 from export import ExportError
 from export.progress import step
+
+if TYPE_CHECKING:
+    from train.data import DataSet
 
 EPILOG = """examples:
   python -m export ViT-B-32 --pretrained laion2b_s34b_b79k -o bundles/vit-b-32
@@ -89,11 +93,11 @@ def run(options: argparse.Namespace) -> None:
     # Imported late: what is wrong with the arguments is said before PyTorch has loaded.
     try:
         with step("loading PyTorch"):
-            from export import bundle, checkpoints, diffusion_prior, fidelity, robustness
+            from export import bundle, checkpoints, diffusion_prior, robustness
     except ImportError as err:
         raise ExportError(f"{err}: exporting needs pip install 'edgeclip[export]'") from err
     bundle.check_target(options.out, options.force)  # before minutes of work
-    data = fidelity.load(options.data) if options.data else None
+    data = _load_data(options.data) if options.data else None
     source = checkpoints.load(options.model, options.pretrained, quick_gelu=options.quickgelu)
     words = bundle.wording(source, options.description, options.template, options.null_template)
     prior = options.prior and diffusion_prior.load_prior(options.prior)
@@ -130,6 +134,15 @@ def run(options: argparse.Namespace) -> None:
                 else f"  prior {name:18} {value:.1e}"
             )
     print(f"use it: edgeclip classify IMAGE --labels FILE --bundle {options.out}")
+
+
+def _load_data(spec: str) -> DataSet:
+    """Before minutes of work. Raises ExportError."""
+    try:
+        from export import fidelity
+    except ImportError as err:
+        raise ExportError(f"{err}: --data needs pip install 'edgeclip[train]' too") from err
+    return fidelity.load(spec)
 
 
 def main(arguments: list[str] | None = None) -> int:
