@@ -222,6 +222,9 @@ def _build(
             f"{trt.__name__} {trt.__version__} does not work here: {log.last_error or _line(err)}"
         ) from err
     network = _parse(graph, trt, log, builder)
+    for tensor in [network.get_output(i) for i in range(network.num_outputs)]:
+        if options.outputs and tensor.name not in options.outputs:
+            network.unmark_output(tensor)
     config = builder.create_builder_config()
     monitor = _monitor(trt, steps)  # has to outlive the build
     config.progress_monitor = monitor

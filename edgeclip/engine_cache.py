@@ -39,6 +39,7 @@ class BuildOptions:
     max_batch: int = 8  # rows of one call, from 1
     opt_batch: int = 1  # of images, those that kernels are tuned for: a camera's frame
     context_length: int = 77  # ids of a prompt, at most
+    outputs: tuple[str, ...] = ()  # that the engine keeps, with what they need; empty: all
     # A Jetson's memory is the CPU's too, and TensorRT tries what fills it unless it is told not to.
     # An encoder's kernels want some ten MB for each image.
     workspace_bytes: int | None = 1 << 30
@@ -117,6 +118,20 @@ class EngineCache:
         logger.warning("%s is damaged or missing: building it again", entry.path)
         return None
 
+    def latest(self, key: EngineKey) -> Path | None:
+        """The engine that was stored last for a key as this one, whatever its options."""
+        fields = {name: value for name, value in key.fields().items() if name != "options"}
+        found = [
+            entry
+            for entry in self.entries()
+            if entry.path.is_file() and fields.items() <= dict(entry.key).items()
+        ]
+        for entry in sorted(found, key=lambda e: e.path.stat().st_mtime, reverse=True):
+            if entry.checked and sha256(entry.path) == entry.sha256:
+                return entry.path
+            logger.warning("%s is damaged: build it again", entry.path)
+        return None
+
     def save(self, key: EngineKey, engine: bytes, report: Mapping[str, Any]) -> Path:
         """Keep an engine, and how it was checked: `report`, for JSON, such as golden differences.
 
@@ -156,6 +171,13 @@ class EngineCache:
         """The engines that are there, which `find` may still reject."""
         files = [] if self.folder is None else sorted(self.folder.glob("*.json"))
         return [entry for file in files if (entry := _read_entry(file)) is not None]
+
+    def forget(self, key: EngineKey) -> None:
+        """Delete one engine."""
+        for folder in [] if self.folder is None else [self.folder]:
+            (folder / f"{_stem(key)}.json").unlink(missing_ok=True)
+            for file in folder.glob(f"{_stem(key)}-*.engine"):
+                file.unlink(missing_ok=True)
 
     def remove(self) -> int:
         """Delete all engines and timings; bytes freed. Raises EdgeclipError."""
