@@ -36,40 +36,49 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], object]
-Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
-MODULES = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 4)}  # and the oldest version that was tried
+MODULES = {
+    "tensorrt": (10, 3),
+    "tensorrt_rtx": (1, 4),
+}  # and the oldest that engines are tried with
+INSTALL = {
+    "tensorrt": "pip install 'edgeclip[tensorrt]' on a machine with an NVIDIA GPU; on a Jetson it is "
+    "JetPack's own, which a virtual environment sees when made by: "
+    "python3 -m venv --system-site-packages",
+    "tensorrt_rtx": "pip install 'edgeclip[tensorrt-rtx]'",
+}
 NETWORK_FLAGS = ("STRONGLY_TYPED",)  # EXPLICIT_BATCH has meant nothing since TensorRT 10
 # Set by default: products would round to TensorFloat-32, and fp32 miss the golden outputs.
 CLEARED_FLAGS = ("TF32",)
 CLASSES = 32768  # most label rows (K, D) of a fused graph
-INSTALL = (
-    "pip install 'edgeclip[tensorrt]' on a machine with an NVIDIA GPU; on a Jetson it is JetPack's own, "
-    "which a virtual environment sees when made by: python3 -m venv --system-site-packages"
-)
 
 
-def import_tensorrt() -> Any:
-    """The module tensorrt, else tensorrt_rtx. Raises DeviceError, which says what to install."""
-    for name, oldest in MODULES.items():
+def import_tensorrt(*names: str) -> Any:
+    """The first module of MODULES, or of `names`, that is installed.
+
+    Raises DeviceError, which says what to install, for none, or for one that does not work.
+    """
+    names = names or tuple(MODULES)
+    for name in names:
         try:
             trt = importlib.import_module(name)
         except ModuleNotFoundError as err:
             if err.name != name:
-                raise DeviceError(f"{name} is installed in part ({err}): {INSTALL}") from err
+                raise DeviceError(f"{name} is installed in part ({err}): {INSTALL[name]}") from err
             continue
-        except (ImportError, OSError, RuntimeError) as err:  # the last from the wheels' own loader
+        except (ImportError, OSError, RuntimeError) as err:  # of the loader, and of the wheels' own
             raise DeviceError(
                 f"{name} is installed, but its libraries do not load ({_line(err)}): install it "
-                f"again, {INSTALL}"
+                f"again, {INSTALL[name]}"
             ) from err
-        if _version(trt) < oldest:
+        if _version(trt) < MODULES[name]:
+            oldest = ".".join(map(str, MODULES[name]))
             raise DeviceError(
-                f"{name} {trt.__version__} is too old, edgeclip needs {'.'.join(map(str, oldest))} "
-                "(JetPack 6.1) or later"
+                f"{name} {trt.__version__} is too old, edgeclip needs {oldest} or later: "
+                f"{INSTALL[name]}"
             )
         return trt
-    raise DeviceError(f"TensorRT is not installed: {INSTALL}")
+    raise DeviceError(f"{names[0]} is not installed: {INSTALL[names[0]]}")
 
 
 def engine_key(graph_sha256: Sequence[str], trt: Any, gpu: Gpu, options: BuildOptions) -> EngineKey:
@@ -278,22 +287,24 @@ def _parser_error(error: Any) -> str:
     return ": ".join(_line(text) for text in (operator, where, error.desc()) if text)
 
 
+def capabilities(trt: Any) -> list[tuple[int, int]]:
+    """Of the GPUs that need not be here to build for: TensorRT-RTX's, none of TensorRT's."""
+    names = dir(getattr(trt, "ComputeCapability", None))
+    numbers = sorted(int(name[2:]) for name in names if re.fullmatch("SM[0-9]+", name))
+    return [divmod(number, 10) for number in numbers]
+
+
 def _target(trt: Any, config: Any, capability: tuple[int, int]) -> None:
     """Build for a GPU that is not here."""
-    if not hasattr(trt, "ComputeCapability"):
+    if not capabilities(trt):
         raise DeviceError(
             f"{trt.__name__} builds for the GPU of this machine only; for another, "
             "TensorRT-RTX: pip install 'edgeclip[tensorrt-rtx]'"
         )
     name = f"SM{capability[0]}{capability[1]}"
-    if not hasattr(trt.ComputeCapability, name):
-        known = sorted(
-            (x for x in dir(trt.ComputeCapability) if re.fullmatch("SM[0-9]+", x)),
-            key=lambda x: int(x[2:]),
-        )
-        raise DeviceError(
-            f"{trt.__name__} {trt.__version__} builds for {', '.join(known)}, not {name}"
-        )
+    if capability not in capabilities(trt):
+        known = ", ".join(f"SM{major}{minor}" for major, minor in capabilities(trt))
+        raise DeviceError(f"{trt.__name__} {trt.__version__} builds for {known}, not {name}")
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
 
@@ -305,38 +316,35 @@ def _add_profile(
     profile, used = builder.create_optimization_profile(), False
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
-        shape = tuple(tensor.shape)
-        if -1 in shape:
-            profile.set_shape(tensor.name, *_profile(graph, tensor.name, shape, options))
+        ranges = _ranges(network, tensor.name, options)
+        sizes = []
+        for axis, size in enumerate(tensor.shape):
+            if size == -1 and axis not in ranges:
+                raise DeviceError(
+                    f"{graph}: TensorRT needs a range for axis {axis} of input {tensor.name!r}"
+                )
+            sizes.append(ranges[axis] if size == -1 else (size, size, size))
+        if -1 in tuple(tensor.shape):
+            profile.set_shape(tensor.name, *zip(*sizes, strict=True))
             used = True
     if used and config.add_optimization_profile(profile) < 0:
         raise DeviceError(f"TensorRT takes no profile of {graph}")
 
 
-def _profile(graph: Path, name: str, shape: tuple[int, ...], options: BuildOptions) -> Shapes:
-    most = options.max_batch
-    ranges = {
-        ("ids", 0): (1, most, most),  # label prompts come many at a time
-        ("ids", 1): (1, min(16, options.context_length), options.context_length),
-        ("classes", 0): (1, min(100, CLASSES), CLASSES),
-    }
-    sizes = []
-    for axis, size in enumerate(shape):
-        if size != -1:
-            sizes.append((size, size, size))
-        elif (name, axis) in ranges:
-            sizes.append(ranges[name, axis])
-        elif axis == 0:
-            sizes.append((1, options.opt_batch, most))
-        else:
-            raise DeviceError(f"{graph}: TensorRT needs a range for axis {axis} of input {name!r}")
-    low, usual, high = zip(*sizes, strict=True)
-    return low, usual, high
+def _ranges(network: Any, name: str, options: BuildOptions) -> dict[int, tuple[int, int, int]]:
+    """The sizes of an input by axis, where they are symbolic."""
+    most, length = options.max_batch, options.context_length
+    if name == "ids":  # label prompts come many at a time
+        return {0: (1, most, most), 1: (1, min(16, length), length)}
+    if name == "classes":  # as many at least as there are in an answer: outputs (N, k)
+        k = max(network.get_output(i).shape[-1] for i in range(network.num_outputs))
+        return {0: (max(k, 1), max(k, 100), CLASSES)}
+    return {0: (1, options.opt_batch, most)}
 
 
 def _times_kernels(trt: Any) -> bool:
     """Not so TensorRT-RTX, whose timing caches hold nothing and are deprecated."""
-    return not hasattr(trt, "ComputeCapability")
+    return not capabilities(trt)
 
 
 def _load_timings(config: Any, path: Path, log: Any) -> None:
