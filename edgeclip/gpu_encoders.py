@@ -38,6 +38,7 @@ class OnnxGpuEncoder(OnnxEncoder):
     """
 
     capturable = False
+    memory = "cuda"  # where ONNX Runtime finds the arrays
 
     def __init__(
         self,
@@ -74,10 +75,8 @@ class OnnxGpuEncoder(OnnxEncoder):
             (binding.bind_output, EMBEDDING, self.embedding),
         ):
             part = array.head((count, *array.shape[1:]))
-            bind(name, self._memory, 0, np.float32, part.shape, part.pointer)
+            bind(name, self.memory, 0, np.float32, part.shape, part.pointer)
         return binding
-
-    _memory = "cuda"
 
     def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
         with self.lock:  # the stream is one for all
@@ -118,10 +117,10 @@ class TensorRTEncoder:
         self.pixels = DeviceArray(most)
         self.embedding = DeviceArray((most[0], dim))
         self.lock = threading.Lock()
-        # One context for each count, as the graphs captured of one need it; they take turns in the
-        # memory that their layers work in.
+        # One context for each count, since what a graph captured of one must not change again; they
+        # take turns in the memory that their layers work in.
         self._contexts: dict[int, Any] = {}
-        self._work = DeviceArray((max(_work_size(self._engine), 1),), np.uint8)
+        self._work = DeviceArray((self._engine.device_memory_size_v2,), np.uint8)
 
     def check_shapes(self, inputs: tuple[int, ...], embed_dim: int) -> None:
         """Raises BundleError where the engine is not made for inputs (N, *inputs) or embed_dim."""
@@ -171,19 +170,10 @@ class TensorRTEncoder:
             good = good and context.set_tensor_address(name, array.pointer)
         if not good:
             raise DeviceError(self._said(f"does not take {count} images in"))
-        if hasattr(context, "set_device_memory"):
-            context.set_device_memory(self._work.pointer, self._work.nbytes)
-        else:
-            context.device_memory = self._work.pointer
+        context.set_device_memory(self._work.pointer, self._work.nbytes)
         return context
 
     def _said(self, what: str, advice: str = "see edgeclip doctor") -> str:
         trt = self._trt
         reason = f" ({self._log.last_error})" if self._log.last_error else ""
         return f"{trt.__name__} {trt.__version__} {what} {self._name}{reason}: {advice}"
-
-
-def _work_size(engine: Any) -> int:
-    """Bytes that the engine's layers need at once, for its largest batch."""
-    newer = "device_memory_size_v2"  # from 10.1
-    return int(getattr(engine, newer if hasattr(engine, newer) else "device_memory_size"))

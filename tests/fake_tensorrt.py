@@ -5,20 +5,24 @@
 The names come from tests/tensorrt_surfaces. What is not there is an AttributeError, as is what is there
 and that this file has no behaviour for (when it is called). Its builder checks what it is given as far
 as TensorRT's would: a sound ONNX file, a profile that fits each symbolic size; and its engine is JSON
-that says how it was built. `trt._fake` is what tests look at and change.
+that says how it was built, which its runtime runs by ONNX Runtime on the CPU. `trt._fake` is what tests look at and change.
 """
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime as ort
 
 SURFACES = Path(__file__).parent / "tensorrt_surfaces"
 UNSUPPORTED = ("DynamicQuantizeLinear", "MatMulInteger")  # as TensorRT has it
@@ -35,6 +39,7 @@ class Fake:
     device: str = "GPU"  # whose timings it takes
     builds: list[dict[str, Any]] = field(default_factory=list)  # what the engines say
     cancelled: bool = False  # whether the last build was
+    queue: Callable[[int, Callable[[], None]], None] = lambda _, work: work()  # on a stream
 
 
 def surfaces() -> list[str]:
@@ -126,6 +131,7 @@ class Builder:
             return None
         built = {
             "graph": str(network._graph),
+            "outputs": [tensor.name for tensor in network._outputs],
             "version": self._trt.__version__,
             "network_flags": network._flags,
             "builder_flags": sorted(x.name for x in config._flags),
@@ -199,6 +205,9 @@ class INetworkDefinition:
 
     def get_output(self, index: int) -> Any:
         return self._outputs[index]
+
+    def unmark_output(self, tensor: Any) -> None:
+        self._outputs.remove(tensor)
 
 
 class ITensor:
@@ -353,11 +362,103 @@ class ParserError:
         return self._fields[3]
 
 
+class Runtime:
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+
+    def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
+        """ONNX Runtime on the CPU, on the graph that was built."""
+        try:
+            built = json.loads(serialized_engine)
+            if built["version"] != self._trt.__version__:
+                raise ValueError("The engine plan file is not compatible with this version")
+        except ValueError as err:
+            self._logger.log(self._trt.ILogger.Severity.ERROR, str(err))
+            return None
+        engine = self._trt.ICudaEngine()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        engine._session = ort.InferenceSession(built["graph"], options)
+        engine._built = built
+        return engine
+
+
+class ICudaEngine:
+    device_memory_size_v2 = 4096
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self._names())
+
+    def _names(self) -> list[str]:
+        return [node.name for node in self._session.get_inputs()] + self._built["outputs"]
+
+    def get_tensor_name(self, index: int) -> str:
+        return self._names()[index]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        nodes = (*self._session.get_inputs(), *self._session.get_outputs())
+        (shape,) = (node.shape for node in nodes if node.name == name)
+        return tuple(size if isinstance(size, int) else -1 for size in shape)
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+        return [tuple(shape) for shape in self._built["profiles"][profile_index][name]]
+
+    def create_execution_context(self, strategy: Any) -> Any:
+        context = self._trt.IExecutionContext()
+        context._engine, context._strategy = self, strategy
+        context._shapes, context._addresses = {}, {}
+        context._profile = context._memory = None
+        return context
+
+
+class IExecutionContext:
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        self._profile = profile_index
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        low, _, high = self._engine.get_tensor_profile_shape(name, self._profile)
+        self._shapes[name] = tuple(shape)
+        return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self._addresses[name] = memory
+        return name in self._engine._names()
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self._memory = memory if size >= self._engine.device_memory_size_v2 else None
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        """Queued, as the work of a GPU is, so that a graph that captures it runs it again."""
+        managed = self._strategy == self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._profile is None or (managed and self._memory is None):
+            return False
+        self._trt._fake.queue(stream_handle, self._run)
+        return True
+
+    def _run(self) -> None:
+        (node,) = self._engine._session.get_inputs()
+        pixels = _floats(self._addresses[node.name], self._shapes[node.name])
+        names = self._engine._built["outputs"]
+        for name, value in zip(
+            names, self._engine._session.run(names, {node.name: pixels}), strict=True
+        ):
+            _floats(self._addresses[name], value.shape)[...] = value
+
+
+def _floats(address: int, shape: Sequence[int]) -> Any:
+    kind = ctypes.c_float * math.prod(shape)
+    return np.ctypeslib.as_array(kind.from_address(address)).reshape(shape)
+
+
 BEHAVIOURS: dict[str, type] = {
     found.__name__: found
     for found in (
         Builder,
         IBuilderConfig,
+        ICudaEngine,
+        IExecutionContext,
         IHostMemory,
         ILogger,
         INetworkDefinition,
@@ -367,5 +468,6 @@ BEHAVIOURS: dict[str, type] = {
         ITimingCache,
         OnnxParser,
         ParserError,
+        Runtime,
     )
 }
