@@ -59,7 +59,7 @@ def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
         "edgeclip": f"{__version__}, core {_core.simd()}, "
         f"CUDA {'built in' if _core.cuda_built() else 'not built in'}",
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "packages": [f"{name} {_installed(name)}" for name in PACKAGES],
+        "packages": [f"{name} {installed(name)}" for name in PACKAGES],
         "bundle": str(path or "embedded demonstration"),
         "devices": [],
         "device used": "",
@@ -111,7 +111,7 @@ def _describe_prior(prior: PriorSpec | None) -> str | list[str]:
     return [told, *(f"{key} {value:.3g}" for key, value in prior.parity.items())]
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -97,3 +97,22 @@ def text_progress() -> Callable[[int, int], None] | None:
             bar.close()
 
     return update
+
+
+def report_format(form: str | None) -> str:
+    """json where nobody looks on, unless a form was asked for."""
+    return form or ("table" if sys.stdout.isatty() else "json")
+
+
+def show_report(report: dict[str, Any], form: str | None) -> None:
+    """Entries that are values or lists of lines; form is table, json, or None for what fits."""
+    if report_format(form) == "json":
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    width = max(map(len, report))
+    for key, value in report.items():
+        lines = value if isinstance(value, list) else [value]
+        for i, line in enumerate(lines or [""]):
+            if isinstance(line, dict):
+                line = ", ".join(f"{name} {entry}" for name, entry in line.items())
+            print(f"{key if i == 0 else '':{width}}  {line if line != '' else 'none'}")
