@@ -7,6 +7,7 @@ tokenizer.json                    for the tokenizers library
 embeddings.safetensors            null_text (D,): the unit embedding of "no class in particular"
 golden.npz                        one input and its outputs at every stage
 prior.onnx                        only for CLIPure-Diff: z, timestep, noise -> loss, gradient
+fused.<precision>.onnx            only for other runtimes: image to answer, with the encoder's weights
 """
 
 from __future__ import annotations

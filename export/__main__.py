@@ -83,6 +83,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="exact",
         help="forward: half of the work, by a gradient that is not the exact one (default: exact)",
     )
+    add(
+        "--fused",
+        action="store_true",
+        help="write fused.PRECISION.onnx too: image to answer in one graph, for trtexec, OpenVINO and "
+        "others (see docs/serving.md)",
+    )
     add("--quickgelu", action="store_true", help="the weights were trained with QuickGELU")
     add("--force", action="store_true", help="replace the bundle at -o")
     return parser.parse_args(arguments)
@@ -93,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
     # Imported late: what is wrong with the arguments is said before PyTorch has loaded.
     try:
         with step("loading PyTorch"):
-            from export import bundle, checkpoints, diffusion_prior, robustness
+            from export import bundle, checkpoints, diffusion_prior, fused, robustness
     except ImportError as err:
         raise ExportError(f"{err}: exporting needs pip install 'edgeclip[export]'") from err
     bundle.check_target(options.out, options.force)  # before minutes of work
@@ -104,6 +110,8 @@ def run(options: argparse.Namespace) -> None:
     measured, recommended = robustness.read(
         options.robustness, source, words.templates, prior, options.prior_gradient
     )
+    if options.fused:
+        fused.check_purifier(recommended)  # before minutes of work
     manifest = bundle.export_bundle(
         source,
         options.out,
@@ -114,6 +122,7 @@ def run(options: argparse.Namespace) -> None:
         purification=recommended,
         prior=prior,
         prior_gradient=options.prior_gradient,
+        fused=options.fused,
         force=options.force,
     )
     size = sum(path.stat().st_size for path in options.out.iterdir())

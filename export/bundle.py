@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
 from safetensors.numpy import save
 
+from edgeclip import Runtime
 from edgeclip.bundle import EMBEDDINGS, GOLDEN, MANIFEST, TOKENIZER, Bundle
 from edgeclip.labels import check_templates
 from edgeclip.manifest import (
@@ -32,6 +33,7 @@ from edgeclip.purify import Purifier
 from export import ExportError, to_onnx
 from export.checkpoints import Source
 from export.diffusion_prior import TrainedPrior, write_prior
+from export.fused import Head, check_purifier, write_fused
 from export.progress import step
 from export.quantize import convert_encoders
 from export.tokenizer import clean_kind, convert, pad_id
@@ -80,6 +82,7 @@ def export_bundle(
     purification: Purifier = None,
     prior: TrainedPrior | None = None,
     prior_gradient: str = "exact",
+    fused: bool = False,
     force: bool = False,
 ) -> Manifest:
     """Write the bundle of `source` to `out`, and return its manifest.
@@ -87,7 +90,8 @@ def export_bundle(
     precisions: fp32, fp16 and int8, each verified. data: test images, on which each of them has to answer as the model does, under attack too; without it only
     embeddings are compared.
     purification: what the bundle recommends; it has to be earned by a measurement. prior: what
-    CLIPure-Diff needs; prior_gradient is exact or forward, see export.diffusion_prior.
+    CLIPure-Diff needs; prior_gradient is exact or forward, see export.diffusion_prior. fused: write
+    fused.<precision>.onnx of each precision too, see export.fused.
 
     An existing bundle is replaced only with `force`, and only once the new one is verified. Raises
     ExportError; then nothing is left behind.
@@ -114,6 +118,8 @@ def export_bundle(
         Bundle.write_manifest(work, manifest)
         if data is not None:
             manifest = _compare_answers(work, source, manifest, data)
+        if fused:
+            _write_fused(work, manifest)
         Bundle.write_manifest(work, manifest)
         Bundle(work).verify()
         _move(work, out)
@@ -198,6 +204,14 @@ def _compare_answers(work: Path, source: Source, manifest: Manifest, data: DataS
         for name, variant in manifest.precisions.items()
     }
     return dataclasses.replace(manifest, precisions=variants)
+
+
+def _write_fused(work: Path, manifest: Manifest) -> None:
+    head = Head(check_purifier(manifest.purification))
+    for precision in manifest.precisions:
+        with step(f"fusing all from image to answer in {precision}"):
+            runtime = Runtime(work, device="cpu", precision=precision)
+            write_fused(runtime, work / f"fused.{precision}.onnx", head, shared=True)
 
 
 def _variant(precision: str) -> Variant:

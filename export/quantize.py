@@ -28,8 +28,8 @@ from edgeclip.encoders import open_session
 from edgeclip.manifest import Manifest, Variant
 from export import ExportError
 from export.checkpoints import Source
+from export.files import SINGLE_FILE
 from export.progress import brief, quiet
-from export.to_onnx import SINGLE_FILE
 from export.verify import GOLDEN_PROMPTS
 
 PRODUCTS = ("MatMul", "Gemm")

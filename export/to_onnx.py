@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from edgeclip.manifest import TokenSpec
 from export import ExportError
 from export.attention import plain_attention
+from export.files import save
 from export.progress import brief, quiet
 from export.towers import image_encoder
 
 OPSET = 20  # has Gelu, which runtimes run as one operation; TensorRT 10.3 (JetPack 6) builds it
-# Bytes of weights from which these lie beside the graph, where ONNX Runtime maps them into memory
-# rather than parse and copy them; a protobuf would end at 2 GiB.
-SINGLE_FILE = 16 << 20
 Shape = tuple[str | int, ...]
 
 
@@ -181,12 +179,9 @@ def _fold_transposes(model: onnx_ir.Model) -> None:
 
 
 def _save(model: onnx_ir.Model, path: Path) -> None:
-    """Write the graph and its weights: one file, or FILE and FILE.data where they are too large."""
     _forget_origins(model)
     _keep_names_apart(model.graph)
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    external = f"{path.name}.data" if weights > SINGLE_FILE else None
-    onnx_ir.save(model, path, external_data=external)
+    save(model, path)
 
 
 def _forget_origins(model: onnx_ir.Model) -> None:

@@ -23,7 +23,7 @@ from edgeclip.encoders import OnnxEncoder
 from edgeclip.errors import LabelError
 from edgeclip.purify import CosPurifier
 from edgeclip.tokenizer import Tokenizer
-from export import ExportError, robustness, to_onnx, verify
+from export import ExportError, files, robustness, to_onnx, verify
 from export.bundle import export_bundle, image_spec, wording
 from export.checkpoints import load
 
@@ -402,7 +402,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = exported("vit")
-    monkeypatch.setattr(to_onnx, "SINGLE_FILE", 1000)
+    monkeypatch.setattr(files, "SINGLE_FILE", 1000)
     to_onnx.export_image_encoder(made.source.model, (32, 32), tmp_path / "image.onnx")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["image.onnx", "image.onnx.data"]

@@ -1,0 +1,428 @@
+"""Image to answer as one ONNX graph, for runtimes other than edgeclip's: no PyTorch needed.
+
+    python -m export.fused BUNDLE -o fused.onnx
+
+Normalisation, the bundle's image encoder, CLIPure-Cos, class scores, softmax and top-k, of operators
+that TensorRT, OpenVINO and ONNX Runtime all have. What is left to the caller is to resize and crop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
+from onnx_ir.tape import Tape
+from PIL import Image
+
+from edgeclip import LabelSet, Runtime, read_labels
+from edgeclip.arguments import Parser, positive, step_size, up_to
+from edgeclip.bundle import Bundle
+from edgeclip.encoders import open_session
+from edgeclip.errors import EdgeclipError
+from edgeclip.labels import read_templates
+from edgeclip.manifest import PRECISIONS, ImageSpec
+from edgeclip.purify import MAX_STEPS, CosPurifier, DiffPurifier, Purifier, resolve
+from export import ExportError
+from export.files import save
+from export.progress import step
+
+INPUT_TYPES = ("uint8", "float32")
+TOP_K = 5
+MIN_SINE = 1e-5  # csrc/math.h's kMinSine
+# Of probabilities, from Runtime's. fp16 and int8 round differently where a value differs in its last
+# bit, by what the golden check allows.
+LIMITS = {"fp32": 1e-5, "fp16": 1e-2, "int8": 1e-2}
+PROBES = 5  # images that are compared, the golden one among them
+PROBE_CLASSES = 32
+EPILOG = """examples:
+  python -m export.fused vit-b-32 -o fused.onnx                        classes are an input
+  python -m export.fused vit-b-32 --classes-for labels.txt -o classes.npy          what it takes
+  python -m export.fused vit-b-32 -o fused.onnx --labels labels.txt    classes are built in
+  python -m export.fused vit-b-32 -o ds.onnx --labels labels.txt --input-type float32 --top-k all
+
+inputs: image uint8 (batch, H, W, 3), RGB of the encoder's size, or float32 (batch, 3, H, W) in 0 to
+255; classes float32 (K, D), unit rows, K from top-k. outputs: probabilities float32 (batch, k), the
+largest first, and indices int32 (batch, k); with --top-k all probabilities (batch, K) in the order of
+the classes. docs/serving.md shows it in TensorRT, OpenVINO, DeepStream and Triton.
+"""
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What follows the encoder.
+
+    top_k: classes in an answer, all of them for None. labels: built in, or an input for None.
+    """
+
+    purifier: CosPurifier | None = None
+    top_k: int | None = TOP_K
+    labels: LabelSet | None = None
+
+    @property
+    def answers(self) -> int | None:
+        """Entries of an answer: not more than there are labels. None for one for each class."""
+        if self.top_k is None or self.labels is None:
+            return self.top_k
+        return min(self.top_k, len(self.labels))
+
+
+class _Operators:
+    """Appends nodes to a graph; numbers become float32 constants."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._tape = Tape(graph)
+        self._constants = itertools.count()
+
+    def __call__(self, kind: str, *inputs: ir.Value | float, **attributes: Any) -> ir.Value:
+        values = [v if isinstance(v, ir.Value) else self.constant(v) for v in inputs]
+        return self._tape.op(kind, values, attributes)
+
+    def constant(self, value: Any, dtype: type = np.float32) -> ir.Value:
+        tensor = ir.tensor(np.asarray(value, dtype))
+        return self._tape.initializer(tensor, name=f"fused.constant{next(self._constants)}")
+
+    def total(self, x: ir.Value) -> ir.Value:
+        """The sum of each row, (batch, 1)."""
+        return self("ReduceSum", x, self.constant([1], np.int64), keepdims=1)
+
+    def top(self, x: ir.Value, k: int) -> ir.Value:
+        """Positions of the k largest of each row, the lower first among equals."""
+        inputs = [x, self.constant([k], np.int64)]
+        return self._tape.op_multi_out("TopK", inputs, {"axis": 1}, num_outputs=2)[1]
+
+
+def fuse(
+    encoder: ir.Model, image: ImageSpec, null_text: Array, scale: float, input_type: str, head: Head
+) -> ir.Model:
+    """The graph of `encoder`, with what comes before and after it: changed, and returned.
+
+    null_text is float32 (D,), scale what multiplies cosines.
+    """
+    graph, op = encoder.graph, _Operators(encoder.graph)
+    (pixels,) = graph.inputs
+    (embedding,) = (value for value in graph.outputs if value.name == "embedding")
+    graph.inputs.clear()
+    graph.outputs.clear()
+    pixels.replace_all_uses_with(_normalise(graph, op, pixels.shape[0], image, input_type))
+
+    direction = _direction(op, embedding, null_text, head.purifier)
+    classes = _classes(graph, op, head.labels, len(null_text))
+    # The same bias for all classes would leave their softmax as it is.
+    logits = op("Gemm", direction, classes, alpha=scale, transB=1)
+    probabilities = op("Softmax", logits, axis=1)
+    batch = pixels.shape[0]
+    if head.answers is None:
+        count = "classes" if head.labels is None else len(head.labels)
+        _output(graph, "probabilities", probabilities, ir.DataType.FLOAT, [batch, count])
+    else:
+        order = op.top(logits, head.answers)  # not of probabilities, of which many may be 0
+        best = op("GatherElements", probabilities, order, axis=1)
+        indices = op("Cast", order, to=ir.DataType.INT32)
+        _output(graph, "probabilities", best, ir.DataType.FLOAT, [batch, head.answers])
+        _output(graph, "indices", indices, ir.DataType.INT32, [batch, head.answers])
+    graph.sort()
+    RemoveUnusedNodesPass()(encoder)  # of an output that nobody asked for, and their weights
+    NameFixPass()(encoder)  # inputs and outputs keep theirs
+    if head.labels is not None:
+        encoder.metadata_props["labels"] = json.dumps(head.labels.names, ensure_ascii=False)
+    return encoder
+
+
+def _normalise(
+    graph: ir.Graph, op: _Operators, batch: int | ir.SymbolicDim, image: ImageSpec, kind: str
+) -> ir.Value:
+    """(v / 255 - mean) / std in this order, which gives the very values of `_core.preprocess`."""
+    height, width = image.size
+    shape = [batch, height, width, 3] if kind == "uint8" else [batch, 3, height, width]
+    dtype = ir.DataType.UINT8 if kind == "uint8" else ir.DataType.FLOAT
+    given = ir.Value(name="image", shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    graph.inputs.append(given)
+    if kind == "uint8":  # TensorRT takes it for nothing but this
+        x = op("Cast", given, to=ir.DataType.FLOAT)
+        x = op("Transpose", x, perm=[0, 3, 1, 2])
+    else:
+        x = given
+    mean, std = (np.reshape(values, (3, 1, 1)) for values in (image.mean, image.std))
+    return op("Div", op("Sub", op("Div", x, 255.0), op.constant(mean)), op.constant(std))
+
+
+def _classes(graph: ir.Graph, op: _Operators, labels: LabelSet | None, dim: int) -> ir.Value:
+    if labels is not None:
+        return op.constant(labels.embeddings)
+    shape, dtype = ir.Shape(["classes", dim]), ir.TensorType(ir.DataType.FLOAT)
+    graph.inputs.append(ir.Value(name="classes", shape=shape, type=dtype))
+    return graph.inputs[-1]
+
+
+def _output(
+    graph: ir.Graph, name: str, value: ir.Value, dtype: ir.DataType, shape: list[Any]
+) -> None:
+    value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+    graph.outputs.append(value)
+
+
+def _direction(
+    op: _Operators, z: ir.Value, null_text: Array, purifier: CosPurifier | None
+) -> ir.Value:
+    """The unit embedding, purified: csrc/math.h in float32, which is what TensorRT has.
+
+    The embedding z is split into what is along the null text t and what is across. Neither the angle
+    between nor the direction across is then a small difference of large numbers, as 1 - cosine^2 is
+    where they are nearly parallel. After all steps there is the angle at which the embedding ends up.
+    """
+    if purifier is None or purifier.steps == 0 or purifier.step_size == 0:
+        return op("Div", z, op("Sqrt", op.total(op("Mul", z, z))))
+    t = op.constant((null_text / np.linalg.norm(null_text.astype(np.float64)))[None])
+    along, across = _split(op, z, t)
+    rest, across = _split(op, across, t)  # what rounding left along t
+    along = op("Add", along, rest)
+    length = op("Sqrt", op.total(op("Mul", across, across)))
+    norm = op("Sqrt", op("Add", op("Mul", along, along), op("Mul", length, length)))
+    # tan(angle / 2) = sine / (1 + cosine), of the acute one of the angle and its supplement.
+    half = op("Atan", op("Div", length, op("Add", norm, op("Abs", along))))
+    obtuse_by = op("Sub", math.pi / 2, op("Mul", half, 2.0))
+    angle = op("Sub", math.pi / 2, op("Mul", op("Sign", along), obtuse_by))
+    angle = _turn(op, angle, op("Div", length, norm), purifier)
+    tangent = op("Div", across, op("Max", length, 1e-30))  # 0 where there is none
+    return op("Add", op("Mul", op("Cos", angle), t), op("Mul", op("Sin", angle), tangent))
+
+
+def _split(op: _Operators, z: ir.Value, t: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """How long z is along t, and z without that."""
+    along = op.total(op("Mul", z, t))
+    return along, op("Sub", z, op("Mul", along, t))
+
+
+def _turn(op: _Operators, angle: ir.Value, sine: ir.Value, purifier: CosPurifier) -> ir.Value:
+    """The angle to the null text after all steps, negative on the other side of it.
+
+    Each step turns by atan(step size) towards the null text. The first that passes it, `crossing`,
+    is undone by the next one, and so on: what then counts is whether an odd number of steps is left.
+    An angle whose sine is below MIN_SINE has no tangent to follow, and stays.
+    """
+    turn, steps = math.atan(purifier.step_size), float(purifier.steps)
+    ahead = op("Mul", op("Sub", angle, MIN_SINE), min(1 / turn, 1e30))
+    crossing = op("Max", op("Add", op("Floor", ahead), 1.0), 0.0)
+    taken = op("Min", crossing, steps)
+    left = op("Sub", steps, taken)
+    odd = op("Sub", left, op("Mul", op("Floor", op("Mul", left, 0.5)), 2.0))
+    turned = op("Sub", angle, op("Mul", taken, turn))
+    crossed = op("Cast", op("Less", turned, -MIN_SINE), to=ir.DataType.FLOAT)
+    back = op("Mul", op("Mul", odd, crossed), turn)
+    moved = op("Add", turned, back)
+    return op("Where", op("Less", sine, MIN_SINE), angle, moved)
+
+
+def write_fused(
+    runtime: Runtime, path: Path, head: Head, *, input_type: str = "uint8", shared: bool = False
+) -> float:
+    """Write the graph of the runtime's bundle in its precision to `path`, and compare the two.
+
+    runtime: on the CPU, and purifying as head does. shared: the graph takes its weights from the
+    encoder's file, beside which `path` lies. Returns the largest difference of a probability. Raises
+    ExportError where that is too large.
+    """
+    bundle, precision = runtime.bundle, runtime.precision
+    manifest = bundle.manifest
+    encoder = ir.load(bundle.encoder("image_encoder", precision))
+    scale = manifest.logit_scale
+    model = fuse(encoder, manifest.image, bundle.null_text, scale, input_type, head)
+    if shared:
+        ir.save(model, path)
+    else:
+        save(model, path)
+    difference = compare(runtime, path, head, input_type)
+    if not difference <= LIMITS[precision]:
+        raise ExportError(
+            f"{path.name} does not answer as the runtime does: a probability differs by "
+            f"{difference:.3g} (limit {LIMITS[precision]:g})"
+        )
+    return difference
+
+
+def compare(runtime: Runtime, path: Path, head: Head, input_type: str = "uint8") -> float:
+    """The largest difference between a probability of the graph and of the runtime.
+
+    Each is compared by its rank and by its class: so the classes are the same as well, but for those
+    that are equally probable.
+    """
+    session = open_session(path, "cpu")
+    labels = head.labels or _probe_classes(runtime, max(head.answers or 0, PROBE_CLASSES))
+    images = _probes(runtime.bundle)
+    fixed = isinstance(session.get_inputs()[0].shape[0], int)
+    worst = 0.0
+    for batch in [images[i : i + 1] for i in range(PROBES)] if fixed else [images[:1], images]:
+        given: dict[str, Array] = {"image": batch}
+        if input_type == "float32":
+            given["image"] = batch.transpose(0, 3, 1, 2).astype(np.float32)
+        if head.labels is None:
+            given["classes"] = labels.embeddings
+        found = session.run(None, given)
+        for row, answer in enumerate(runtime.classify(list(batch), labels, top_k=len(labels))):
+            ranked = np.array([prediction.score for prediction in answer], np.float32)
+            scores = np.empty_like(ranked)
+            scores[[prediction.index for prediction in answer]] = ranked
+            if head.answers is None:
+                differences = [found[0][row] - scores]
+            else:
+                probabilities, indices = found[0][row], found[1][row]
+                differences = [probabilities - ranked[: len(probabilities)]]
+                differences.append(probabilities - scores[indices])
+            worst = float(np.max(np.abs([worst, *np.concatenate(differences)])))  # keeps a NaN
+    return worst
+
+
+def _probe_classes(runtime: Runtime, count: int) -> LabelSet:
+    rows = np.random.default_rng(0).standard_normal((count, runtime.bundle.manifest.embed_dim))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    names = tuple(map(str, range(count)))
+    return LabelSet(names, rows, rows @ runtime.bundle.null_text, runtime.text_identity())
+
+
+def _probes(bundle: Bundle) -> NDArray[np.uint8]:
+    """The golden image and noise of several ranges, (PROBES, H, W, 3) of the encoder's size."""
+    height, width = bundle.manifest.image.size
+    golden = Image.fromarray(bundle.golden()["image"]).resize((width, height))
+    random = np.random.default_rng(0)
+    noise = [random.integers(0, 64 * i, (height, width, 3)) for i in range(1, PROBES)]
+    return np.stack([np.asarray(golden), *noise]).astype(np.uint8)
+
+
+def check_purifier(purifier: Purifier) -> CosPurifier | None:
+    """Raises ExportError for one that no fused graph has."""
+    if isinstance(purifier, DiffPurifier):
+        raise ExportError(
+            "the bundle recommends CLIPure-Diff, which no fused graph has: make one of the bundle by "
+            "python -m export.fused with --purify none or cos"
+        )
+    return purifier
+
+
+def add_options(add: Callable[..., Any]) -> None:
+    """Options that `open_runtime` reads, by ArgumentParser.add_argument."""
+    add("bundle", metavar="BUNDLE", type=Path, help="a directory that python -m export made")
+    text = "of the encoders (default: fp32)"
+    add("--precision", choices=PRECISIONS, default="fp32", help=text)
+    text = "auto is what the bundle recommends (the default)"
+    add("--purify", choices=("auto", "none", "cos"), default="auto", help=text)
+    add("--steps", type=up_to(MAX_STEPS), metavar="N", help="of cos (the bundle's, or 10)")
+    add("--step-size", type=step_size, metavar="F", help="of cos (the bundle's, or 30)")
+    text = "prompt with {} for the label, or a file of them (default: the bundle's)"
+    add("--template", metavar="TEXT", action="append", default=[], help=text)
+    add("--force", action="store_true", help="replace what is at -o")
+
+
+def open_runtime(options: argparse.Namespace) -> tuple[Runtime, CosPurifier | None]:
+    """Raises EdgeclipError."""
+    bundle = Bundle(options.bundle)
+    purifier = check_purifier(resolve(options.purify, bundle.manifest.purification))
+    given = {"steps": options.steps, "step_size": options.step_size}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and options.purify != "cos":
+        raise ExportError("--steps and --step-size need --purify cos")
+    if purifier is not None:
+        purifier = CosPurifier(**{**vars(purifier), **given})
+    runtime = Runtime(bundle, device="cpu", precision=options.precision, purify=purifier)
+    return runtime, purifier
+
+
+def encode_labels(runtime: Runtime, path: Path, templates: list[str]) -> LabelSet:
+    """Those of a label file. Raises LabelError."""
+    names, worded = read_labels(path), read_templates(templates) or None
+    with step(f"encoding {len(names)} labels"):
+        return runtime.labels(names, worded)
+
+
+def _write_classes(labels: LabelSet, path: Path) -> None:
+    """As NumPy's file, or as the bytes alone, which trtexec --loadInputs takes."""
+    if path.suffix == ".npy":
+        np.save(path, labels.embeddings)
+    else:
+        labels.embeddings.astype("<f4").tofile(path)
+
+
+def _top_k(text: str) -> int | None:
+    return None if text == "all" else positive(text)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m export.fused",
+        description="Write image to answer as one ONNX graph, for other runtimes than edgeclip's.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add_options(add)
+    add("-o", "--out", metavar="FILE", type=Path, required=True, help="graph or classes to write")
+    text = "build these classes in, rather than take them as an input"
+    add("--labels", metavar="FILE", type=Path, help=text)
+    text = (
+        "write what the input `classes` takes for these labels: .npy, or .bin for the bytes alone"
+    )
+    add("--classes-for", metavar="FILE", type=Path, help=text)
+    text = f"classes in an answer, or all (default: {TOP_K}, or as many as there are labels)"
+    add("--top-k", metavar="K", type=_top_k, default=TOP_K, help=text)
+    text = "uint8 (batch, H, W, 3), the default, or float32 (batch, 3, H, W), both in 0 to 255"
+    add("--input-type", choices=INPUT_TYPES, default="uint8", help=text)
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    suffixes = (".npy", ".bin") if options.classes_for else (".onnx",)
+    if options.out.suffix not in suffixes:
+        raise ExportError(f"{options.out}: name a file that ends in {' or '.join(suffixes)}")
+    if options.labels and options.classes_for:
+        raise ExportError("--labels builds classes in, --classes-for writes them: name one of them")
+    if options.out.exists() and not options.force:
+        raise ExportError(f"{options.out} exists: add --force to replace it")
+    if options.classes_for:
+        options.purify = "none"  # whatever the bundle recommends: it is nothing to texts
+    runtime, purifier = open_runtime(options)
+    if options.classes_for:
+        labels = encode_labels(runtime, options.classes_for, options.template)
+        _write_classes(labels, options.out)
+        print(f"{options.out}: float32 {labels.embeddings.shape}, unit rows")
+        return
+    labels = options.labels and encode_labels(runtime, options.labels, options.template)
+    head = Head(purifier, options.top_k, labels)
+    # Beside its place, and there only once it is known to be right.
+    with tempfile.TemporaryDirectory(dir=options.out.resolve().parent) as work:
+        path = Path(work) / options.out.name
+        with step("writing the graph, and comparing it with the runtime"):
+            difference = write_fused(runtime, path, head, input_type=options.input_type)
+        for file in Path(work).iterdir():  # with a file of weights beside it if it is large
+            os.replace(file, options.out.with_name(file.name))
+    print(
+        f"{options.out}: purify {purifier or 'none'}, {difference:.1e} from the runtime's answers"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 0, or 2 after one line that says what to change."""
+    options = _parse(arguments)
+    try:
+        run(options)
+    except (EdgeclipError, OSError) as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
