@@ -109,7 +109,7 @@ def _open_tensorrt(bundle: Bundle, precision: str) -> ImageSide:
             if path is not None:
                 encoder = TensorRTEncoder(path.read_bytes(), path.name)
                 encoder.check_shapes(input_shape(bundle.manifest), bundle.manifest.embed_dim)
-                texts = choose_precision(bundle, "auto", "cpu")
+                texts = choose_precision(bundle, precision, "cpu")
                 return ImageSide(encoder, "tensorrt", name, _pipeline(bundle, encoder), texts)
     option = "" if precision == "auto" else f" --precision {precision}"
     raise DeviceError(
@@ -171,6 +171,25 @@ def stored_engines(bundle: Bundle) -> list[Path]:
 
     graphs = [list(graph_hashes(bundle, name)) for name in bundle.manifest.precisions]
     return [entry.path for entry in EngineCache().entries() if entry.key.get("graphs") in graphs]
+
+
+def why_not(bundle: Bundle, device: str) -> str:
+    """Why `device` is not used for a bundle here; empty where there is no reason known beforehand."""
+    try:
+        if device == "tensorrt":
+            from edgeclip.engine import import_tensorrt
+
+            check_cuda(device)
+            import_tensorrt()
+            if not stored_engines(bundle):
+                return f"no engine was built: edgeclip build {bundle.path}"
+        elif device not in available_devices():
+            return "ONNX Runtime has no CUDA provider: pip uninstall onnxruntime, then " + (
+                "pip install 'edgeclip[gpu]'"
+            )
+    except DeviceError as err:
+        return str(err)
+    return ""
 
 
 def choose_precision(bundle: Bundle, precision: str, device: str) -> str:

@@ -399,6 +399,11 @@ class Runtime:
                 self._prior = Prior(path, dim, device=self.onnx_device, threads=self._threads)
             return self._prior
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the GPU does all of `classify`, and not only the encoder's part."""
+        return self._gpu is not None
+
     def text_identity(self) -> str:
         """What text embeddings depend on besides the prompts: two equal ones may share them."""
         return self._text.identity
