@@ -116,6 +116,8 @@ def build_engine(
     joined by " > ". It is called from other threads; what it raises ends the build, as does
     KeyboardInterrupt. Raises DeviceError, with TensorRT's last words, where there is no engine.
     """
+    if capability is not None:
+        check_capability(trt, capability)
     steps = _Steps(progress or (lambda *_: None))
     # On a thread of its own: Python hears of Ctrl-C only when its main thread is not inside TensorRT.
     with _BUILDING, ThreadPoolExecutor(1, thread_name_prefix="tensorrt") as pool:
@@ -245,7 +247,9 @@ def _build(
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if capability is not None:
-        _target(trt, config, capability)
+        config.num_compute_capabilities = 1
+        name = f"SM{capability[0]}{capability[1]}"
+        config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
     _add_profile(graph, builder, network, config, options)
     timings = timing_cache if _times_kernels(trt) else None
     if timings is not None:
@@ -294,19 +298,20 @@ def capabilities(trt: Any) -> list[tuple[int, int]]:
     return [divmod(number, 10) for number in numbers]
 
 
-def _target(trt: Any, config: Any, capability: tuple[int, int]) -> None:
-    """Build for a GPU that is not here."""
-    if not capabilities(trt):
+def check_capability(trt: Any, capability: tuple[int, int]) -> None:
+    """Raises DeviceError unless `trt` builds for such a GPU where it is not."""
+    known = capabilities(trt)
+    if not known:
         raise DeviceError(
             f"{trt.__name__} builds for the GPU of this machine only; for another, "
-            "TensorRT-RTX: pip install 'edgeclip[tensorrt-rtx]'"
+            f"TensorRT-RTX: {INSTALL['tensorrt_rtx']}"
         )
-    name = f"SM{capability[0]}{capability[1]}"
-    if capability not in capabilities(trt):
-        known = ", ".join(f"SM{major}{minor}" for major, minor in capabilities(trt))
-        raise DeviceError(f"{trt.__name__} {trt.__version__} builds for {known}, not {name}")
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+    if capability not in known:
+        names = ", ".join(f"SM{major}{minor}" for major, minor in known)
+        raise DeviceError(
+            f"{trt.__name__} {trt.__version__} builds for {names}, not "
+            f"SM{capability[0]}{capability[1]}"
+        )
 
 
 def _add_profile(
