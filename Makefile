@@ -100,6 +100,8 @@ $(VENV)/.runtime: $(BUILD_FILES) | $(BIN)/python
 $(VENV)/.dev: $(BUILD_FILES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --config-settings=cmake.define.EDGECLIP_WERROR=$(if $(CI),ON,OFF) \
 	  --editable '.[cpu,dev,export,train]'
+# Alone, for the schema in it: the urllib3 that it asks for is too new for torchattacks.
+	$(BIN)/python -m pip install --quiet --no-deps tritonclient
 	touch $@ $(VENV)/.runtime
 
 # The extension with CUDA takes the place of the one without: delete .venv/.dev to go back.

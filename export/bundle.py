@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +26,10 @@ from edgeclip.manifest import (
     Variant,
 )
 from edgeclip.purify import Purifier
-from export import ExportError, to_onnx
+from export import ExportError, files, to_onnx
 from export.checkpoints import Source
 from export.diffusion_prior import TrainedPrior, write_prior
+from export.files import move, workshop
 from export.fused import Head, check_purifier, write_fused
 from export.progress import step
 from export.quantize import convert_encoders
@@ -99,7 +96,7 @@ def export_bundle(
     out = out.resolve()  # a link stays, what it points to is replaced
     check_target(out, force)
     image = image_spec(source.model)
-    with _workshop(out) as work:
+    with workshop(out) as work:
         manifest = _write_encoders(work, source, image, words)
         with step("writing the tokenizer, the null text and the golden input"):
             text = convert(source.tokenizer).to_str(pretty=False)
@@ -122,20 +119,13 @@ def export_bundle(
             _write_fused(work, manifest)
         Bundle.write_manifest(work, manifest)
         Bundle(work).verify()
-        _move(work, out)
+        move(work, out)
     return Bundle(out).manifest
 
 
 def check_target(out: Path, force: bool) -> None:
     """Raises ExportError where a bundle cannot be put at `out`."""
-    if out.is_file():
-        raise ExportError(f"{out} is a file: name a directory")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not (out / MANIFEST).is_file():
-        raise ExportError(f"{out} is not empty and not a bundle: name another directory")
-    if not force:
-        raise ExportError(f"{out} exists: add --force to replace it, or name another directory")
+    files.check_target(out, MANIFEST, "bundle", force)
 
 
 def image_spec(model: Any) -> ImageSpec:
@@ -247,33 +237,3 @@ def _write_encoders(work: Path, source: Source, image: ImageSpec, words: Wording
         purification=None,
         precisions={"fp32": names},
     )
-
-
-@contextmanager
-def _workshop(out: Path) -> Iterator[Path]:
-    """A directory beside `out` to work in, gone afterwards whatever happens."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _move(work: Path, out: Path) -> None:
-    """Put the finished `work` where `out` is; what was there stays if that fails."""
-    mask = os.umask(0)
-    os.umask(mask)
-    work.chmod(0o777 & ~mask)  # mkdtemp lets only its owner in, and weights beside a graph
-    for path in work.iterdir():
-        path.chmod(0o666 & ~mask)
-    old = work.with_name(work.name + ".old")
-    if out.exists():
-        out.rename(old)
-    try:
-        work.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

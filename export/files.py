@@ -1,10 +1,17 @@
-"""ONNX files as a bundle has them."""
+"""Files that an export writes: graphs with their weights, and directories that are whole or not there."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir
+
+from export import ExportError
 
 # Bytes of weights from which these lie beside the graph, where ONNX Runtime maps them into memory
 # rather than parse and copy them; a protobuf would end at 2 GiB.
@@ -18,3 +25,54 @@ def save(model: onnx_ir.Model, path: Path) -> None:
         onnx_ir.save(model, path, external_data=f"{path.name}.data")
     else:
         onnx_ir.save(onnx_ir.external_data.load_to_model(model), path)
+
+
+def check_target(out: Path, marker: str, kind: str, force: bool) -> None:
+    """Raises ExportError where a directory cannot be put at `out`.
+
+    One that is there already is replaced with `force`, if it has the file `marker` and so is of
+    this kind.
+    """
+    if out.is_file():
+        raise ExportError(f"{out} is a file: name a directory")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / marker).is_file():
+        raise ExportError(f"{out} is not empty and not a {kind}: name another directory")
+    if not force:
+        raise ExportError(f"{out} exists: add --force to replace it, or name another directory")
+
+
+@contextmanager
+def workshop(out: Path) -> Iterator[Path]:
+    """A directory beside `out` to work in, gone afterwards whatever happens."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def move(work: Path, out: Path) -> None:
+    """Put the finished `work` where `out` is; what was there stays if that fails."""
+    let_all_in(work)
+    old = work.with_name(work.name + ".old")
+    if out.exists():
+        out.rename(old)
+    try:
+        work.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def let_all_in(folder: Path) -> None:
+    """Give it and all in it the usual permissions: temporary directories, and weights beside a
+    graph, are made for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

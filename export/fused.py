@@ -36,7 +36,7 @@ from edgeclip.labels import read_templates
 from edgeclip.manifest import PRECISIONS, ImageSpec
 from edgeclip.purify import MAX_STEPS, CosPurifier, DiffPurifier, Purifier, resolve
 from export import ExportError
-from export.files import save
+from export.files import let_all_in, save
 from export.progress import step
 
 INPUT_TYPES = ("uint8", "float32")
@@ -406,6 +406,7 @@ def run(options: argparse.Namespace) -> None:
         path = Path(work) / options.out.name
         with step("writing the graph, and comparing it with the runtime"):
             difference = write_fused(runtime, path, head, input_type=options.input_type)
+        let_all_in(Path(work))
         for file in Path(work).iterdir():  # with a file of weights beside it if it is large
             os.replace(file, options.out.with_name(file.name))
     print(

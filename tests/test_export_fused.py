@@ -334,6 +334,7 @@ def test_a_bundle_lists_its_fused_graph_which_shares_the_weights(
     options = ["--purify", "cos", "--steps", "1", "--step-size", "0.4"]
     assert main([str(result.path), "-o", str(out), *options]) == 0
     assert sorted(p.name for p in out.parent.iterdir()) == ["f.onnx", "f.onnx.data"]
+    assert {p.stat().st_mode & 0o777 for p in out.parent.iterdir()} == {path.stat().st_mode & 0o777}
     assert locations(out) == {"f.onnx.data"}
     shutil.rmtree(result.path)
     np.testing.assert_allclose(open_graph(out).run(None, given)[0], wanted, atol=1e-5)

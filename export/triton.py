@@ -1,0 +1,146 @@
+"""A bundle and a label file as a model of Triton Inference Server's: no PyTorch needed.
+
+    python -m export.triton BUNDLE -o models --labels labels.txt
+
+writes, for the server's ONNX Runtime backend,
+
+    models/edgeclip/config.pbtxt    inputs, outputs and how requests become batches
+    models/edgeclip/labels.txt      one name a line, for the answers that the server words itself
+    models/edgeclip/1/model.onnx    the fused graph (export.fused) with the classes built in
+
+The graph gives a probability for each class, not the best of them: a client asks for the `class_count`
+best, and the server finds them and their labels by their place in the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from edgeclip.arguments import Parser, up_to
+from edgeclip.encoders import open_session
+from edgeclip.errors import EdgeclipError
+from export import ExportError
+from export.files import check_target, move, workshop
+from export.fused import Head, add_options, encode_labels, open_runtime, write_fused
+from export.progress import step
+
+CONFIG = "config.pbtxt"
+LABELS = "labels.txt"
+MODEL = Path("1", "model.onnx")
+MAX_BATCH = 8
+QUEUE_DELAY = 1000  # microseconds in which requests are waited for, little beside an encoder's run
+ENGINES = "/tmp/edgeclip-engines"  # where the server keeps those that TensorRT built
+TYPES = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}
+EPILOG = """examples:
+  python -m export.triton vit-b-32 -o models --labels labels.txt
+  python -m export.triton vit-b-32 -o models --labels labels.txt --name fp16 --precision fp16
+  python -m export.triton vit-b-32 -o models --labels labels.txt --accelerator tensorrt --force
+
+input: image uint8 (batch, H, W, 3), RGB of the encoder's size. output: probabilities float32
+(batch, K). docs/serving.md has the server's command and a client.
+"""
+
+
+def config(name: str, graph: Path, max_batch: int, accelerator: str | None = None) -> str:
+    """config.pbtxt for this graph, whose sizes but that of the batch are fixed."""
+    session = open_session(graph, "cpu")
+    lines = [f'name: "{name}"', 'backend: "onnxruntime"', f"max_batch_size: {max_batch}"]
+    for kind, nodes in (("input", session.get_inputs()), ("output", session.get_outputs())):
+        for node in nodes:
+            dims = ", ".join(map(str, node.shape[1:]))
+            entry = f'name: "{node.name}" data_type: {TYPES[node.type]} dims: [ {dims} ]'
+            label = f' label_filename: "{LABELS}"' if kind == "output" else ""
+            lines.append(f"{kind} [ {{ {entry}{label} }} ]")
+    lines.append("instance_group [ { kind: KIND_AUTO } ]")  # a GPU where there is one
+    if max_batch > 1:
+        # No preferred sizes: they are for engines that were built for some sizes alone.
+        lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_DELAY} }}")
+    if accelerator == "tensorrt":
+        lines.append(_tensorrt())
+    return "\n".join(lines) + "\n"
+
+
+def _tensorrt() -> str:
+    """ONNX Runtime's TensorRT provider, with the parameters that Triton's backend documents."""
+    parameters = {
+        "precision_mode": "FP32",
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": ENGINES,
+    }
+    entries = [f'parameters {{ key: "{k}" value: "{v}" }}' for k, v in parameters.items()]
+    inner = "\n".join(f"    {line}" for line in ('name: "tensorrt"', *entries))
+    return f"optimization {{ execution_accelerators {{\n  gpu_execution_accelerator [ {{\n{inner}\n  }} ]\n}} }}"
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ExportError."""
+    if not re.fullmatch(r"\w[\w.-]*", options.name, re.ASCII):
+        raise ExportError(f"--name {options.name!r}: use letters, digits, and . _ - between them")
+    if options.precision == "int8":
+        raise ExportError(
+            "an int8 image encoder takes one image at a time, and Triton makes batches: "
+            "--precision fp32 or fp16"
+        )
+    if options.accelerator == "tensorrt" and options.precision != "fp32":
+        raise ExportError(
+            "--accelerator tensorrt needs --precision fp32: in fp16 ONNX Runtime lets TensorRT compute "
+            "layer norms and softmax in it too, which loses some models"
+        )
+
+
+def run(options: argparse.Namespace) -> None:
+    _check(options)
+    out = (options.out / options.name).resolve()
+    check_target(out, CONFIG, "model of Triton's", options.force)
+    runtime, purifier = open_runtime(options)
+    labels = encode_labels(runtime, options.labels, options.template)
+    with workshop(out) as work:
+        (work / MODEL).parent.mkdir()
+        with step("writing the graph, and comparing it with the runtime"):
+            difference = write_fused(runtime, work / MODEL, Head(purifier, None, labels))
+        text = config(options.name, work / MODEL, options.max_batch, options.accelerator)
+        (work / CONFIG).write_text(text, encoding="utf-8")
+        (work / LABELS).write_text("".join(f"{name}\n" for name in labels.names), encoding="utf-8")
+        move(work, out)
+    print(
+        f"{options.out / options.name}: {len(labels)} labels, purify {purifier or 'none'}, "
+        f"{difference:.1e} from the runtime's answers"
+    )
+    print(f"serve it: tritonserver --model-repository {options.out.resolve()}")
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m export.triton",
+        description="Write a model repository for Triton Inference Server out of a bundle.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add_options(add)
+    add("-o", "--out", metavar="REPO", type=Path, required=True, help="the model repository")
+    add("--labels", metavar="FILE", type=Path, required=True, help="one class per line")
+    add("--name", default="edgeclip", help="of the model (default: edgeclip)")
+    text = f"images in one run (default: {MAX_BATCH})"
+    add("--max-batch", type=up_to(4096), metavar="N", default=MAX_BATCH, help=text)
+    text = "tensorrt: built by the server when it loads the model, for minutes, and kept"
+    add("--accelerator", choices=("tensorrt",), help=text)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 0, or 2 after one line that says what to change."""
+    options = _parse(arguments)
+    try:
+        run(options)
+    except (EdgeclipError, OSError) as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
