@@ -80,6 +80,7 @@ def _open(
     if device == "cuda" and _core.cuda_built():
         from edgeclip.gpu_encoders import OnnxGpuEncoder
 
+        check_cuda(device)
         on_gpu = OnnxGpuEncoder(
             path,
             shape=input_shape(manifest),

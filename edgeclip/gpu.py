@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,37 @@ class GpuPipeline:
         empty = np.empty((0, top_k))
         indices, scores = zip(*parts, strict=True) if parts else ([empty], [empty])
         return np.concatenate(indices).astype(np.int32), np.concatenate(scores).astype(np.float32)
+
+    def stage_ms(
+        self,
+        frames: Sequence[NDArray[np.uint8]],
+        labels: LabelSet,
+        purifier: CosPurifier | None,
+        top_k: int = 5,
+    ) -> dict[str, float]:
+        """Milliseconds of the GPU for each stage of one batch, by CUDA events, without a graph."""
+        with self._encoder.lock, cuda_errors():
+            top = len(frames), min(top_k, len(labels))
+            placed = [self._place(slot, frame) for slot, frame in enumerate(frames)]
+            classes, outputs = self._on_device(labels), self._outputs(top)
+            scratch = self._workspaces(placed, len(labels))
+            stages: dict[str, Callable[[], None]] = {
+                "preprocess": lambda: self._queue_preprocess(placed, scratch[0]),
+                "encoder": lambda: self._encoder.enqueue(bucket(len(frames), self.max_batch)),
+                "classify": lambda: self._queue_classify(
+                    len(frames), classes, purifier, outputs, scratch[1]
+                ),
+            }
+            events = [_core.CudaEvent() for _ in range(len(stages) + 1)]
+            events[0].record(self._handle)
+            for queue, after in zip(stages.values(), events[1:], strict=True):
+                queue()
+                after.record(self._handle)
+            self._encoder.stream.synchronize()
+            return {
+                name: after.milliseconds_since(before)
+                for name, (before, after) in zip(stages, pairwise(events), strict=True)
+            }
 
     def warm_up(self) -> None:
         """Run once, so that all kernels are loaded. Raises DeviceError where one does not run here."""
@@ -134,7 +166,12 @@ class GpuPipeline:
         outputs: tuple[DeviceArray, DeviceArray],
         workspaces: tuple[DeviceArray, DeviceArray],
     ) -> None:
-        image, count = self._manifest.image, len(frames)
+        self._queue_preprocess(frames, workspaces[0])
+        self._encoder.enqueue(bucket(len(frames), self.max_batch))
+        self._queue_classify(len(frames), classes, purifier, outputs, workspaces[1])
+
+    def _queue_preprocess(self, frames: Sequence[Any], workspace: DeviceArray) -> None:
+        image = self._manifest.image
         for slot, frame in enumerate(frames):
             _core.preprocess(
                 frame,
@@ -144,10 +181,18 @@ class GpuPipeline:
                 fill=image.fill,
                 resize=image.resize,
                 interpolation=image.interpolation,
-                workspace=workspaces[0],
+                workspace=workspace,
                 stream=self._handle,
             )
-        self._encoder.enqueue(bucket(count, self.max_batch))
+
+    def _queue_classify(
+        self,
+        count: int,
+        classes: tuple[DeviceArray, DeviceArray],
+        purifier: CosPurifier | None,
+        outputs: tuple[DeviceArray, DeviceArray],
+        workspace: DeviceArray,
+    ) -> None:
         embedding = self._encoder.embedding
         _core.classify(
             embedding.head((count, embedding.shape[1])),
@@ -161,7 +206,7 @@ class GpuPipeline:
             top_k=outputs[0].shape[1],
             out_indices=outputs[0],
             out_probabilities=outputs[1],
-            workspace=workspaces[1],
+            workspace=workspace,
             stream=self._handle,
         )
 

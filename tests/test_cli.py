@@ -18,6 +18,7 @@ from conftest import EXAMPLES
 from PIL import Image
 from tqdm import tqdm
 
+from edgeclip import _core
 from edgeclip.bundle import EMBEDDED
 from edgeclip.cli import main
 from edgeclip.output import text_progress
@@ -348,6 +349,9 @@ def test_info_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["problem"] == ""
     assert report["device used"]
     assert any(line.startswith("cpu int8: works") for line in report["devices"])
+    if not _core.cuda_built():
+        (why,) = (line for line in report["devices"] if line.startswith("tensorrt: not used: "))
+        assert "needs edgeclip with its CUDA kernels" in why
     assert any(line.startswith("onnxruntime ") for line in report["packages"])
 
 
@@ -421,6 +425,7 @@ def test_cache(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(out)
     (share,) = report.pop("encoders")
     size = file.stat().st_size
+    assert report.pop("engines") == []
     assert report == {"path": str(file), "labels": 10, "bytes": size, "limit bytes": 1 << 28}
     assert (share["labels"], share["bytes"]) == (10, 10 * 128 * 4)
     assert "int8" in share["encoder"]

@@ -116,6 +116,34 @@ def test_options_reach_the_builder(trt: ModuleType) -> None:
     assert found["optimization_level"] == 3
 
 
+def test_only_the_outputs_that_are_asked_for_are_kept(trt: ModuleType) -> None:
+    assert built(trt, IMAGE)["outputs"] == ["embedding", "tokens"]
+    assert built(trt, IMAGE, BuildOptions(outputs=("embedding",)))["outputs"] == ["embedding"]
+
+
+def test_every_tensorrt_has_what_runs_an_engine(trt: ModuleType) -> None:
+    for owner, names in {
+        trt.Runtime: ["deserialize_cuda_engine"],
+        trt.ICudaEngine: [
+            "num_io_tensors",
+            "get_tensor_name",
+            "get_tensor_shape",
+            "get_tensor_profile_shape",
+            "create_execution_context",
+            "device_memory_size_v2",
+        ],
+        trt.IExecutionContext: [
+            "set_optimization_profile_async",
+            "set_input_shape",
+            "set_tensor_address",
+            "set_device_memory",
+            "execute_async_v3",
+        ],
+    }.items():
+        assert [name for name in names if not hasattr(owner, name)] == []
+    assert hasattr(trt.ExecutionContextAllocationStrategy, "USER_MANAGED")
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -375,6 +403,7 @@ def test_the_key_says_how_the_engine_is_built(trt: ModuleType) -> None:
             "max_batch": 4,
             "opt_batch": 1,
             "context_length": 77,
+            "outputs": [],
             "workspace_bytes": 1 << 30,
             "optimization_level": None,
         },

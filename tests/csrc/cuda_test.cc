@@ -9,11 +9,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <numeric>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "csrc/device.h"
 #include "csrc/ops.h"
 #include "tests/csrc/testing.h"
 
@@ -335,6 +338,90 @@ void test_all_classify() {
   for (const auto& size : sizes) test_classify(size[0], size[1], size[2]);
 }
 
+// What a graph has noted is done again with what is in the memory then, by itself or beside others.
+void test_graph() {
+  const int64_t n = 3, k = 7, d = 33;
+  Problem problem(n, k, d);
+  const auto on_device = [](const std::vector<float>& values) {
+    auto memory = std::make_unique<cuda::Memory>(values.size() * sizeof(float), false);
+    std::memcpy(memory->data(), values.data(), values.size() * sizeof(float));
+    return memory;
+  };
+  const auto classes = on_device(problem.weights);
+  const auto embeddings = on_device(problem.embeddings);
+  const cuda::Memory indices(n * k * 4, true), probabilities(n * k * 4, true);
+  const cuda::Memory scratch(classify_workspace(n, k), false);
+  const auto place = [](const cuda::Memory& memory, std::vector<int64_t> shape, DType dtype) {
+    TensorView tensor{memory.data(), dtype, shape, {}, Device::kCuda, true};
+    int64_t stride = dtype.bytes;
+    for (size_t axis = shape.size(); axis-- > 0; stride *= shape[axis]) {
+      tensor.strides.insert(tensor.strides.begin(), stride);
+    }
+    return tensor;
+  };
+  const cuda::Stream stream;
+  const auto queue = [&] {
+    classify({place(*embeddings, {n, d}, kFloat32), place(*classes, {k, d}, kFloat32), {}, {}},
+             {place(indices, {n, k}, kInt32), place(probabilities, {n, k}, kFloat32), {}},
+             {1.0, 0.0, {}, k}, {stream.handle(), place(scratch, {scratch.bytes()}, kUint8)});
+  };
+  queue();
+  stream.synchronize();
+  std::vector<float> first(n * k), again(n * k);
+  std::memcpy(first.data(), probabilities.data(), first.size() * sizeof(float));
+  std::memset(probabilities.data(), 0, first.size() * sizeof(float));
+
+  stream.begin_capture();
+  queue();
+  const auto graph = stream.end_capture();
+  std::memcpy(again.data(), probabilities.data(), again.size() * sizeof(float));
+  CHECK(std::count(again.begin(), again.end(), 0.0f) == n * k);  // a capture runs nothing
+  graph->launch(stream.handle());
+  stream.synchronize();
+  std::memcpy(again.data(), probabilities.data(), again.size() * sizeof(float));
+  CHECK(first == again);
+
+  // Other embeddings at the same address: a graph notes where, not what.
+  std::vector<float> turned(problem.embeddings.rbegin(), problem.embeddings.rend());
+  cuda::copy(embeddings->data(), turned.data(), turned.size() * sizeof(float), stream.handle());
+  queue();
+  std::memcpy(first.data(), probabilities.data(), first.size() * sizeof(float));
+  CHECK(first != again);
+  std::memset(probabilities.data(), 0, first.size() * sizeof(float));
+  graph->launch(stream.handle());
+  std::memcpy(again.data(), probabilities.data(), again.size() * sizeof(float));
+  CHECK(first == again);
+
+  stream.begin_capture();
+  queue();
+  stream.abandon_capture();
+  cuda::Event begin, end;
+  begin.record(stream.handle());
+  queue();
+  end.record(stream.handle());
+  CHECK(end.milliseconds_since(begin) >= 0);
+}
+
+// A machine without a GPU, and work that cannot be captured: errors that name the call.
+void test_device_errors() {
+  const auto says = [](const auto& work, const char* words) {
+    return error_of(work).find(words) != std::string::npos;
+  };
+  const cuda::Stream stream;
+  stream.begin_capture();
+  CHECK(says([&] { stream.synchronize(); }, "cudaErrorStreamCaptureUnsupported"));
+  CHECK(says([&] { stream.begin_capture(); }, "cudaStreamBeginCapture"));
+  stream.abandon_capture();
+  stream.abandon_capture();  // of none
+  setenv("EDGECLIP_SHIM_NO_GPU", "1", 1);
+  CHECK(says([] { cuda::Memory(8, false); }, "cudaMalloc(8 bytes): cudaErrorNoDevice"));
+  CHECK(says([] { cuda::Memory(8, true); }, "cudaHostAlloc(8 bytes): cudaErrorNoDevice"));
+  CHECK(says([] { cuda::Stream(); }, "cudaStreamCreate"));
+  CHECK(says([] { cuda::device_info(); }, "cudaGetDevice"));
+  unsetenv("EDGECLIP_SHIM_NO_GPU");
+  CHECK(cuda::device_info().major == 8);
+}
+
 }  // namespace
 }  // namespace edgeclip
 
@@ -349,12 +436,15 @@ int main(int argc, char** argv) {
   } else if (what == "two-launches") {
     Problem(1, 1025, 1).solve(Device::kCuda);
   } else if (what == "threads") {
+    test_graph();
     for (int64_t n : {1, 9, 17}) test_classify(n, 33, 33);
     test_classify(1, 1025, 3);
     test_purify_cos(9, 33);
     test_preprocess(64, 48, {17, 16}, Resize::kLongest, Interpolation::kBicubic, true);
     test_preprocess(300, 20, {16, 16}, Resize::kSquash, Interpolation::kBicubic, false);
   } else {
+    test_graph();
+    test_device_errors();
     test_all_classify();
     test_classify_in_any_batch();
     test_ties_and_extremes();
