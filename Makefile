@@ -99,7 +99,7 @@ $(VENV)/.runtime: $(BUILD_FILES) | $(BIN)/python
 
 $(VENV)/.dev: $(BUILD_FILES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --config-settings=cmake.define.EDGECLIP_WERROR=$(if $(CI),ON,OFF) \
-	  --editable '.[cpu,dev,export,train]'
+	  --editable '.[cpu,dev,export,tensorrt-rtx,train]'
 	touch $@ $(VENV)/.runtime
 
 # The extension with CUDA takes the place of the one without: delete .venv/.dev to go back.
