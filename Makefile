@@ -8,6 +8,10 @@ BUILD_FILES := pyproject.toml CMakeLists.txt $(filter csrc/%,$(CXX_FILES))
 DESCRIPTION := "ten kinds of garments, shoes and bags; a demonstration model trained on \
 Fashion-MNIST, adversarially fine-tuned by TGA-ZSR"
 
+GPU_VENV ?= .venv-gpu
+JETSON := $(wildcard /etc/nv_tegra_release)
+COMMA := ,
+
 PRECISIONS := --precision fp32 int8 --data fashion-mnist
 
 .PHONY: classify test check format build bundle diff-bundles robustness accuracy bench \
@@ -80,15 +84,21 @@ bench: $(VENV)/.dev
 cuda-check:
 	$(PYTHON) tests/cuda_check.py
 
-# These two need nvcc and an NVIDIA GPU; GPU=87 builds for one architecture only.
-gpu-test: $(VENV)/.gpu
-	$(BIN)/pytest -m gpu
+# These two need nvcc and an NVIDIA GPU, and have an environment of their own, since ONNX Runtime is
+# either for CPUs or for GPUs. GPU=87 builds for one architecture only. On a Jetson TensorRT is the
+# system's, ONNX Runtime the one for CPUs, and what compares with PyTorch is skipped.
+gpu-test: $(GPU_VENV)/.made
+	$(GPU_VENV)/bin/python -m pytest -m gpu tests/test_core_cuda.py tests/test_gpu.py
 
-gpu-bench: $(VENV)/.gpu
-	$(BIN)/python -m benchmarks.kernels
+gpu-bench: $(GPU_VENV)/.made
+	$(GPU_VENV)/bin/edgeclip bench
+ifndef JETSON
+	$(GPU_VENV)/bin/python -m benchmarks.kernels
+	$(GPU_VENV)/bin/python -m benchmarks.gpu
+endif
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(GPU_VENV) build
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -99,13 +109,15 @@ $(VENV)/.runtime: $(BUILD_FILES) | $(BIN)/python
 
 $(VENV)/.dev: $(BUILD_FILES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --config-settings=cmake.define.EDGECLIP_WERROR=$(if $(CI),ON,OFF) \
-	  --editable '.[cpu,dev,export,train]'
+	  --editable '.[cpu,dev,export,tensorrt-rtx,train]'
 # Alone, for the schema in it: the urllib3 that it asks for is too new for torchattacks.
 	$(BIN)/python -m pip install --quiet --no-deps tritonclient
 	touch $@ $(VENV)/.runtime
 
-# The extension with CUDA takes the place of the one without: delete .venv/.dev to go back.
-$(VENV)/.gpu: $(BUILD_FILES) | $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --config-settings=cmake.define.EDGECLIP_CUDA=ON \
-	  $(if $(GPU),--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(GPU)) --editable .
+$(GPU_VENV)/.made: $(BUILD_FILES)
+	$(PYTHON) -m venv $(if $(JETSON),--system-site-packages) $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --config-settings=build-dir=build/gpu \
+	  --config-settings=cmake.define.EDGECLIP_CUDA=ON \
+	  $(if $(GPU),--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(GPU)) \
+	  --editable '.[$(if $(JETSON),cpu,gpu$(COMMA)tensorrt$(COMMA)export$(COMMA)train)]' pytest
 	touch $@

@@ -288,5 +288,5 @@ def default_folder() -> Path | None:
             return Path(folder).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeclip"
     except RuntimeError:
-        logger.warning("label cache: no home directory; set EDGECLIP_CACHE to keep embeddings")
+        logger.warning("cache: no home directory; set EDGECLIP_CACHE to keep what was computed")
         return None

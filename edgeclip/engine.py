@@ -249,7 +249,8 @@ def _build(
     if capability is not None:
         config.num_compute_capabilities = 1
         name = f"SM{capability[0]}{capability[1]}"
-        config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+        if not config.set_compute_capability(getattr(trt.ComputeCapability, name), 0):
+            raise DeviceError(f"{trt.__name__} {trt.__version__} does not build for {name}")
     _add_profile(graph, builder, network, config, options)
     timings = timing_cache if _times_kernels(trt) else None
     if timings is not None:

@@ -53,8 +53,9 @@ class OnnxGpuEncoder(OnnxEncoder):
             self.stream = _core.CudaStream()
         super().__init__(path, device="cuda", threads=threads, stream=self.stream.handle)
         self.check_shapes(shape, embed_dim)
-        self.pixels = DeviceArray((max_batch, *shape))
-        self.embedding = DeviceArray((max_batch, embed_dim))
+        most = self._batch or max_batch
+        self.pixels = DeviceArray((most, *shape))
+        self.embedding = DeviceArray((most, embed_dim))
         self.lock = threading.Lock()
         self._bindings: dict[int, Any] = {}
         self._options = import_onnxruntime().RunOptions()

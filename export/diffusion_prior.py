@@ -27,6 +27,7 @@ from onnx_ir.passes.common import (
     DeduplicateInitializersPass,
     RemoveUnusedNodesPass,
 )
+from onnx_ir.tape import Tape
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -202,6 +203,7 @@ def export_step(
 def _optimize(model: onnx_ir.Model) -> None:
     """What ONNX Runtime does not do at load; the exporter's own optimiser takes time that grows with
     the square of the graph, half an hour for a prior of 24 layers."""
+    _single_norms(model)
     _share_weights(model)
     fold_constants(model)
     for clean in (
@@ -210,6 +212,28 @@ def _optimize(model: onnx_ir.Model) -> None:
         RemoveUnusedNodesPass(),
     ):
         clean(model)
+
+
+def _single_norms(model: onnx_ir.Model) -> None:
+    """Compute what the backward pass needs of a layer norm, its mean and 1 / its deviation, beside it:
+    TensorRT takes no LayerNormalization of more than one output."""
+    for node in list(model.graph):
+        if node.op_type != "LayerNormalization" or len(node.outputs) == 1:
+            continue
+        tape, x, (_, mean, inverse) = Tape(), node.inputs[0], node.outputs
+        small = np.array(node.attributes["epsilon"].as_float(), np.float32)
+        epsilon = tape.initializer(onnx_ir.tensor(small), f"{mean.name}.epsilon")
+        axes = tape.initializer(onnx_ir.tensor(np.array([-1])), f"{mean.name}.axes")
+        average = tape.op("ReduceMean", [x, axes])
+        centred = tape.op("Sub", [x, average])
+        variance = tape.op("ReduceMean", [tape.op("Mul", [centred, centred]), axes])
+        deviation = tape.op("Sqrt", [tape.op("Add", [variance, epsilon])])
+        mean.replace_all_uses_with(average)
+        inverse.replace_all_uses_with(tape.op("Reciprocal", [deviation]))
+        for value in tape.initializers:
+            model.graph.register_initializer(value)
+        model.graph.insert_before(node, tape.nodes)
+        node.resize_outputs(1)
 
 
 def _share_weights(model: onnx_ir.Model) -> None:

@@ -232,6 +232,13 @@ def test_step_with_a_text_equals_pytorch(
         assert relative(ours, theirs) < 1e-4
 
 
+def test_no_norm_has_more_outputs_than_tensorrt_takes(step_file: Path) -> None:
+    graph = onnx.load(step_file).graph
+    outputs = [len(node.output) for node in graph.node if node.op_type == "LayerNormalization"]
+    assert outputs
+    assert set(outputs) == {1}
+
+
 def test_batch_is_symbolic_and_shapes_are_told(step_file: Path) -> None:
     graph = onnx.load(step_file).graph
     shapes = {

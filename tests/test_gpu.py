@@ -195,6 +195,15 @@ def test_threads_share_a_runtime(device: str) -> None:
     check_same(found, expected)
 
 
+def test_a_graph_that_takes_one_image_at_a_time(device: str) -> None:
+    if device == "tensorrt":
+        return  # whose engines are of other precisions
+    ours, theirs = runtimes(device, precision="int8")
+    images = [frame(20, 30, seed) for seed in range(3)]
+    check_same(ours.classify(images, LABELS), theirs.classify(images, LABELS))
+    assert ours._gpu.max_batch == 1
+
+
 def test_embeddings_and_golden_outputs(device: str) -> None:
     ours, theirs = runtimes(device, purify="none")
     images = [frame(20, 30, seed) for seed in range(9)]
