@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import edgeclip
 from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
+from edgeclip.bench import picture
 from edgeclip.images import decode
 
 EPILOG = """examples:
@@ -50,15 +51,6 @@ def clipure_cos(z: torch.Tensor, null_text: torch.Tensor) -> torch.Tensor:
         tangent = gradient / gradient.norm(dim=1, keepdim=True)
         u = F.normalize(u.detach() + STEP_SIZE * tangent, dim=1)
     return length * u
-
-
-def picture(width: int, height: int) -> Image.Image:
-    """A picture with the detail of a photograph: smooth shapes and some noise."""
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
-    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
-    noisy = smooth + rng.integers(-8, 9, smooth.shape, np.int16)
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
 def bundle_for(model: str) -> Path:

@@ -1,11 +1,11 @@
-"""The tables and pictures of docs/PERFORMANCE.md, and README's, from the benchmarks' JSON files.
+"""The tables and pictures of docs/PERFORMANCE.md, docs/jetson.md and README.md, from the benchmarks' JSON files.
 
     python -m benchmarks.report --run     # all but the GPU's on this machine, then the documents
     python -m benchmarks.report           # the documents only
 
 A document has a pair of marks for each table that it shows, `<!-- benchmarks.NAME -->` and
 `<!-- /benchmarks.NAME -->`; what is between them is replaced. NAME is that of a file in
-docs/results/performance/, which begins with the benchmark's.
+docs/results/performance/, which begins with the benchmark's; or `roofline`, which is worked out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.timing import headline
 
 RESULTS = Path("docs/results/performance")
 PLOTS = Path("docs/plots")
-DOCUMENTS = (Path("docs/PERFORMANCE.md"), Path("README.md"))
+DOCUMENTS = (Path("docs/PERFORMANCE.md"), Path("docs/jetson.md"), Path("README.md"))
 RUNS = {
     "coldstart": [],
     "memory": [],
@@ -103,6 +103,9 @@ def table(name: str) -> str:
     """A result as Markdown: its tables, and what it was measured on."""
     if name == "targets":
         return targets()
+    if name == "roofline":
+        roofline = importlib.import_module("benchmarks.roofline")
+        return roofline.render(roofline.compute())
     report = load(name)
     module = importlib.import_module(f"benchmarks.{name.partition('-')[0]}")
     return f"{module.render(report)}\n\n({headline(report)})"

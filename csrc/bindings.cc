@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "csrc/arrays.h"
 #include "csrc/ops.h"
 
 namespace py = pybind11;
@@ -13,70 +14,8 @@ namespace py = pybind11;
 namespace edgeclip {
 namespace {
 
-std::string type_name(const py::handle& object) {
-  return py::str(py::type::handle_of(object).attr("__name__"));
-}
-
-bool is_native(char byte_order) {
-  const uint16_t one = 1;
-  const bool little = *reinterpret_cast<const char*>(&one) == 1;
-  return byte_order != (little ? '>' : '<');
-}
-
-TensorView view_numpy(const py::array& array) {
-  const py::dtype dtype = array.dtype();
-  TensorView view;
-  view.data = const_cast<void*>(array.data());
-  view.dtype = {dtype.kind(), static_cast<int>(dtype.itemsize()), is_native(dtype.byteorder())};
-  view.shape.assign(array.shape(), array.shape() + array.ndim());
-  view.strides.assign(array.strides(), array.strides() + array.ndim());
-  view.writable = array.writeable();
-  return view;
-}
-
-// https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html
-TensorView view_cuda(const py::dict& interface) {
-  const auto typestr = interface["typestr"].cast<std::string>();
-  const auto data = interface["data"].cast<std::pair<uintptr_t, bool>>();
-  TensorView view;
-  view.device = Device::kCuda;
-  view.data = reinterpret_cast<void*>(data.first);
-  view.writable = !data.second;
-  view.dtype = {typestr.at(1), std::stoi(typestr.substr(2)), is_native(typestr.at(0))};
-  view.shape = interface["shape"].cast<std::vector<int64_t>>();
-  if (interface.contains("strides") && !interface["strides"].is_none()) {
-    view.strides = interface["strides"].cast<std::vector<int64_t>>();
-    return view;
-  }
-  int64_t stride = view.dtype.bytes;
-  view.strides.resize(view.shape.size());
-  for (size_t axis = view.shape.size(); axis-- > 0;) {
-    view.strides[axis] = stride;
-    stride *= view.shape[axis];
-  }
-  return view;
-}
-
-TensorView view_of(const char* op, const char* name, const py::object& object) {
-  if (py::isinstance<py::array>(object)) {
-    return view_numpy(py::reinterpret_borrow<py::array>(object));
-  }
-  if (py::hasattr(object, "__cuda_array_interface__")) {
-    return view_cuda(object.attr("__cuda_array_interface__").cast<py::dict>());
-  }
-  throw py::type_error("[" + std::string(op) + "] expected " + name +
-                       " to be a NumPy array or to have __cuda_array_interface__, got " +
-                       type_name(object));
-}
-
-std::optional<TensorView> optional_view_of(const char* op, const char* name,
-                                           const py::object& object) {
-  if (object.is_none()) return std::nullopt;
-  return view_of(op, name, object);
-}
-
 CudaOptions cuda_options(const char* op, const py::object& workspace, uintptr_t stream) {
-  return {stream, optional_view_of(op, "workspace", workspace)};
+  return {stream, optional_view_of(op, "workspace", workspace, stream)};
 }
 
 template <typename T>
@@ -88,8 +27,8 @@ void preprocess_py(const py::object& image, const py::object& out, std::vector<f
                    std::vector<float> std, const std::string& resize,
                    const std::string& interpolation, int64_t fill, int64_t threads,
                    const py::object& workspace, uintptr_t stream) {
-  const TensorView image_view = view_of("preprocess", "image", image);
-  const TensorView out_view = view_of("preprocess", "out", out);
+  const TensorView image_view = view_of("preprocess", "image", image, stream);
+  const TensorView out_view = view_of("preprocess", "out", out, stream);
   const CudaOptions cuda = cuda_options("preprocess", workspace, stream);
   const PreprocessOptions options{std::move(mean),
                                   std::move(std),
@@ -110,12 +49,12 @@ int64_t preprocess_workspace_py(const py::object& image, const py::object& out,
 
 py::object purify_cos_py(const py::object& embeddings, const py::object& null_text, int64_t steps,
                          double step_size, const py::object& out, uintptr_t stream) {
-  const TensorView embeddings_view = view_of("purify_cos", "embeddings", embeddings);
-  const TensorView null_text_view = view_of("purify_cos", "null_text", null_text);
+  const TensorView embeddings_view = view_of("purify_cos", "embeddings", embeddings, stream);
+  const TensorView null_text_view = view_of("purify_cos", "null_text", null_text, stream);
   const PurifyOptions options{steps, step_size};
   const auto shape = check_purify_cos(embeddings_view, null_text_view, options);
   py::object result = given_or_new<float>(out, shape);
-  const TensorView out_view = view_of("purify_cos", "out", result);
+  const TensorView out_view = view_of("purify_cos", "out", result, stream);
   py::gil_scoped_release release;
   purify_cos(embeddings_view, null_text_view, out_view, options, {stream, std::nullopt});
   return result;
@@ -126,7 +65,7 @@ py::array_t<float> polar_step_py(const py::object& embeddings, const py::object&
   const TensorView embeddings_view = view_of("polar_step", "embeddings", embeddings);
   const TensorView gradients_view = view_of("polar_step", "gradients", gradients);
   py::array_t<float> out(check_polar_step(embeddings_view, gradients_view, step_size));
-  const TensorView out_view = view_numpy(out);
+  const TensorView out_view = view_of("polar_step", "out", out);
   py::gil_scoped_release release;
   polar_step(embeddings_view, gradients_view, out_view, step_size);
   return out;
@@ -138,10 +77,10 @@ py::tuple classify_py(const py::object& embeddings, const py::object& classes, d
                       const py::object& out_indices, const py::object& out_probabilities,
                       const py::object& out_logits, const py::object& workspace, uintptr_t stream) {
   const char* op = "classify";
-  const ClassifyInputs inputs{view_of(op, "embeddings", embeddings),
-                              view_of(op, "classes", classes),
-                              optional_view_of(op, "null_text", null_text),
-                              optional_view_of(op, "null_scores", null_scores)};
+  const ClassifyInputs inputs{view_of(op, "embeddings", embeddings, stream),
+                              view_of(op, "classes", classes, stream),
+                              optional_view_of(op, "null_text", null_text, stream),
+                              optional_view_of(op, "null_scores", null_scores, stream)};
   const ClassifyOptions options{logit_scale, logit_bias, {steps, step_size}, top_k};
   const CudaOptions cuda = cuda_options(op, workspace, stream);
   const ClassifySizes sizes = check_classify(inputs, options);
@@ -150,9 +89,9 @@ py::tuple classify_py(const py::object& embeddings, const py::object& classes, d
       given_or_new<float>(out_probabilities, {sizes.samples, sizes.top_k});
   py::object logits = out_logits;
   if (return_logits) logits = given_or_new<float>(out_logits, {sizes.samples, sizes.classes});
-  const ClassifyOutputs outputs{view_of(op, "out_indices", indices),
-                                view_of(op, "out_probabilities", probabilities),
-                                optional_view_of(op, "out_logits", logits)};
+  const ClassifyOutputs outputs{view_of(op, "out_indices", indices, stream),
+                                view_of(op, "out_probabilities", probabilities, stream),
+                                optional_view_of(op, "out_logits", logits, stream)};
   {
     py::gil_scoped_release release;
     classify(inputs, outputs, options, cuda);
@@ -271,6 +210,7 @@ PYBIND11_MODULE(_core, m) {
         "How many bytes of workspace classify needs on the GPU.");
   m.def("cuda_built", &cuda_built, "Whether edgeclip was built with its CUDA kernels.");
   m.def("simd", &simd, kSimdDoc);
+  bind_device(m);
 }
 
 }  // namespace edgeclip

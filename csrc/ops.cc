@@ -86,7 +86,7 @@ void check_writable(const char* op, const TensorView& view, const char* name) {
 
 void check_device(const char* op, const TensorView& view, const char* name, Device device) {
   const auto text = [](Device d) { return std::string(d == Device::kCpu ? "CPU" : "CUDA"); };
-  if (view.device != device) {
+  if (view.device != device && !view.pinned) {
     fail(op, "expected " + std::string(name) + " in " + text(device) + " memory, got " +
                  text(view.device));
   }
@@ -197,8 +197,11 @@ Interpolation parse_interpolation(const std::string& name) {
 void preprocess(const TensorView& image, const TensorView& out, const PreprocessOptions& options,
                 const CudaOptions& cuda) {
   check_preprocess(image, out, options);
-  check_device("preprocess", out, "out", image.device);
-  if (image.device == Device::kCuda) return cuda::preprocess(image, out, options, cuda);
+  const bool on_gpu = image.device == Device::kCuda || out.device == Device::kCuda;
+  const Device device = on_gpu ? Device::kCuda : Device::kCpu;
+  check_device("preprocess", image, "image", device);
+  check_device("preprocess", out, "out", device);
+  if (on_gpu) return cuda::preprocess(image, out, options, cuda);
   cpu::preprocess(image, out, options);
 }
 

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -28,7 +29,7 @@ inline constexpr DType kInt32{'i', 4};
 inline constexpr DType kFloat16{'f', 2};
 inline constexpr DType kFloat32{'f', 4};
 
-// Memory that somebody else owns. Strides are in bytes and may be negative or zero.
+// Memory that somebody else has. Strides are in bytes and may be negative or zero.
 struct TensorView {
   void* data = nullptr;
   DType dtype = kFloat32;
@@ -36,6 +37,8 @@ struct TensorView {
   std::vector<int64_t> strides;
   Device device = Device::kCpu;
   bool writable = false;
+  bool pinned = false;                    // the CPU's, but the GPU reads and writes it as well
+  std::shared_ptr<void> owner = nullptr;  // lets go of the memory with the view
 
   template <typename T>
   T* as() const {

@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
+
+DEVICES = ("auto", "cpu", "cuda", "tensorrt")
+MAX_SECONDS = 3600
+PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS_OF_ENGINES = ("auto", "fp16", "fp32")
+PURIFICATIONS = ("auto", "none", "cos", "diff")
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,6 +19,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def add_command(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
+    """A subcommand: what it does in a line, and examples."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", choices=["table", "json"], help="default: table on a terminal, else json"
+    )
 
 
 def positive(text: str) -> int:
@@ -42,10 +66,23 @@ def from_zero(limit: int) -> Callable[[str], int]:
 
 
 def step_size(text: str) -> float:
+    value = _number(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
+    return value
+
+
+def seconds(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"expected seconds up to {MAX_SECONDS}, got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    """Not a number where it is none, or infinite."""
     try:
         value = float(text)
     except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
-    return value
+        return math.nan
+    return value if math.isfinite(value) else math.nan

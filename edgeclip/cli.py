@@ -1,4 +1,5 @@
-"""The command line: every subcommand is a few lines that call the library.
+"""The command line: every subcommand is a few lines that call the library. Those that look after an
+installation are in `edgeclip.upkeep`.
 
 Exit status: 0 done, 1 some inputs failed, 2 wrong usage or an unusable bundle.
 """
@@ -13,21 +14,32 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import IO, Any
 
 import numpy as np
 
 from edgeclip import __version__, _core
-from edgeclip.arguments import Parser, from_zero, positive, step_size, up_to
+from edgeclip.arguments import (
+    DEVICES,
+    PRECISIONS,
+    PURIFICATIONS,
+    Parser,
+    add_command,
+    add_format,
+    from_zero,
+    positive,
+    step_size,
+    up_to,
+)
 from edgeclip.bundle import Bundle
-from edgeclip.cache import LabelCache
 from edgeclip.errors import EdgeclipError, ImageError
 from edgeclip.images import ImageSource, expand
 from edgeclip.labels import check_labels, read_labels, read_templates
-from edgeclip.output import WRITERS, Answer, show_progress, text_progress
+from edgeclip.output import WRITERS, Answer, show_progress, show_report, text_progress
 from edgeclip.purify import MAX_SEED, MAX_STEPS, MAX_TIMESTEP, resolve
 from edgeclip.runtime import DECODINGS, MAX_BATCH, MAX_THREADS, Runtime
+from edgeclip.upkeep import add_upkeep
 
 CLASSIFY_EXAMPLES = """examples:
   edgeclip classify photo.jpg --label "a cat" --label "a dog"
@@ -50,22 +62,6 @@ EXPLAIN_EXAMPLES = """examples:
 Bright patches speak for the label the most (TGA-ZSR, arXiv 2410.21802, section 3.2); the numbers
 are cosines of embeddings. Two images are compared: l2 is the distance of their maps.
 """
-INFO_EXAMPLES = """examples:
-  edgeclip info
-  edgeclip info vit-b-32/ --format json
-"""
-DOCTOR_EXAMPLES = """examples:
-  edgeclip doctor
-  edgeclip doctor vit-b-32/ --device cuda
-"""
-CACHE_EXAMPLES = """examples:
-  edgeclip cache
-  edgeclip cache --format json
-  edgeclip cache --clear
-
-Embeddings of labels are kept in $EDGECLIP_CACHE, or ~/.cache/edgeclip; those that were not used for
-longest make room where they are more than $EDGECLIP_CACHE_SIZE (256M; 0: none are kept).
-"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"edgeclip {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    classify = _add(commands, "classify", "Name what is in images.", CLASSIFY_EXAMPLES)
+    classify = add_command(commands, "classify", "Name what is in images.", CLASSIFY_EXAMPLES)
     classify.set_defaults(run=run_classify)
     classify.add_argument(
         "images", nargs="+", metavar="IMAGE", help="file, directory, glob pattern, or - for stdin"
@@ -93,14 +89,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_runtime_options(classify)
 
-    embed = _add(commands, "embed", "Write the embeddings of images or texts.", EMBED_EXAMPLES)
+    embed = add_command(
+        commands, "embed", "Write the embeddings of images or texts.", EMBED_EXAMPLES
+    )
     embed.set_defaults(run=run_embed)
     embed.add_argument("images", nargs="*", metavar="IMAGE", help="as for classify")
     embed.add_argument("--text", action="append", default=[], metavar="TEXT", help="embed a text")
     embed.add_argument("-o", "--output", metavar="NPZ", help="a .npz file; default: JSON lines")
     _add_runtime_options(embed)
 
-    explain = _add(commands, "explain", "Draw where an image speaks for a label.", EXPLAIN_EXAMPLES)
+    explain = add_command(
+        commands, "explain", "Draw where an image speaks for a label.", EXPLAIN_EXAMPLES
+    )
     # Not offered: purification does not touch the tokens, and there are two images at most.
     explain.set_defaults(run=run_explain, purify="none", batch_size=1, decode="exact")
     explain.set_defaults(steps=None, step_size=None, timesteps=None, seed=None)
@@ -113,39 +113,10 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="a .png, or another kind of image"
     )
-    _add_format(explain)
+    add_format(explain)
     _add_device_options(explain)
 
-    cache = _add(
-        commands, "cache", "Show, or clear, the kept embeddings of labels.", CACHE_EXAMPLES
-    )
-    cache.set_defaults(run=run_cache)
-    cache.add_argument("--clear", action="store_true", help="delete them all")
-    _add_format(cache)
-
-    info = _add(commands, "info", "Show what a bundle is.", INFO_EXAMPLES)
-    info.set_defaults(run=run_info)
-    doctor = _add(
-        commands, "doctor", "Check this installation, its devices and a bundle.", DOCTOR_EXAMPLES
-    )
-    doctor.set_defaults(run=run_doctor)
-    doctor.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "tensorrt"])
-    for command in (info, doctor):
-        command.add_argument(
-            "bundle", nargs="?", metavar="BUNDLE", help="default: the embedded demonstration"
-        )
-        _add_format(command)
-    return parser
-
-
-def _add(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=text,
-        description=text,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    add_upkeep(commands)
     return parser
 
 
@@ -158,16 +129,10 @@ def _add_template(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_format(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--format", choices=["table", "json"], help="default: table on a terminal, else json"
-    )
-
-
 def _add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", metavar="DIR", help="default: the embedded demonstration")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "tensorrt"])
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "fp16", "int8"])
+    parser.add_argument("--device", default="auto", choices=DEVICES)
+    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS])
     parser.add_argument(
         "--threads", type=up_to(MAX_THREADS), metavar="T", help="default: one per core"
     )
@@ -178,7 +143,7 @@ def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--purify",
         default="auto",
-        choices=["auto", "none", "cos", "diff"],
+        choices=PURIFICATIONS,
         help="default: auto, what the bundle recommends",
     )
     parser.add_argument(
@@ -271,39 +236,7 @@ def run_explain(args: argparse.Namespace) -> int:
     report["similarities"] = [round(one.similarity, 6) for one in found]
     if len(found) == 2:
         report["map distance"] = round(explain.distance(*found), 6)
-    _show(report | {"output": args.output}, args.format)
-    return 0
-
-
-def run_cache(args: argparse.Namespace) -> int:
-    cache = LabelCache()
-    report: dict[str, Any] = {"path": "" if cache.path is None else str(cache.path)}
-    if args.clear:
-        report["freed bytes"] = cache.clear()
-    else:
-        shares = cache.shares()
-        report["labels"] = sum(share.labels for share in shares)
-        report |= {"bytes": cache.size(), "limit bytes": cache.limit}
-        report["encoders"] = [asdict(share) for share in shares]
-    _show(report, args.format)
-    return 0
-
-
-def run_info(args: argparse.Namespace) -> int:
-    from edgeclip import diagnose  # here, and not above: it slows the start of the others down
-
-    _show(diagnose.describe(Bundle(args.bundle)), args.format)
-    return 0
-
-
-def run_doctor(args: argparse.Namespace) -> int:
-    from edgeclip import diagnose
-
-    report = diagnose.examine(args.bundle, args.device)
-    _show(report, args.format)
-    if report["problem"]:
-        print(f"error: {report['problem']}", file=sys.stderr)
-        return 2
+    show_report(report | {"output": args.output}, args.format)
     return 0
 
 
@@ -366,19 +299,6 @@ def _writing(path: str) -> Iterator[IO[bytes]]:
     finally:
         with suppress(OSError):
             os.unlink(part)
-
-
-def _show(report: dict[str, Any], form: str | None) -> None:
-    if (form or ("table" if sys.stdout.isatty() else "json")) == "json":
-        print(json.dumps(report, indent=2, ensure_ascii=False))
-        return
-    width = max(map(len, report))
-    for key, value in report.items():
-        lines = value if isinstance(value, list) else [value]
-        for i, line in enumerate(lines or [""]):
-            if isinstance(line, dict):
-                line = ", ".join(f"{name} {entry}" for name, entry in line.items())
-            print(f"{key if i == 0 else '':{width}}  {line if line != '' else 'none'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

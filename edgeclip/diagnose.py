@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
@@ -10,7 +9,7 @@ from typing import Any
 
 from edgeclip import __version__, _core, golden
 from edgeclip.bundle import Bundle
-from edgeclip.encoders import available_devices
+from edgeclip.devices import why_not
 from edgeclip.errors import EdgeclipError
 from edgeclip.manifest import PriorSpec, Robustness, TokenSpec, Variant
 from edgeclip.runtime import Runtime
@@ -59,7 +58,8 @@ def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
         "edgeclip": f"{__version__}, core {_core.simd()}, "
         f"CUDA {'built in' if _core.cuda_built() else 'not built in'}",
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "packages": [f"{name} {_installed(name)}" for name in PACKAGES],
+        "packages": [f"{name} {installed(name)}" for name in PACKAGES],
+        "gpu": "",
         "bundle": str(path or "embedded demonstration"),
         "devices": [],
         "device used": "",
@@ -69,24 +69,46 @@ def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
         bundle = Bundle(path)
         report["bundle"] = f"{bundle.path}: {bundle.manifest.description}"
         bundle.verify()
-        names = available_devices() if device == "auto" else [device]
     except EdgeclipError as err:
         return report | {"problem": str(err)}
+    report["gpu"] = _gpu()
     problems = []
-    for name, precision in itertools.product(names, bundle.manifest.precisions):
-        try:
-            runtime = Runtime(bundle, device=name, precision=precision, purify="none")
-            found = golden.check(runtime)
-        except EdgeclipError as err:
-            report["devices"].append(f"{name} {precision}: {err}")
-            problems.append(str(err))
+    for name in ("tensorrt", "cuda", "cpu") if device == "auto" else (device,):
+        reason = why_not(bundle, name)
+        if reason:
+            report["devices"].append(f"{name}: not used: {reason}")
+            problems.append(reason)
             continue
-        report["device used"] = report["device used"] or name
-        told = ", ".join(f"{key} {value:.2g}" for key, value in found.items())
-        report["devices"].append(f"{name} {precision}: works; largest golden differences: {told}")
+        for precision in bundle.manifest.precisions:
+            try:
+                runtime = Runtime(bundle, device=name, precision=precision, purify="none")
+                found = golden.check(runtime)
+            except EdgeclipError as err:
+                report["devices"].append(f"{name} {precision}: {err}")
+                problems.append(str(err))
+                continue
+            report["device used"] = report["device used"] or name
+            told = ", ".join(f"{key} {value:.2g}" for key, value in found.items())
+            where = "" if name == "cpu" or runtime.on_gpu else ", but for the encoder on the CPU"
+            report["devices"].append(
+                f"{name} {precision}: works{where}; largest golden differences: {told}"
+            )
     if not report["device used"]:
         report["problem"] = problems[0]
     return report
+
+
+def _gpu() -> str:
+    if not _core.cuda_built():
+        return ""
+    try:
+        gpu = _core.cuda_device()
+    except RuntimeError as err:
+        return str(err)
+    major, minor = gpu["capability"]
+    version = f"{gpu['driver'] // 1000}.{gpu['driver'] % 1000 // 10}"
+    memory = f"{gpu['free_memory'] / 2**30:.1f} of {gpu['memory'] / 2**30:.1f} GiB free"
+    return f"{gpu['name']}, compute capability {major}.{minor}, {memory}, driver for CUDA {version}"
 
 
 def _describe_robustness(row: Robustness) -> str:
@@ -111,7 +133,7 @@ def _describe_prior(prior: PriorSpec | None) -> str | list[str]:
     return [told, *(f"{key} {value:.3g}" for key, value in prior.parity.items())]
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,9 +1,9 @@
-"""Encoders: an array in, embeddings out. ONNX Runtime here; TensorRT has the same two methods."""
+"""Encoders: an array in, embeddings out, by ONNX Runtime. TensorRT's are in edgeclip.gpu_encoders."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEVICES = ("cpu", "cuda")
 # fp32 means it: by default products round to TensorFloat-32, ten bits, and miss the golden outputs.
 PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 
@@ -54,8 +53,10 @@ def available_devices() -> list[str]:
     return ["cuda", "cpu"] if "CUDAExecutionProvider" in providers else ["cpu"]
 
 
-def open_session(path: Path, device: str, threads: int | None = None) -> ort.InferenceSession:
-    """A graph in ONNX Runtime; device and threads, and what is raised, as for OnnxEncoder."""
+def open_session(
+    path: Path, device: str, threads: int | None = None, stream: int | None = None
+) -> ort.InferenceSession:
+    """A graph in ONNX Runtime; the rest, and what is raised, as for OnnxEncoder."""
     ort = import_onnxruntime()
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
     if provider not in ort.get_available_providers():
@@ -63,16 +64,19 @@ def open_session(path: Path, device: str, threads: int | None = None) -> ort.Inf
             f"device {device!r} needs ONNX Runtime's {provider}, which is not installed: "
             "pip uninstall onnxruntime, then pip install 'edgeclip[gpu]'"
         )
+    options = dict(PROVIDER_OPTIONS[device])
+    if stream is not None:
+        options["user_compute_stream"] = str(stream)
     try:
         session = ort.InferenceSession(
             str(path),
             _session_options(ort, threads),
-            providers=[(provider, PROVIDER_OPTIONS[device])],
+            providers=[(provider, options)],
             enable_fallback=0,
         )
     except Exception as err:  # the library has no public base class for its errors
         error = BundleError if device == "cpu" else DeviceError
-        raise error(f"{path} does not load on {device}: {_first_line(err)}") from err
+        raise error(f"{path} does not load on {device}: {first_line(err)}") from err
     if session.get_providers()[0] != provider:  # it falls back with only a log line
         raise DeviceError(f"device {device!r} does not work here: see edgeclip doctor")
     session.disable_fallback()  # it would go on elsewhere, and say so on stdout
@@ -90,19 +94,27 @@ def run_session(
     try:
         found: list[NDArray[np.float32]] = session.run(list(outputs), dict(inputs), _run_options())
     except Exception as err:  # the library has no public base class for its errors
-        raise DeviceError(f"{path.name} failed on {device}: {_first_line(err)}") from err
+        raise DeviceError(f"{path.name} failed on {device}: {first_line(err)}") from err
     return found
 
 
 class OnnxEncoder:
     """An encoder run by ONNX Runtime. May be shared by threads.
 
-    device is cpu or cuda; threads is the number used inside one call, None for one per core.
+    device is cpu or cuda; threads is the number used inside one call, None for one per core; stream
+    is the CUDA stream to run on, None for one of ONNX Runtime's own.
     Raises DeviceError where the device does not work, BundleError where the file does not load.
     """
 
-    def __init__(self, path: Path, *, device: str, threads: int | None = None) -> None:
-        self._session = open_session(path, device, threads)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str,
+        threads: int | None = None,
+        stream: int | None = None,
+    ) -> None:
+        self._session = open_session(path, device, threads, stream)
         self._path, self._device = path, device
         (taken, *_) = self._session.get_inputs()
         self._input = taken.name
@@ -157,7 +169,7 @@ def _session_options(ort: Any, threads: int | None) -> ort.SessionOptions:
     return options
 
 
-def _first_line(err: Exception) -> str:
+def first_line(err: Exception) -> str:
     return str(err).partition("\n")[0]
 
 
@@ -165,27 +177,3 @@ def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows divided by their norms; a row of an encoder is never zero unless its weights are."""
     divided: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return divided
-
-
-def open_encoder(
-    path_on: Callable[[str], Path], device: str, threads: int | None = None
-) -> tuple[Encoder, str]:
-    """An encoder on `device` and the name of the device it got; auto takes the best that works.
-
-    path_on: device -> the file to run there. Raises DeviceError where a named device is not
-    available, ValueError for an unknown name, and whatever path_on raises.
-    """
-    if device == "tensorrt":
-        raise DeviceError("device 'tensorrt' is not supported by this version: use cuda or cpu")
-    if device not in ("auto", *DEVICES):
-        raise ValueError(f"device must be auto, cpu, cuda or tensorrt, got {device!r}")
-    if device != "auto":
-        return OnnxEncoder(path_on(device), device=device, threads=threads), device
-    best, *others = available_devices()
-    try:
-        return OnnxEncoder(path_on(best), device=best, threads=threads), best
-    except DeviceError as err:
-        if not others:
-            raise
-        logger.warning("%s; using the CPU", err)
-        return OnnxEncoder(path_on("cpu"), device="cpu", threads=threads), "cpu"

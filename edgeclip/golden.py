@@ -53,7 +53,7 @@ def check(runtime: Runtime) -> dict[str, float]:
     if manifest.prior is not None:
         expected_gradient = arrays.get("prior_gradient", 1, (manifest.embed_dim,))
         found["prior"] = _prior_distance(runtime, manifest.prior, embedding, expected_gradient)
-    limits = dict.fromkeys(("image", "text"), TOLERANCE[runtime.precision])
+    limits = {"image": TOLERANCE[runtime.precision], "text": TOLERANCE[runtime.text_precision]}
     limits |= {"pixels": PIXEL_TOLERANCE, "scores": SCORE_TOLERANCE, "prior": PRIOR_TOLERANCE}
     for name, difference in found.items():
         if not difference <= limits[name]:
@@ -103,7 +103,7 @@ def _prior_distance(
 ) -> float:
     """How far the gradient of the bundle's prior is from the golden one, relative to its norm."""
     dim = len(embedding)
-    prior = Prior(runtime.bundle.graph(spec.file), dim, device=runtime.device)
+    prior = Prior(runtime.bundle.graph(spec.file), dim, device=runtime.onnx_device)
     (noise,) = DiffPurifier(steps=1).draws(dim)[1]
     _, (gradient,) = prior.loss_and_grad(embedding[None], spec.timesteps // 2, noise)
     return float(np.linalg.norm(gradient - expected) / np.linalg.norm(expected))

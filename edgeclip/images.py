@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Callable, Iterable
 from os import PathLike
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,16 @@ if TYPE_CHECKING:
 
     from edgeclip.manifest import ImageSpec
 
+
+class CudaFrame(Protocol):
+    """A uint8 RGB array (H, W, 3) on the GPU."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
 ImageSource: TypeAlias = (
-    "str | PathLike[str] | bytes | bytearray | memoryview | Image | NDArray[np.uint8]"
+    "str | PathLike[str] | bytes | bytearray | memoryview | Image | NDArray[np.uint8] | CudaFrame"
 )
 
 # Pillow's own limit against decompression bombs, in pixels: above any camera of today.
@@ -36,6 +44,11 @@ MARGIN = 2.0
 # A side that does not divide is rounded up, and the picture shrinks a little: by half a pixel of the
 # encoder's input that cosine fell to 0.9992. So much is allowed, in such pixels.
 MAX_SHIFT = 0.1
+
+
+def is_on_gpu(source: ImageSource) -> TypeGuard[CudaFrame]:
+    """Whether a source is an array on the GPU, which only a GPU takes as a picture."""
+    return hasattr(source, "__cuda_array_interface__")
 
 
 def decode(source: ImageSource, *, fast_for: ImageSpec | None = None) -> NDArray[np.uint8]:
@@ -59,7 +72,8 @@ def decode(source: ImageSource, *, fast_for: ImageSpec | None = None) -> NDArray
     if isinstance(source, (str, PathLike)):
         return _decode_file(os.fspath(source), os.fspath(source), fast_for)
     if hasattr(source, "convert") and hasattr(source, "getexif"):
-        return _guard(lambda: to_rgb(source), "the image")
+        image: Any = source
+        return _guard(lambda: to_rgb(image), "the image")
     raise TypeError(
         "[decode] expected a path, bytes, a PIL image or a uint8 array, "
         f"got {type(source).__name__}"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO, TypeVar
 
@@ -97,3 +100,54 @@ def text_progress() -> Callable[[int, int], None] | None:
             bar.close()
 
     return update
+
+
+SAY_EVERY = 10.0  # seconds, where there is no terminal to draw a bar on
+
+
+@contextmanager
+def phase_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """For work in phases that takes minutes: called with a phase, steps done and steps in all, from
+    any thread. A bar on stderr where a person watches, and now and then a line elsewhere."""
+    from tqdm import tqdm
+
+    bar: Any = tqdm(unit="step", delay=1, leave=False) if sys.stderr.isatty() else None
+    began = said = time.monotonic()
+    lock = threading.Lock()
+
+    def tell(phase: str, done: int, total: int) -> None:
+        nonlocal said
+        with lock:
+            if bar is not None:
+                bar.set_description(phase.rpartition(" > ")[2], refresh=False)
+                bar.total, bar.n = total, done
+                bar.refresh()
+            elif time.monotonic() - said >= SAY_EVERY:
+                said = time.monotonic()
+                line = f"{phase}: {done} of {total}, after {said - began:.0f} s"
+                print(line, file=sys.stderr, flush=True)
+
+    try:
+        yield tell
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def report_format(form: str | None) -> str:
+    """json where nobody looks on, unless a form was asked for."""
+    return form or ("table" if sys.stdout.isatty() else "json")
+
+
+def show_report(report: dict[str, Any], form: str | None) -> None:
+    """Entries that are values or lists of lines; form is table, json, or None for what fits."""
+    if report_format(form) == "json":
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    width = max(map(len, report))
+    for key, value in report.items():
+        lines = value if isinstance(value, list) else [value]
+        for i, line in enumerate(lines or [""]):
+            if isinstance(line, dict):
+                line = ", ".join(f"{name} {entry}" for name, entry in line.items())
+            print(f"{key if i == 0 else '':{width}}  {line if line != '' else 'none'}")

@@ -13,16 +13,16 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from queue import SimpleQueue
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from edgeclip.errors import ImageError
 from edgeclip.images import ImageSource
 
-Pixels: TypeAlias = NDArray[np.float32]
-Prepare: TypeAlias = Callable[[Pixels, ImageSource], None]
+Batch: TypeAlias = NDArray[Any]
+Prepare: TypeAlias = Callable[[Batch, ImageSource], None]
 
 BUFFERS = 2  # one in the encoder, one being filled: the slower side never waits for the other
 GRACE = 1.0  # seconds
@@ -36,11 +36,15 @@ def cores() -> int:
 
 
 def batches(
-    images: Iterable[ImageSource], prepare: Prepare, shape: Sequence[int], workers: int
-) -> Generator[tuple[Pixels, list[ImageError | None]], None, None]:
+    images: Iterable[ImageSource],
+    prepare: Prepare,
+    shape: Sequence[int],
+    workers: int,
+    dtype: DTypeLike = np.float32,
+) -> Generator[tuple[Batch, list[ImageError | None]], None, None]:
     """Batches of prepared images in order, and for each image that went in its error or None.
 
-    prepare fills one row of a batch, float32 `shape`, in one of `workers` threads; where it raises
+    prepare fills one row of a batch, an array of `shape`, in one of `workers` threads; where it raises
     ImageError the row is left out. A batch is overwritten once the next one is asked for.
     An iterator is asked for another image only once an array or PIL image that it gave is prepared:
     it may then write over it, or close it. Paths and bytes are prepared side by side.
@@ -48,10 +52,10 @@ def batches(
     """
     source = iter(images)
     lasting = isinstance(images, (Sequence, np.ndarray))
-    free: SimpleQueue[Pixels | None] = SimpleQueue()
+    free: SimpleQueue[Batch | None] = SimpleQueue()
     for _ in range(BUFFERS):
-        free.put(np.empty(shape, np.float32))
-    filled: SimpleQueue[tuple[Pixels, list[Future[None]]] | BaseException | None] = SimpleQueue()
+        free.put(np.empty(shape, dtype))
+    filled: SimpleQueue[tuple[Batch, list[Future[None]]] | BaseException | None] = SimpleQueue()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="edgeclip-prepare")
 
     def read() -> None:
@@ -85,8 +89,8 @@ def batches(
 
 
 def _settled(
-    buffer: Pixels, futures: Sequence[Future[None]]
-) -> Iterator[tuple[Pixels, list[ImageError | None]]]:
+    buffer: Batch, futures: Sequence[Future[None]]
+) -> Iterator[tuple[Batch, list[ImageError | None]]]:
     """The batch, up to the first image that raised something else, which is then raised."""
     errors: list[ImageError | None] = []
     fatal: BaseException | None = None

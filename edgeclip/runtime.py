@@ -8,16 +8,17 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import _core
 from edgeclip.bundle import EMBEDDED, Bundle
-from edgeclip.encoders import open_encoder, unit
-from edgeclip.errors import BundleError, DeviceError, ImageError
-from edgeclip.images import ImageSource, decode
+from edgeclip.devices import open_image_side
+from edgeclip.encoders import unit
+from edgeclip.errors import BundleError, ImageError
+from edgeclip.images import CudaFrame, ImageSource, decode, is_on_gpu
 from edgeclip.labels import Label, LabelSet
 from edgeclip.pipeline import batches, cores, newest
 from edgeclip.prior import Prior
@@ -33,15 +34,12 @@ from edgeclip.text import Labels, Progress, TextTower
 
 if TYPE_CHECKING:
     from edgeclip.explain import Explanation
+    from edgeclip.gpu import GpuPipeline
 
 logger = logging.getLogger(__name__)
 
 SINGLE = (str, bytes, bytearray, memoryview)  # sequences in Python, one thing here
 MAX_BATCH = 4096
-# int8 is for CPUs: a GPU has no kernels for the way in which it is written.
-FASTEST_ON_CUDA = ("fp16", "fp32", "int8")
-PLAINEST = ("fp32", "int8", "fp16")  # on a CPU, which does not compute in fp16
-MARGIN = 0.9  # of its time, before another precision takes the place of the plainest
 MAX_THREADS = 1024
 DECODINGS = ("fast", "exact")
 
@@ -67,8 +65,9 @@ class Runtime:
     """A bundle, loaded and ready to classify. One may be shared by threads.
 
     bundle: a directory, a Bundle, or None for the embedded demonstration bundle.
-    device: auto (the best that works), cpu or cuda. precision: fp32, fp16 or int8 where the bundle
-    has it; auto for the fastest of those that were held to the model's answers (export --data).
+    device: auto (the best that works: a TensorRT engine that `edgeclip build` made, else CUDA, else
+    the CPU), cpu, cuda or tensorrt. precision: fp32, fp16 or int8 where the bundle has it; auto for
+    the fastest of those that were held to the model's answers (export --data, edgeclip build).
     purify: auto (what the bundle recommends), none, cos, diff, a CosPurifier or a DiffPurifier.
     labels: what `classify` uses where it is given none.
     decode: fast (large JPEGs at a reduced scale, see `edgeclip.images.decode`) or exact.
@@ -107,41 +106,22 @@ class Runtime:
         self.purifier = resolve(purify, self.bundle.manifest.purification)
         self._threads = threads
         self._fast_for = self.bundle.manifest.image if decode == "fast" else None
-        self._image_encoder, self.device = open_encoder(
-            lambda d: self.bundle.encoder("image_encoder", self._choose_precision(precision, d)),
-            device,
-            threads,
-        )
-        self.precision = self._choose_precision(precision, self.device)
         manifest = self.bundle.manifest
-        self._image_encoder.check_shapes((3, *manifest.image.size), manifest.embed_dim)
+        side = open_image_side(
+            self.bundle, device, precision, batch_size=batch_size, threads=threads
+        )
+        self._image_encoder, self.device, self.precision = side.encoder, side.device, side.precision
+        # A prior is run by ONNX Runtime, through the host.
+        self._gpu = None if isinstance(self.purifier, DiffPurifier) else side.gpu
         spec = manifest.prior
         check_prior(self.purifier, None if spec is None else spec.timesteps)
         self._prior_lock = threading.Lock()
         self._prior: Prior | None = None
-        self._text = TextTower(self.bundle, self.precision, device=self.device, threads=threads)
+        self.onnx_device, self.text_precision = side.onnx_device, side.text_precision
+        self._text = TextTower(
+            self.bundle, side.text_precision, device=side.onnx_device, threads=threads
+        )
         self._default_labels = None if labels is None else self.labels(labels)
-
-    def _choose_precision(self, precision: str, device: str) -> str:
-        """auto: the fastest of those that are known to give the model's answers. On a CPU that is
-        what was fastest by a margin where the bundle was made, and fp32 where nothing was measured."""
-        variants = self.bundle.manifest.precisions
-        if precision != "auto":
-            if precision not in variants:
-                raise DeviceError(
-                    f"{self.bundle.path} has no {precision} encoders; it has {', '.join(variants)}"
-                )
-            return precision
-        known = [n for n, v in variants.items() if n == "fp32" or "top1_agreement" in v.parity]
-        known = known or list(variants)
-        if device == "cuda":
-            return min(known, key=FASTEST_ON_CUDA.index)
-        plain = min(known, key=PLAINEST.index)
-        times = {name: ms for name in known if (ms := variants[name].cpu_ms) is not None}
-        if plain not in times:
-            return plain
-        fastest = min(times, key=times.__getitem__)
-        return fastest if times[fastest] < MARGIN * times[plain] else plain
 
     @overload
     def classify(  # type: ignore[overload-overlap]  # a str is one image, not a sequence of them
@@ -161,7 +141,8 @@ class Runtime:
         """The `top_k` most probable labels of an image, the most probable first.
 
         images: a path, the bytes of a file, a PIL image or a uint8 RGB array (H, W, 3) gives a list
-        of predictions; a list of these gives a list of lists.
+        of predictions; a list of these gives a list of lists. Where edgeclip has its CUDA kernels,
+        the array may be on the GPU (PyTorch, CuPy): complete, since no stream is waited for.
         labels: names, or a LabelSet from `labels()`; None for the Runtime's own.
         Raises ImageError for an image that cannot be read, ValueError for arguments.
         """
@@ -170,7 +151,7 @@ class Runtime:
         many, single = _as_list(images)
         answers: list[list[Prediction]] = []
         for chunk in _chunks(many, self.batch_size):
-            answers += self._classify(self.preprocess(chunk), label_set, top_k)
+            answers += self._classify(self._prepare(chunk), label_set, top_k)
         return answers[0] if single else answers
 
     def classify_each(
@@ -185,7 +166,7 @@ class Runtime:
         """
         check_count("top_k", top_k)
         label_set = self._label_set(labels)
-        with closing(self._batches(images)) as prepared:
+        with closing(self._batches(images, self._gpu)) as prepared:
             for batch, errors in prepared:
                 answers = iter(self._classify(batch, label_set, top_k) if len(batch) else [])
                 yield from (error or next(answers) for error in errors)
@@ -306,6 +287,24 @@ class Runtime:
         _refuse_single("tokenize", texts)
         return self._text.tokenize(texts)
 
+    def _prepare(self, images: Sequence[ImageSource]) -> NDArray[Any]:
+        """What `_classify` takes: the encoder's input; or frames, where the GPU makes it of them."""
+        if self._gpu is None:
+            return self.preprocess(images)
+        frames = np.empty((len(images), 1), object)
+        for row, image in zip(frames, images, strict=True):
+            row[0] = self._frame(image)
+        return frames
+
+    def _frame(self, image: ImageSource) -> NDArray[np.uint8] | CudaFrame:
+        if is_on_gpu(image):
+            return image
+        return decode(image, fast_for=self._fast_for)
+
+    def _frame_into(self, row: NDArray[Any], image: ImageSource) -> None:
+        frame = self._frame(image)
+        row[0] = np.array(frame) if frame is image and isinstance(image, np.ndarray) else frame
+
     def _preprocess_into(self, out: NDArray[np.float32], image: ImageSource) -> None:
         spec = self.bundle.manifest.image
         _core.preprocess(
@@ -320,25 +319,48 @@ class Runtime:
         )
 
     def _batches(
-        self, images: Iterable[ImageSource]
-    ) -> Generator[tuple[NDArray[np.float32], list[ImageError | None]], None, None]:
-        """Encoder inputs of up to `batch_size` readable images, and for each image its error.
+        self, images: Iterable[ImageSource], gpu: GpuPipeline | None = None
+    ) -> Generator[tuple[NDArray[Any], list[ImageError | None]], None, None]:
+        """As `_prepare` makes them, of up to `batch_size` readable images, and for each its error.
 
         Prepared by threads while the encoder runs; see `edgeclip.pipeline`.
         """
         _refuse_single("this method", images)
+        threads = self._threads or cores()
+        if gpu is not None:
+            return batches(images, self._frame_into, (self.batch_size, 1), threads, object)
         shape = self.batch_size, 3, *self.bundle.manifest.image.size
-        return batches(images, self._preprocess_into, shape, self._threads or cores())
+        return batches(images, self._preprocess_into, shape, threads)
 
     def _classify(
-        self, batch: NDArray[np.float32], labels: LabelSet, top_k: int
+        self, batch: NDArray[Any], labels: LabelSet, top_k: int
     ) -> list[list[Prediction]]:
+        """Of what `_prepare` gives."""
+        cos = self.purifier if isinstance(self.purifier, CosPurifier) else None
+        if self._gpu is not None and batch.dtype == object:
+            indices, scores = self._gpu.classify(list(batch[:, 0]), labels, cos, top_k)
+        else:
+            indices, scores = self._classify_on_host(batch, labels, cos, top_k)
+        return [
+            [
+                Prediction(labels.names[i], score, i)
+                for i, score in zip(row, row_scores, strict=True)
+            ]
+            for row, row_scores in zip(indices.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def _classify_on_host(
+        self,
+        pixels: NDArray[np.float32],
+        labels: LabelSet,
+        cos: CosPurifier | None,
+        top_k: int,
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         manifest = self.bundle.manifest
-        embeddings = self._image_encoder.embed(batch)
+        embeddings = self._image_encoder.embed(pixels)
         if isinstance(self.purifier, DiffPurifier):
             embeddings = self._open_prior().purify(unit(embeddings), self.purifier)
-        cos = self.purifier if isinstance(self.purifier, CosPurifier) else None
-        indices, scores = _core.classify(
+        return _core.classify(
             embeddings,
             labels.embeddings,
             logit_scale=manifest.logit_scale,
@@ -349,13 +371,6 @@ class Runtime:
             step_size=cos.step_size if cos else 0.0,
             top_k=min(top_k, len(labels)),
         )
-        return [
-            [
-                Prediction(labels.names[i], score, i)
-                for i, score in zip(row, row_scores, strict=True)
-            ]
-            for row, row_scores in zip(indices.tolist(), scores.tolist(), strict=True)
-        ]
 
     def _embed(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         rows, own = self.encode(batch), self.purifier
@@ -381,8 +396,13 @@ class Runtime:
                 if spec is None:
                     raise BundleError(NO_PRIOR)
                 path = self.bundle.graph(spec.file)
-                self._prior = Prior(path, dim, device=self.device, threads=self._threads)
+                self._prior = Prior(path, dim, device=self.onnx_device, threads=self._threads)
             return self._prior
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the GPU does all of `classify`, and not only the encoder's part."""
+        return self._gpu is not None
 
     def text_identity(self) -> str:
         """What text embeddings depend on besides the prompts: two equal ones may share them."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgeclip.bundle import TOKENIZER, Bundle
 from edgeclip.cache import LabelCache, label_keys
-from edgeclip.encoders import Encoder, open_encoder, unit
+from edgeclip.encoders import Encoder, OnnxEncoder, unit
 from edgeclip.labels import Label, LabelSet, check_labels, check_templates
 from edgeclip.tokenizer import Tokenizer
 
@@ -195,7 +195,7 @@ class TextTower:
                 self._bundle.file(TOKENIZER), context_length=spec.context_length, clean=spec.clean
             )
             path = self._bundle.encoder("text_encoder", self._precision)
-            encoder, _ = open_encoder(lambda _: path, self._device, self._threads)
+            encoder = OnnxEncoder(path, device=self._device, threads=self._threads)
             encoder.check_shapes((spec.context_length,), self._bundle.manifest.embed_dim)
             self._loaded = tokenizer, encoder
         return self._loaded

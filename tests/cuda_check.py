@@ -1,11 +1,13 @@
 """Compile the CUDA kernels for GPU architectures and hold their use of registers under a bar.
 
-Needs nvcc but no GPU. Exits with 1 where a kernel spills registers or needs too many of them.
+Needs nvcc but no GPU: the one on the PATH, or else that of the Python packages of CUDA, which the
+extra `dev` brings. Exits with 1 where a kernel spills registers or needs too many of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -40,6 +42,17 @@ class Kernel(NamedTuple):
         return self.registers <= MAX_REGISTERS and self.spilled == 0
 
 
+def find_nvcc() -> str | None:
+    """nvcc on the PATH, or else beside this Python, whose folder is `nvidia/cu13/bin` for CUDA 13."""
+    if (found := shutil.which("nvcc")) is not None:
+        return found
+    packages = importlib.util.find_spec("nvidia")
+    for folder in (packages and packages.submodule_search_locations) or []:
+        for path in sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True):  # the newest first
+            return str(path)
+    return None
+
+
 def demangle(name: str) -> str:
     """A kernel's name and template arguments, without namespaces."""
     if shutil.which("c++filt") is None:
@@ -49,9 +62,9 @@ def demangle(name: str) -> str:
     return re.sub(r"(\w*::)+|^void | (?=>)", "", text[: text.rindex("(")])
 
 
-def compile_kernels(source: Path, architecture: int, folder: Path) -> list[Kernel]:
+def compile_kernels(nvcc: str, source: Path, architecture: int, folder: Path) -> list[Kernel]:
     """Raises RuntimeError with what nvcc said where it fails or warns."""
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "--resource-usage"]
+    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "--resource-usage"]
     command += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", f"-I{ROOT}", "-c", str(source)]
     command += ["-fmad=false"] if source.name == "preprocess.cu" else []  # as CMakeLists.txt
     command += ["-o", str(folder / f"{source.stem}.o")]
@@ -74,13 +87,13 @@ def compile_kernels(source: Path, architecture: int, folder: Path) -> list[Kerne
     return kernels
 
 
-def report(architectures: list[int]) -> list[Kernel]:
+def report(nvcc: str, architectures: list[int]) -> list[Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         return [
             kernel
             for architecture in architectures
             for source in SOURCES
-            for kernel in compile_kernels(source, architecture, Path(folder))
+            for kernel in compile_kernels(nvcc, source, architecture, Path(folder))
         ]
 
 
@@ -88,9 +101,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("architectures", type=int, nargs="*", help="such as 87 (default: all)")
     args = parser.parse_args()
-    if shutil.which("nvcc") is None:
-        sys.exit("cuda_check: needs nvcc, of NVIDIA's CUDA toolkit, on the PATH")
-    kernels = report(args.architectures or ARCHITECTURES)
+    nvcc = find_nvcc()
+    if nvcc is None:
+        sys.exit("cuda_check: needs nvcc on the PATH, or pip install 'cuda-toolkit[cccl,nvcc]'")
+    kernels = report(nvcc, args.architectures or ARCHITECTURES)
     print("| GPU | kernel | registers | spilled, bytes | stack, bytes | static shared, bytes |")
     print("|---|---|---|---|---|---|")
     for k in kernels:

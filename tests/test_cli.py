@@ -227,7 +227,10 @@ def test_empty_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["classify", BAG, *LABELS, "--purify", "cos", "--step-size", "nan"], "a number from 0"),
         (["classify", BAG, *LABELS, "--steps", "3"], "need --purify cos"),
         (["classify", BAG, *LABELS, "--purify", "diff"], "needs a bundle with a diffusion prior"),
-        (["classify", BAG, *LABELS, "--device", "tensorrt"], "'tensorrt' is not supported"),
+        (
+            ["classify", BAG, *LABELS, "--device", "tensorrt"],
+            "'tensorrt' needs edgeclip with its CUDA kernels",
+        ),
         (["classify", BAG, *LABELS, "--precision", "fp16"], "has no fp16 encoders"),
         (["classify", BAG, *LABELS, "--bundle", "none"], "none is not a bundle"),
         (["classify", BAG, *LABELS, "--frmat", "json"], "unrecognized arguments: --frmat"),

@@ -17,7 +17,7 @@ from test_core_sanitized import CPU_SOURCES, ROOT, compile_with, works
 SHIM = ROOT / "tests" / "csrc" / "cuda_shim"
 SOURCES = [
     *CPU_SOURCES,
-    SHIM / "shim.cc",
+    *sorted(SHIM.glob("*.cc")),
     ROOT / "tests" / "csrc" / "cuda_test.cc",
     *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
 ]

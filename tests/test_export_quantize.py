@@ -19,6 +19,7 @@ from PIL import Image
 import edgeclip
 from edgeclip import golden
 from edgeclip.bundle import Bundle
+from edgeclip.devices import choose_precision
 from edgeclip.encoders import OnnxEncoder
 from export import ExportError, fidelity, quantize, verify
 from export.bundle import Wording, _write_precisions, export_bundle
@@ -247,5 +248,7 @@ def test_auto_takes_the_fastest(tmp_path: Path) -> None:
             runtime = edgeclip.Runtime(folder, device="cpu")
             # Without a comparison of answers nothing but fp32 is taken unasked.
             assert runtime.precision == (wanted if parity else "fp32")
-            assert runtime._choose_precision("auto", "cuda") == ("fp16" if parity else "fp32")
-            assert runtime._choose_precision("int8", "cpu") == "int8"
+            assert choose_precision(runtime.bundle, "auto", "cuda") == (
+                "fp16" if parity else "fp32"
+            )
+            assert choose_precision(runtime.bundle, "int8", "cpu") == "int8"

@@ -25,15 +25,15 @@ TEMPLATES = ["a {}.", "a very long way to say that there is a {} in this picture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts each run of a text encoder took, as it goes."""
     runs: list[int] = []
-    open_encoder = text.open_encoder
+    open_encoder = text.OnnxEncoder
 
-    def watched(*args: object) -> object:
-        encoder, device = open_encoder(*args)
+    def watched(*args: object, **options: object) -> object:
+        encoder = open_encoder(*args, **options)
         embed = encoder.embed
         encoder.embed = lambda ids: (runs.append(len(ids)), embed(ids))[1]
-        return encoder, device
+        return encoder
 
-    monkeypatch.setattr(text, "open_encoder", watched)
+    monkeypatch.setattr(text, "OnnxEncoder", watched)
     return runs
 
 
@@ -151,14 +151,14 @@ def test_interrupted_encoding_keeps_what_is_done(
 def alive(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[object]]:
     """The text encoders that were opened."""
     opened: list[weakref.ref[object]] = []
-    open_encoder = text.open_encoder
+    open_encoder = text.OnnxEncoder
 
-    def watched(*args: object) -> object:
-        encoder, device = open_encoder(*args)
+    def watched(*args: object, **options: object) -> object:
+        encoder = open_encoder(*args, **options)
         opened.append(weakref.ref(encoder))
-        return encoder, device
+        return encoder
 
-    monkeypatch.setattr(text, "open_encoder", watched)
+    monkeypatch.setattr(text, "OnnxEncoder", watched)
     return opened
 
 

@@ -1,14 +1,17 @@
 // As much of CUDA as csrc/cuda needs, on the host, so that the very same sources run in tests where
 // there is no GPU, under the sanitizers too. A CUDA thread is a std::thread, a barrier a barrier; a
-// few blocks run at a time. Not for speed, nor for anything but tests.
+// few blocks run at a time. Device memory is the host's. Not for speed, nor for anything but tests.
 #ifndef EDGECLIP_TESTS_CUDA_RUNTIME_H_
 #define EDGECLIP_TESTS_CUDA_RUNTIME_H_
 
+#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -99,21 +102,89 @@ T max(T x, T y) {
   return x < y ? y : x;
 }
 
-using cudaStream_t = struct CUstream_st*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidConfiguration"; }
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorNoDevice = 100,
+  cudaErrorStreamCaptureUnsupported = 900
+};
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorName(cudaError_t error);
+const char* cudaGetErrorString(cudaError_t error);
+
+// What is queued on a stream runs at once, or is kept while the stream is captured.
+struct CUgraph_st {
+  std::vector<std::function<void()>> work;
+};
+struct CUstream_st {
+  CUgraph_st* captured = nullptr;
+};
+struct CUevent_st {
+  std::chrono::steady_clock::time_point time;
+};
+using cudaStream_t = CUstream_st*;
+using cudaGraph_t = CUgraph_st*;
+using cudaGraphExec_t = CUgraph_st*;
+using cudaEvent_t = CUevent_st*;
+
+namespace shim {
+cudaError_t enqueue(cudaStream_t stream, std::function<void()> work);
+}
 
 template <typename Params>
 cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void** arguments,
-                             size_t shared_bytes, cudaStream_t) {
+                             size_t shared_bytes, cudaStream_t stream) {
   const bool fits = grid.x >= 1 && grid.y >= 1 && grid.x <= 0x7fffffffu && grid.y <= 0xffffu &&
                     block.x >= 1 && block.x <= 1024 && shared_bytes <= 48 << 10;
   if (!fits) return cudaErrorInvalidConfiguration;
-  const Params& params = *static_cast<Params*>(arguments[0]);
-  shim::run(grid, block, shared_bytes, [&] { kernel(params); });
-  return cudaSuccess;
+  const Params params = *static_cast<Params*>(arguments[0]);
+  return shim::enqueue(stream,
+                       [=] { shim::run(grid, block, shared_bytes, [&] { kernel(params); }); });
 }
+
+struct cudaDeviceProp {
+  char name[256];
+  int major, minor, integrated;
+};
+enum cudaMemcpyKind { cudaMemcpyDefault = 4 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
+inline constexpr unsigned cudaHostAllocMapped = 2, cudaStreamNonBlocking = 1;
+
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
+cudaError_t cudaDeviceSynchronize();
+
+cudaError_t cudaMalloc(void** data, size_t size);
+cudaError_t cudaFree(void* data);
+cudaError_t cudaHostAlloc(void** data, size_t size, unsigned flags);
+cudaError_t cudaFreeHost(void* data);
+cudaError_t cudaMemset(void* data, int value, size_t size);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind,
+                            cudaStream_t stream);
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph,
+                                          unsigned long long flags);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream);
+
+cudaError_t cudaEventCreate(cudaEvent_t* event);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end);
+
+// Also called from Python, by an encoder that takes TensorRT's place in tests.
+extern "C" __attribute__((visibility("default"))) cudaError_t
+cudaLaunchHostFunc(cudaStream_t stream, void (*function)(void*), void* data);
 
 #endif  // EDGECLIP_TESTS_CUDA_RUNTIME_H_

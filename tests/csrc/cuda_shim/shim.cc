@@ -1,8 +1,10 @@
 #include <cuda_runtime.h>
 #include <pthread.h>
+#include <semaphore.h>
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -72,21 +74,75 @@ void run_blocks(Block& mine, unsigned thread, unsigned first, unsigned step, dim
   }
 }
 
+// Threads for all launches: to start hundreds of them takes longer than what they do.
+class Team {
+ public:
+  void run(unsigned count, const std::function<void(unsigned)>& work) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    while (members_.size() < count) {
+      members_.push_back(std::make_unique<Member>());
+      std::thread([this, member = members_.back().get()] { member->serve(done_); }).detach();
+    }
+    for (unsigned i = 0; i < count; ++i) members_[i]->begin(work, i);
+    for (unsigned i = 0; i < count; ++i) done_.wait();
+  }
+
+ private:
+  class Semaphore {
+   public:
+    Semaphore() { sem_init(&semaphore_, 0, 0); }
+    void post() { sem_post(&semaphore_); }
+    void wait() {
+      while (sem_wait(&semaphore_) != 0) {  // a signal came in between
+      }
+    }
+
+   private:
+    sem_t semaphore_;
+  };
+
+  class Member {
+   public:
+    void begin(const std::function<void(unsigned)>& work, unsigned i) {
+      work_ = &work;
+      i_ = i;
+      begin_.post();
+    }
+    void serve(Semaphore& done) {
+      for (;;) {
+        begin_.wait();
+        (*work_)(i_);
+        done.post();
+      }
+    }
+
+   private:
+    Semaphore begin_;
+    const std::function<void(unsigned)>* work_ = nullptr;
+    unsigned i_ = 0;
+  };
+
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Member>> members_;
+  Semaphore done_;
+};
+
+Team& team() {
+  static Team* const all = new Team;  // never gone, as its threads end with the process
+  return *all;
+}
+
 }  // namespace
 
 void run(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
   const unsigned at_once = size.x > 512 ? 1 : std::min(grid.x * grid.y, kBlocksAtOnce);
   std::vector<std::unique_ptr<Block>> blocks;
-  std::vector<std::thread> threads;
-  for (unsigned first = 0; first < at_once; ++first) {
+  for (unsigned i = 0; i < at_once; ++i) {
     blocks.push_back(std::make_unique<Block>(size.x, shared_bytes));
-    Block& mine = *blocks.back();
-    for (unsigned thread = 0; thread < size.x; ++thread) {
-      threads.emplace_back(
-          [&, thread, first] { run_blocks(mine, thread, first, at_once, grid, kernel); });
-    }
   }
-  for (std::thread& thread : threads) thread.join();
+  team().run(at_once * size.x, [&](unsigned i) {
+    run_blocks(*blocks[i / size.x], i % size.x, i / size.x, at_once, grid, kernel);
+  });
 }
 
 int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }

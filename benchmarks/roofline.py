@@ -1,0 +1,293 @@
+"""What NVIDIA's Jetsons could do at most, and what to expect: arithmetic, not measurements.
+
+The bound is the longer of two times at the device's peak: that of the operations, and that of the bytes
+which have to pass through memory whatever the caches hold, the weights once for each batch, pixels in and
+embeddings out. Expected is the same with the share of the peaks in EFFICIENCY, and with every tensor
+between two kernels of the encoder written to memory and read again. Launches are not counted: what is
+far below a tenth of a millisecond will take longer.
+
+fp16 is that of the tensor cores without sparsity; fp32 that of the other cores, without TensorFloat-32.
+The image encoder is as `export` writes it: for the embedding alone, the last block computes one token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from open_clip import get_model_config
+
+EPILOG = """examples:
+  python -m benchmarks.roofline
+  python -m benchmarks.roofline --json roofline.json
+"""
+EFFICIENCY = {"operations": 0.5, "memory": 0.7}  # assumed: what good kernels commonly reach
+MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
+BATCHES = (1, 8)
+BYTES = {"fp16": 2, "fp32": 4}
+FRAMES = {"640x480": (480, 640), "12 megapixels": (3000, 4000)}
+CLASSES = 1000
+MLP = 4  # the hidden layer's width, in widths of the model
+PIXELS = 3  # channels
+RESULTS = Path("docs/results/performance")
+CUBIC = 4  # pixels that a bicubic filter spans each way, times the scale
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peaks of a GPU, from NVIDIA's data sheet, or its units times its clock."""
+
+    multiprocessors: int
+    mhz: float
+    tensor: int  # fp16 operations of a multiprocessor's tensor cores in a clock, without sparsity
+    bandwidth: float  # GB/s
+    source: str
+    cores: int = 128  # fp32, of a multiprocessor
+    cores_mhz: float | None = None  # where their clock is another
+
+    @property
+    def fp16(self) -> float:
+        """TFLOPS."""
+        return self.multiprocessors * self.tensor * self.mhz / 1e6
+
+    @property
+    def fp32(self) -> float:
+        """TFLOPS: a core multiplies and adds."""
+        return self.multiprocessors * self.cores * 2 * (self.cores_mhz or self.mhz) / 1e6
+
+
+AMPERE, HOPPER, THOR = 2048, 4096, 8192
+DEVICES = {
+    "Orin Nano 8GB": Device(
+        8, 625, AMPERE, 68, "Jetson Orin Nano Series data sheet: 1024 cores, 625 MHz, 40 TOPS"
+    ),
+    "Orin Nano 8GB Super": Device(
+        8, 1020, AMPERE, 102, "Jetson Orin Nano Super Developer Kit data sheet: 1020 MHz, 67 TOPS"
+    ),
+    "Orin NX 16GB": Device(
+        8, 918, AMPERE, 102.4, "Jetson Orin NX Series data sheet: 1024 cores, 918 MHz"
+    ),
+    "AGX Orin 64GB": Device(
+        16, 1300, AMPERE, 204.8, "Jetson AGX Orin Series technical brief: 2048 cores, 1.3 GHz"
+    ),
+    "Thor T5000": Device(
+        20, 1575, THOR, 273, "Jetson Thor Series data sheet: 2560 cores, 1.57 GHz, 2070 FP4 TFLOPS"
+    ),
+    "H100 SXM": Device(
+        132, 1830, HOPPER, 3350, "H100 data sheet: 989 and 67 TFLOPS, 3.35 TB/s", cores_mhz=1980
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one call, on all of its batch."""
+
+    flop: float  # two for each multiplication with its addition
+    bytes: float  # that must pass through memory
+    between: float = 0.0  # bytes of tensors between kernels, which a cache may hold
+
+
+@dataclass(frozen=True)
+class Vit:
+    """An image encoder with a class token."""
+
+    size: int
+    patch: int
+    width: int
+    layers: int
+    dim: int
+
+    @classmethod
+    def named(cls, model: str) -> Vit:
+        """From open_clip's configuration."""
+        config = get_model_config(model)
+        vision = config["vision_cfg"]
+        size, patch, width = (vision[key] for key in ("image_size", "patch_size", "width"))
+        return cls(size, patch, width, vision["layers"], config["embed_dim"])
+
+    @property
+    def patches(self) -> int:
+        return (self.size // self.patch) ** 2
+
+    def block(self, queries: int) -> int:
+        """Operations of a block that computes `queries` of its tokens, from all of them."""
+        tokens, width = self.patches + 1, self.width
+        projections = 2 * tokens * width * 3 * width + 2 * queries * width * width
+        attention = 2 * 2 * queries * tokens * width
+        return projections + attention + 2 * 2 * queries * width * MLP * width
+
+    def flop(self, whole: bool = False) -> int:
+        """Of one image. whole: with every token of the last block, as open_clip computes it."""
+        embed = 2 * self.patches * PIXELS * self.patch**2 * self.width
+        last = self.block(self.patches + 1 if whole else 1)
+        full = (self.layers - 1) * self.block(self.patches + 1)
+        return embed + full + last + 2 * self.width * self.dim
+
+    @property
+    def parameters(self) -> int:
+        width = self.width
+        block = (4 + 2 * MLP) * width**2 + (4 + MLP + 1) * width + 4 * width
+        embed = PIXELS * self.patch**2 * width + (self.patches + 2) * width
+        return embed + self.layers * block + 4 * width + width * self.dim
+
+    def work(self, batch: int, size: int) -> Work:
+        """size: bytes of a number, in memory and between kernels; pixels and embeddings are float32."""
+        ends = 4 * (PIXELS * self.size**2 + self.dim)
+        # Written by a block: both norms, queries, keys and values, the mixed values, both sums
+        # and the hidden layer.
+        tensors = (2 + 3 + 1 + 2 + MLP) * (self.patches + 1) * self.width * self.layers
+        return Work(
+            batch * self.flop(),
+            self.parameters * size + batch * ends,
+            batch * 2 * size * tensors,
+        )
+
+
+def preprocess(height: int, width: int, side: int = 224) -> Work:
+    """A frame's crop in uint8 to float32 pixels: two passes of the bicubic filter."""
+    short = min(height, width)
+    taps = CUBIC * max(1.0, short / side)
+    operations = 2 * taps * PIXELS * (short * side + side * side)
+    return Work(operations, PIXELS * short**2 + 4 * PIXELS * side**2, 2 * PIXELS * short * side)
+
+
+def classify(batch: int, dim: int, size: int) -> Work:
+    """Scores of all classes; CLIPure-Cos adds one product of two vectors, and scalars."""
+    moved = (CLASSES + batch) * dim * size + 4 * CLASSES
+    return Work(batch * 2 * (CLASSES + 2) * dim, moved, 2 * 4 * batch * CLASSES)
+
+
+def milliseconds(work: Work, device: Device, precision: str) -> dict[str, float]:
+    """The bound and what to expect."""
+    peak = 1e9 * (device.fp16 if precision == "fp16" else device.fp32)
+    memory = 1e6 * device.bandwidth
+    return {
+        "bound": max(work.flop / peak, work.bytes / memory),
+        "expected": max(
+            work.flop / (peak * EFFICIENCY["operations"]),
+            (work.bytes + work.between) / (memory * EFFICIENCY["memory"]),
+        ),
+    }
+
+
+def works() -> Iterator[tuple[str, int, str, Work]]:
+    """What is computed: its name, batch, precision and work."""
+    for precision, size in BYTES.items():
+        for model in MODELS:
+            for batch in BATCHES:
+                yield model, batch, precision, Vit.named(model).work(batch, size)
+    for name, shape in FRAMES.items():
+        yield f"preprocess {name}", 1, "fp32", preprocess(*shape)
+    for batch in BATCHES:
+        yield f"classify {CLASSES:,}", batch, "fp32", classify(batch, 512, 4)
+
+
+# Of docs/results/performance/kernels-h100.json, which measured them within a CUDA graph.
+KERNELS = {
+    "classify 1 x 512 x 1000, float32": classify(1, 512, 4),
+    "classify 8 x 512 x 1000, float32": classify(8, 512, 4),
+    "preprocess 640x480, float32": preprocess(*FRAMES["640x480"]),
+    "preprocess 12 megapixels, float32": preprocess(*FRAMES["12 megapixels"]),
+}
+
+
+def compare() -> dict[str, dict[str, float]]:
+    """Milliseconds of the core's kernels on an H100: bound, expected, and measured."""
+    measured = json.loads((RESULTS / "kernels-h100.json").read_text())["ms"]
+    return {
+        name: milliseconds(work, DEVICES["H100 SXM"], "fp32")
+        | {"measured": measured[name]["edgeclip in a graph"]}
+        for name, work in KERNELS.items()
+    }
+
+
+def compute() -> dict[str, Any]:
+    """The report."""
+    return {
+        "what": "arithmetic, not measurements",
+        "efficiency": EFFICIENCY,
+        "devices": {
+            name: {
+                "fp16 TFLOPS": d.fp16,
+                "fp32 TFLOPS": d.fp32,
+                "GB/s": d.bandwidth,
+                "source": d.source,
+            }
+            for name, d in DEVICES.items()
+        },
+        "models": {
+            name: {"GFLOP": Vit.named(name).flop() / 1e9, "parameters": Vit.named(name).parameters}
+            for name in MODELS
+        },
+        "rows": [
+            {
+                "name": name,
+                "batch": batch,
+                "precision": precision,
+                "GFLOP": work.flop / 1e9,
+                "MB": work.bytes / 1e6,
+                "MB between kernels": work.between / 1e6,
+                "ms": {key: milliseconds(work, d, precision) for key, d in DEVICES.items()},
+            }
+            for name, batch, precision, work in works()
+        ],
+        "kernels on an H100, ms": compare(),
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    devices, efficiency = report["devices"], report["efficiency"]
+    lines = [
+        (
+            "Arithmetic, not measurements: bound / expected at "
+            f"{efficiency['operations']:.0%} of the operations and "
+            f"{efficiency['memory']:.0%} of the bandwidth."
+        ),
+        "",
+        "| device | fp16, TFLOPS | fp32, TFLOPS | memory, GB/s | from |",
+        "|---|---|---|---|---|",
+    ]
+    for name, d in devices.items():
+        peaks = f"{d['fp16 TFLOPS']:.1f} | {d['fp32 TFLOPS']:.1f} | {d['GB/s']:g}"
+        lines.append(f"| {name} | {peaks} | {d['source']} |")
+    lines += [
+        "",
+        f"| milliseconds for the batch | GFLOP | MB | {' | '.join(devices)} |",
+        "|---" * (3 + len(devices)) + "|",
+    ]
+    for row in report["rows"]:
+        cells = [f"{_short(ms['bound'])} / {_short(ms['expected'])}" for ms in row["ms"].values()]
+        what = f"{row['name']} {row['precision']}, batch {row['batch']}"
+        amounts = f"{_short(row['GFLOP'])} | {_short(row['MB'])}"
+        lines.append(f"| {what} | {amounts} | {' | '.join(cells)} |")
+    lines += ["", "| H100, microseconds | bound | expected | measured |", "|---|---|---|---|"]
+    for name, ms in report["kernels on an H100, ms"].items():
+        lines.append(f"| {name} | {' | '.join(_short(1e3 * value) for value in ms.values())} |")
+    return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    """Two figures that count, and no exponent."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    args = parser.parse_args()
+    report = compute()
+    print(render(report))
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Arrays in memory that a GPU uses, by the compiled core alone: no PyTorch, no CuPy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from edgeclip import _core
+from edgeclip.errors import DeviceError
+
+
+@contextmanager
+def cuda_errors() -> Iterator[None]:
+    """Turns the core's errors about CUDA into DeviceError."""
+    try:
+        yield
+    except RuntimeError as err:
+        raise DeviceError(str(err)) from err
+
+
+class DeviceArray:
+    """A C-contiguous array of zeros on the GPU; or pinned, on the host, where the GPU uses it too.
+
+    PyTorch, CuPy and Numba take it without a copy, by its __cuda_array_interface__.
+    Raises DeviceError where there is no GPU, or not enough memory.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: DTypeLike = np.float32, *, pinned: bool = False
+    ) -> None:
+        kind = np.dtype(dtype)
+        with cuda_errors():
+            memory = _core.CudaMemory(math.prod(shape) * kind.itemsize, pinned=pinned)
+        self._set(memory, memory.pointer, shape, kind)
+
+    def _set(
+        self, memory: _core.CudaMemory, pointer: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
+        self._memory, self.pointer = memory, pointer
+        self.shape, self.dtype = shape, dtype
+        self.nbytes = math.prod(shape) * dtype.itemsize
+
+    def _view(self, pointer: int, shape: tuple[int, ...]) -> DeviceArray:
+        view: DeviceArray = object.__new__(DeviceArray)
+        view._set(self._memory, pointer, shape, self.dtype)
+        return view
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.pointer, False),
+            "strides": None,
+            "version": 3,
+        }
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, row: int) -> DeviceArray:
+        """One row of the first axis: the same memory."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        return self._view(self.pointer + row * self.nbytes // len(self), self.shape[1:])
+
+    def head(self, shape: tuple[int, ...]) -> DeviceArray:
+        """The first elements, as an array of another shape: the same memory."""
+        if math.prod(shape) * self.dtype.itemsize > self.nbytes:
+            raise ValueError(f"{shape} is more than {self.shape}")
+        return self._view(self.pointer, shape)
+
+    @property
+    def host(self) -> NDArray[Any]:
+        """A pinned array for the CPU: the same memory."""
+        if not self._memory.pinned:
+            raise ValueError("only pinned memory is the CPU's too")
+        return np.asarray(_HostView(self))
+
+
+class _HostView:
+    """What NumPy makes an array of, and keeps for as long as that array."""
+
+    def __init__(self, array: DeviceArray) -> None:
+        self.array = array
+        self.__array_interface__ = array.__cuda_array_interface__
+
+
+def copy(to: DeviceArray, source: DeviceArray | NDArray[Any], stream: int) -> None:
+    """Queue a copy of as many bytes as `source` has, C-contiguous, to the beginning of `to`."""
+    address = source.pointer if isinstance(source, DeviceArray) else source.ctypes.data
+    _core.cuda_copy(to.pointer, address, source.nbytes, stream=stream)

@@ -1,0 +1,219 @@
+"""On which device, and in which precision, a bundle's image encoder runs."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeclip import _core
+from edgeclip.bundle import Bundle
+from edgeclip.encoders import Encoder, OnnxEncoder, available_devices
+from edgeclip.errors import DeviceError
+from edgeclip.manifest import Manifest
+
+if TYPE_CHECKING:
+    from edgeclip.engine import EngineKey
+    from edgeclip.gpu import GpuPipeline
+
+logger = logging.getLogger(__name__)
+
+DEVICES = ("auto", "cpu", "cuda", "tensorrt")
+# int8 is for CPUs: a GPU has no kernels for the way in which it is written.
+FASTEST_ON_GPU = ("fp16", "fp32", "int8")
+PLAINEST = ("fp32", "int8", "fp16")  # on a CPU, which does not compute in fp16
+MARGIN = 0.9  # of its time, before another precision takes the place of the plainest
+MAX_GPU_BATCH = 64  # images whose pixels have memory of their own
+
+
+@dataclass(frozen=True)
+class ImageSide:
+    """What a Runtime runs images through."""
+
+    encoder: Encoder
+    device: str
+    precision: str
+    gpu: GpuPipeline | None  # None: the host preprocesses and classifies
+    text_precision: str
+
+    @property
+    def onnx_device(self) -> str:
+        """Where ONNX Runtime runs what TensorRT does not: texts, and a prior."""
+        return "cpu" if self.device == "tensorrt" else self.device
+
+
+def open_image_side(
+    bundle: Bundle, device: str, precision: str, *, batch_size: int, threads: int | None
+) -> ImageSide:
+    """The image encoder on `device`; auto takes the best that works: a TensorRT engine that was built,
+    then CUDA through ONNX Runtime, then the CPU. A better one that fails is said in the log.
+
+    Raises DeviceError where it is not available, BundleError, and ValueError for an unknown name.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"device must be {', '.join(DEVICES)}, got {device!r}")
+    if device != "auto":
+        return _open(bundle, device, precision, batch_size, threads)
+    candidates = available_devices()
+    if stored_engines(bundle):
+        candidates.insert(0, "tensorrt")
+    for candidate, following in itertools.pairwise(candidates):
+        try:
+            return _open(bundle, candidate, precision, batch_size, threads)
+        except DeviceError as err:
+            logger.warning("%s; using %s", err, following)
+    return _open(bundle, candidates[-1], precision, batch_size, threads)
+
+
+def _open(
+    bundle: Bundle, device: str, precision: str, batch_size: int, threads: int | None
+) -> ImageSide:
+    manifest = bundle.manifest
+    if device == "tensorrt":
+        return _open_tensorrt(bundle, precision)
+    chosen = choose_precision(bundle, precision, device)
+    path = bundle.encoder("image_encoder", chosen)
+    if device == "cuda" and _core.cuda_built():
+        from edgeclip.gpu_encoders import OnnxGpuEncoder
+
+        on_gpu = OnnxGpuEncoder(
+            path,
+            shape=input_shape(manifest),
+            embed_dim=manifest.embed_dim,
+            max_batch=min(batch_size, MAX_GPU_BATCH),
+            threads=threads,
+        )
+        return ImageSide(on_gpu, device, chosen, _pipeline(bundle, on_gpu), chosen)
+    encoder = OnnxEncoder(path, device=device, threads=threads)
+    encoder.check_shapes(input_shape(manifest), manifest.embed_dim)
+    if device == "cuda":  # a wheel may have no code for this GPU, which shows when it runs
+        encoder.embed(np.zeros((1, *input_shape(manifest)), np.float32))
+    return ImageSide(encoder, device, chosen, None, chosen)
+
+
+def _open_tensorrt(bundle: Bundle, precision: str) -> ImageSide:
+    from edgeclip.engine import EngineCache, import_tensorrt
+    from edgeclip.gpu_encoders import TensorRTEncoder
+
+    _check_known(bundle, precision)
+    check_cuda("tensorrt")
+    trt, cache = import_tensorrt(), EngineCache()
+    wanted = FASTEST_ON_GPU if precision == "auto" else (precision,)
+    for name in wanted:
+        if name in bundle.manifest.precisions:
+            path = cache.latest(image_engine_key(bundle, name, trt))
+            if path is not None:
+                encoder = TensorRTEncoder(path.read_bytes(), path.name)
+                encoder.check_shapes(input_shape(bundle.manifest), bundle.manifest.embed_dim)
+                texts = choose_precision(bundle, precision, "cpu")
+                return ImageSide(encoder, "tensorrt", name, _pipeline(bundle, encoder), texts)
+    option = "" if precision == "auto" else f" --precision {precision}"
+    raise DeviceError(
+        f"no TensorRT engine of {bundle.path} was built for this GPU with {trt.__name__} "
+        f"{trt.__version__}: edgeclip build {bundle.path}{option}"
+    )
+
+
+def _pipeline(bundle: Bundle, encoder: Any) -> GpuPipeline:
+    """Raises DeviceError where anything on its way does not run here."""
+    from edgeclip.gpu import GpuPipeline
+
+    pipeline = GpuPipeline(encoder, bundle.manifest, bundle.null_text)
+    pipeline.warm_up()
+    return pipeline
+
+
+def input_shape(manifest: Manifest) -> tuple[int, ...]:
+    """Of one image, (3, H, W)."""
+    return (3, *manifest.image.size)
+
+
+def check_cuda(device: str) -> dict[str, Any]:
+    """What the core says of the GPU. Raises DeviceError that says what `device` needs."""
+    if not _core.cuda_built():
+        raise DeviceError(
+            f"device {device!r} needs edgeclip with its CUDA kernels, and this one is without: "
+            "from its source, pip install --config-settings=cmake.define.EDGECLIP_CUDA=ON '.[cpu]'"
+        )
+    try:
+        return _core.cuda_device()
+    except RuntimeError as err:
+        raise DeviceError(
+            f"device {device!r} needs an NVIDIA GPU and its driver, and there is none: {err}"
+        ) from err
+
+
+def image_engine_key(bundle: Bundle, precision: str, trt: Any, options: Any = None) -> EngineKey:
+    """The key of the engine of a bundle's image encoder on this GPU. Raises DeviceError."""
+    from edgeclip.engine import BuildOptions, Gpu, engine_key
+
+    found = check_cuda("tensorrt")
+    gpu = Gpu(found["name"], found["capability"])
+    return engine_key(graph_hashes(bundle, precision), trt, gpu, options or BuildOptions())
+
+
+def graph_hashes(bundle: Bundle, precision: str) -> tuple[str, ...]:
+    """The sha256 of a precision's image encoder: of the graph, and of its weights beside it."""
+    name = bundle.manifest.precisions[precision].image_encoder
+    files = bundle.manifest.files
+    return tuple(files[n] for n in (name, f"{name}.data") if n in files)
+
+
+def stored_engines(bundle: Bundle) -> list[Path]:
+    """Engines of the bundle's image encoders, for whatever GPU; TensorRT is not even loaded."""
+    if not _core.cuda_built():
+        return []
+    from edgeclip.engine_cache import EngineCache
+
+    graphs = [list(graph_hashes(bundle, name)) for name in bundle.manifest.precisions]
+    return [entry.path for entry in EngineCache().entries() if entry.key.get("graphs") in graphs]
+
+
+def why_not(bundle: Bundle, device: str) -> str:
+    """Why `device` is not used for a bundle here; empty where there is no reason known beforehand."""
+    try:
+        if device == "tensorrt":
+            from edgeclip.engine import import_tensorrt
+
+            check_cuda(device)
+            import_tensorrt()
+            if not stored_engines(bundle):
+                return f"no engine was built: edgeclip build {bundle.path}"
+        elif device not in available_devices():
+            return "ONNX Runtime has no CUDA provider: pip uninstall onnxruntime, then " + (
+                "pip install 'edgeclip[gpu]'"
+            )
+    except DeviceError as err:
+        return str(err)
+    return ""
+
+
+def choose_precision(bundle: Bundle, precision: str, device: str) -> str:
+    """auto: the fastest of those that are known to give the model's answers. On a CPU that is
+    what was fastest by a margin where the bundle was made, and fp32 where nothing was measured."""
+    _check_known(bundle, precision)
+    if precision != "auto":
+        return precision
+    variants = bundle.manifest.precisions
+    known = [n for n, v in variants.items() if n == "fp32" or "top1_agreement" in v.parity]
+    known = known or list(variants)
+    if device != "cpu":
+        return min(known, key=FASTEST_ON_GPU.index)
+    plain = min(known, key=PLAINEST.index)
+    times = {name: ms for name in known if (ms := variants[name].cpu_ms) is not None}
+    if plain not in times:
+        return plain
+    fastest = min(times, key=times.__getitem__)
+    return fastest if times[fastest] < MARGIN * times[plain] else plain
+
+
+def _check_known(bundle: Bundle, precision: str) -> None:
+    variants = bundle.manifest.precisions
+    if precision != "auto" and precision not in variants:
+        raise DeviceError(
+            f"{bundle.path} has no {precision} encoders; it has {', '.join(variants)}"
+        )

@@ -1,0 +1,223 @@
+"""From frames to the top-k on one GPU: preprocess, encoder and classify on one stream.
+
+All three are queued at once and waited for once; only the top-k leaves the device. What is asked a
+second time with the same sizes is captured in a CUDA graph, one launch from then on.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip import _core
+from edgeclip.device import DeviceArray, copy, cuda_errors
+from edgeclip.errors import DeviceError
+from edgeclip.gpu_encoders import GpuEncoder
+from edgeclip.labels import LabelSet
+from edgeclip.manifest import Manifest
+from edgeclip.purify import CosPurifier
+
+GRAPHS_KEPT = 32
+LABEL_SETS_KEPT = 4
+GROWTH = 1.5  # by how much more than needed buffers grow
+
+Key = tuple[Any, ...]
+
+
+class GpuPipeline:
+    """Classifies frames with an encoder on the GPU. May be shared by threads.
+
+    null_text: unit, float32 (D,).
+    """
+
+    def __init__(
+        self, encoder: GpuEncoder, manifest: Manifest, null_text: NDArray[np.float32]
+    ) -> None:
+        self.max_batch = len(encoder.pixels)
+        self._encoder, self._manifest = encoder, manifest
+        self._handle = encoder.stream.handle
+        self._null_text = self._upload(null_text)
+        self._labels: OrderedDict[LabelSet, tuple[DeviceArray, DeviceArray]] = OrderedDict()
+        self._graphs: OrderedDict[Key, _core.CudaGraph | None] = OrderedDict()  # None: ran once
+        self._buffers: dict[str | int, DeviceArray] = {}
+
+    def classify(
+        self,
+        frames: Sequence[NDArray[np.uint8]],
+        labels: LabelSet,
+        purifier: CosPurifier | None,
+        top_k: int,
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Indices and probabilities (N, k) of frames, uint8 RGB (H, W, 3), the most probable first.
+
+        A frame may also be an array on the GPU, complete, with __cuda_array_interface__.
+        Raises DeviceError where the GPU fails, or the encoder gives what is no embedding.
+        """
+        parts = [
+            self._classify(frames[start : start + self.max_batch], labels, purifier, top_k)
+            for start in range(0, len(frames), self.max_batch)
+        ]
+        empty = np.empty((0, top_k))
+        indices, scores = zip(*parts, strict=True) if parts else ([empty], [empty])
+        return np.concatenate(indices).astype(np.int32), np.concatenate(scores).astype(np.float32)
+
+    def warm_up(self) -> None:
+        """Run once, so that all kernels are loaded. Raises DeviceError where one does not run here."""
+        width = self._manifest.embed_dim
+        one = LabelSet(("",), np.ones((1, width), np.float32), np.ones(1, np.float32), "")
+        self.classify([np.zeros((1, 1, 3), np.uint8)], one, CosPurifier(), 1)
+        del self._labels[one]
+
+    def _classify(
+        self,
+        frames: Sequence[NDArray[np.uint8]],
+        labels: LabelSet,
+        purifier: CosPurifier | None,
+        top_k: int,
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        with self._encoder.lock, cuda_errors():
+            top = len(frames), min(top_k, len(labels))
+            placed = [self._place(slot, frame) for slot, frame in enumerate(frames)]
+            classes, outputs = self._on_device(labels), self._outputs(top)
+            scratch = self._workspaces(placed, len(labels))
+            queue = partial(self._queue, placed, classes, purifier, outputs, scratch)
+            self._run(self._key(placed, classes, purifier, top), queue)
+            self._encoder.stream.synchronize()
+            indices, scores = (array.host.copy() for array in outputs)
+        if (indices < 0).any():
+            raise DeviceError(
+                "the encoder gave an embedding that is zero or not finite: see edgeclip doctor"
+            )
+        return indices, scores
+
+    def _run(self, key: Key | None, queue: Callable[[], None]) -> None:
+        graph = self._graphs.get(key) if key else None
+        if graph is not None:
+            graph.launch(self._handle)
+        else:
+            queue()
+        if key is None or not self._encoder.capturable:
+            return
+        if graph is None and key in self._graphs:  # so it ran twice, as all of a graph must before
+            graph = self._encoder.stream.capture(queue)
+        self._graphs[key] = graph
+        self._graphs.move_to_end(key)
+        if len(self._graphs) > GRAPHS_KEPT:
+            self._graphs.popitem(last=False)
+
+    @staticmethod
+    def _key(
+        frames: Sequence[Any],
+        classes: tuple[DeviceArray, DeviceArray],
+        purifier: CosPurifier | None,
+        top: tuple[int, int],
+    ) -> Key | None:
+        """All that a graph has noted, of arrays their addresses and sizes; None: not to be captured."""
+        places: list[Any] = []
+        for frame in frames:
+            if not hasattr(frame, "__cuda_array_interface__"):
+                return None
+            seen = frame.__cuda_array_interface__
+            places.append((seen["data"], seen["shape"], seen.get("strides")))
+        return tuple(places), classes[0].pointer, classes[0].shape, purifier, top
+
+    def _queue(
+        self,
+        frames: Sequence[DeviceArray],
+        classes: tuple[DeviceArray, DeviceArray],
+        purifier: CosPurifier | None,
+        outputs: tuple[DeviceArray, DeviceArray],
+        workspaces: tuple[DeviceArray, DeviceArray],
+    ) -> None:
+        image, count = self._manifest.image, len(frames)
+        for slot, frame in enumerate(frames):
+            _core.preprocess(
+                frame,
+                self._encoder.pixels[slot],
+                mean=image.mean,
+                std=image.std,
+                fill=image.fill,
+                resize=image.resize,
+                interpolation=image.interpolation,
+                workspace=workspaces[0],
+                stream=self._handle,
+            )
+        self._encoder.enqueue(bucket(count, self.max_batch))
+        embedding = self._encoder.embedding
+        _core.classify(
+            embedding.head((count, embedding.shape[1])),
+            classes[0],
+            logit_scale=self._manifest.logit_scale,
+            logit_bias=self._manifest.logit_bias,
+            null_text=self._null_text if purifier else None,
+            null_scores=classes[1] if purifier else None,
+            steps=purifier.steps if purifier else 0,
+            step_size=purifier.step_size if purifier else 0.0,
+            top_k=outputs[0].shape[1],
+            out_indices=outputs[0],
+            out_probabilities=outputs[1],
+            workspace=workspaces[1],
+            stream=self._handle,
+        )
+
+    def _place(self, slot: int, frame: Any) -> Any:
+        """The frame where the GPU reads it: in pinned memory of the slot, or where it is already."""
+        if not isinstance(frame, np.ndarray):
+            return frame
+        staged = self._buffer(slot, frame.nbytes, np.uint8, pinned=True).head(frame.shape)
+        np.copyto(staged.host, frame)
+        return staged
+
+    def _outputs(self, top: tuple[int, int]) -> tuple[DeviceArray, DeviceArray]:
+        """Pinned: the kernel's few bytes are written to where the CPU reads them."""
+        size = self.max_batch * top[1]
+        indices = self._buffer("indices", size, np.int32, pinned=True)
+        return indices.head(top), self._buffer("scores", size, np.float32, pinned=True).head(top)
+
+    def _workspaces(self, frames: Sequence[Any], classes: int) -> tuple[DeviceArray, DeviceArray]:
+        """Of preprocess, one for all frames, since they are prepared one after the other; of classify."""
+        out, image = self._encoder.pixels[0], self._manifest.image
+        how = {"resize": image.resize, "interpolation": image.interpolation}
+        sizes = [_core.preprocess_workspace(frame, out, **how) for frame in frames]
+        size = _core.classify_workspace(self.max_batch, classes)
+        return self._buffer("preprocess", max(sizes), np.uint8), self._buffer(
+            "classify", size, np.uint8
+        )
+
+    def _buffer(self, name: str | int, size: int, dtype: Any, pinned: bool = False) -> DeviceArray:
+        """At least `size` elements; what was there before is gone where it has to grow."""
+        found = self._buffers.get(name)
+        if found is None or len(found) < size:
+            self._graphs.clear()  # some of them use the one that goes, of which nothing is running
+            grown = size if found is None else int(GROWTH * size)
+            found = self._buffers[name] = DeviceArray((grown,), dtype, pinned=pinned)
+        return found
+
+    def _on_device(self, labels: LabelSet) -> tuple[DeviceArray, DeviceArray]:
+        """Embeddings and null scores of the labels."""
+        found = self._labels.get(labels)
+        if found is None:
+            found = self._upload(labels.embeddings), self._upload(labels.null_scores)
+            self._labels[labels] = found
+            if len(self._labels) > LABEL_SETS_KEPT:
+                self._labels.popitem(last=False)
+                self._graphs.clear()
+        self._labels.move_to_end(labels)
+        return found
+
+    def _upload(self, array: NDArray[np.float32]) -> DeviceArray:
+        on_device = DeviceArray(array.shape)
+        with cuda_errors():
+            copy(on_device, np.ascontiguousarray(array), self._handle)
+            self._encoder.stream.synchronize()
+        return on_device
+
+
+def bucket(count: int, most: int) -> int:
+    """How many images the encoder runs for `count`: the next power of two, so that few sizes occur."""
+    return min(1 << (count - 1).bit_length(), most)

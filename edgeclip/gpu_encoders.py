@@ -1,0 +1,179 @@
+"""Image encoders that read and write memory of the GPU: nothing goes through the host."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip import _core
+from edgeclip.device import DeviceArray, copy, cuda_errors
+from edgeclip.encoders import OnnxEncoder, first_line, import_onnxruntime
+from edgeclip.engine import import_tensorrt, trt_logger
+from edgeclip.errors import BundleError, DeviceError
+
+PIXELS, EMBEDDING = "pixels", "embedding"
+
+
+class GpuEncoder(Protocol):
+    """An image encoder whose input and output stay on the GPU. Its user holds `lock`."""
+
+    stream: _core.CudaStream
+    pixels: DeviceArray  # float32 (B, 3, H, W)
+    embedding: DeviceArray  # float32 (B, D)
+    lock: threading.Lock
+    capturable: bool  # whether `enqueue` may be part of a CUDA graph, once it ran for that count
+
+    def enqueue(self, count: int) -> None:
+        """Queue on `stream`: embeddings of the first `count` of `pixels`, not normalised."""
+
+
+class OnnxGpuEncoder(OnnxEncoder):
+    """ONNX Runtime on the stream and the arrays of this object; besides, it is an OnnxEncoder.
+
+    shape: of one input, (3, H, W). Raises what OnnxEncoder raises.
+    """
+
+    capturable = False
+    memory = "cuda"  # where ONNX Runtime finds the arrays
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        shape: tuple[int, ...],
+        embed_dim: int,
+        max_batch: int,
+        threads: int | None = None,
+    ) -> None:
+        with cuda_errors():
+            self.stream = _core.CudaStream()
+        super().__init__(path, device="cuda", threads=threads, stream=self.stream.handle)
+        self.check_shapes(shape, embed_dim)
+        self.pixels = DeviceArray((max_batch, *shape))
+        self.embedding = DeviceArray((max_batch, embed_dim))
+        self.lock = threading.Lock()
+        self._bindings: dict[int, Any] = {}
+        self._options = import_onnxruntime().RunOptions()
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def enqueue(self, count: int) -> None:
+        try:
+            if count not in self._bindings:
+                self._bindings[count] = self._bind(count)
+            self._session.run_with_iobinding(self._bindings[count], self._options)
+        except Exception as err:  # the library has no public base class for its errors
+            raise DeviceError(f"{self._path.name} failed on cuda: {first_line(err)}") from err
+
+    def _bind(self, count: int) -> Any:
+        binding = self._session.io_binding()
+        for bind, name, array in (
+            (binding.bind_input, self._input, self.pixels),
+            (binding.bind_output, EMBEDDING, self.embedding),
+        ):
+            part = array.head((count, *array.shape[1:]))
+            bind(name, self.memory, 0, np.float32, part.shape, part.pointer)
+        return binding
+
+    def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        with self.lock:  # the stream is one for all
+            return super().embed(inputs)
+
+    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        with self.lock:
+            return super().tokens(inputs)
+
+
+class TensorRTEncoder:
+    """A TensorRT engine of an image encoder, pixels (N, 3, H, W) -> embedding (N, D).
+
+    name: of the engine, for messages. Raises DeviceError where TensorRT does not take the engine,
+    BundleError where it is not made for such pixels.
+    """
+
+    capturable = True
+
+    def __init__(self, engine: bytes, name: str) -> None:
+        self._name = name
+        self._trt = trt = import_tensorrt()
+        self._log = trt_logger(trt)
+        self._log.last_error = ""
+        with cuda_errors():
+            self.stream = _core.CudaStream()
+        runtime = trt.Runtime(self._log)
+        self._engine = runtime.deserialize_cuda_engine(engine)
+        if self._engine is None:
+            raise DeviceError(self._said("does not take", "build it again with edgeclip build"))
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        if sorted(names) != [EMBEDDING, PIXELS]:
+            raise BundleError(
+                f"{name} has the inputs and outputs {', '.join(names)}: build it again"
+            )
+        most = tuple(self._engine.get_tensor_profile_shape(PIXELS, 0)[2])
+        dim = tuple(self._engine.get_tensor_shape(EMBEDDING))[-1]
+        self.pixels = DeviceArray(most)
+        self.embedding = DeviceArray((most[0], dim))
+        self.lock = threading.Lock()
+        # One context for each count, since what a graph captured of one must not change again; they
+        # take turns in the memory that their layers work in.
+        self._contexts: dict[int, Any] = {}
+        self._work = DeviceArray((self._engine.device_memory_size_v2,), np.uint8)
+
+    def check_shapes(self, inputs: tuple[int, ...], embed_dim: int) -> None:
+        """Raises BundleError where the engine is not made for inputs (N, *inputs) or embed_dim."""
+        if (self.pixels.shape[1:], self.embedding.shape[1]) != (inputs, embed_dim):
+            raise BundleError(
+                f"{self._name} takes {self.pixels.shape[1:]} and gives {self.embedding.shape[1:]}, "
+                "which is not what the manifest says"
+            )
+
+    def enqueue(self, count: int) -> None:
+        if count not in self._contexts:
+            self._contexts[count] = self._context(count)
+        if not self._contexts[count].execute_async_v3(self.stream.handle):
+            raise DeviceError(self._said("failed to run"))
+
+    def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        most, dim = self.embedding.shape
+        found = np.empty((len(inputs), dim), np.float32)
+        with self.lock, cuda_errors():
+            for start in range(0, len(inputs), most):
+                part = np.ascontiguousarray(inputs[start : start + most], np.float32)
+                rows = found[start : start + most]
+                copy(self.pixels, part, self.stream.handle)
+                self.enqueue(len(part))
+                _core.cuda_copy(
+                    rows.ctypes.data,
+                    self.embedding.pointer,
+                    rows.nbytes,
+                    stream=self.stream.handle,
+                )
+                self.stream.synchronize()
+        return found
+
+    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        raise DeviceError("a TensorRT engine gives embeddings only: explain with --device cpu")
+
+    def _context(self, count: int) -> Any:
+        trt, handle = self._trt, self.stream.handle
+        context = self._engine.create_execution_context(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        if context is None:
+            raise DeviceError(self._said("has no memory for"))
+        context.set_optimization_profile_async(0, handle)
+        good = context.set_input_shape(PIXELS, (count, *self.pixels.shape[1:]))
+        for name, array in ((PIXELS, self.pixels), (EMBEDDING, self.embedding)):
+            good = good and context.set_tensor_address(name, array.pointer)
+        if not good:
+            raise DeviceError(self._said(f"does not take {count} images in"))
+        context.set_device_memory(self._work.pointer, self._work.nbytes)
+        return context
+
+    def _said(self, what: str, advice: str = "see edgeclip doctor") -> str:
+        trt = self._trt
+        reason = f" ({self._log.last_error})" if self._log.last_error else ""
+        return f"{trt.__name__} {trt.__version__} {what} {self._name}{reason}: {advice}"

@@ -1,0 +1,56 @@
+"""A machine with a GPU, emulated: `pytest -p emulation -m gpu tests/test_gpu.py`, see test_gpu_emulated.
+
+The compiled core is the one of EDGECLIP_EMULATED_CORE: its CUDA kernels, streams and graphs on the host,
+by tests/csrc/cuda_shim. TensorRT is tests/fake_tensorrt.py with the names of EDGECLIP_FAKE_TENSORRT;
+ONNX Runtime's CUDA provider is its CPU provider, on the memory that counts as the GPU's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+CORE = os.environ["EDGECLIP_EMULATED_CORE"]
+spec = importlib.util.spec_from_file_location("edgeclip._core", CORE)
+assert spec is not None
+assert spec.loader is not None
+core = importlib.util.module_from_spec(spec)
+sys.modules["edgeclip._core"] = core
+spec.loader.exec_module(core)
+
+import fake_tensorrt
+
+from edgeclip import devices, encoders, gpu_encoders, text
+
+HostFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+launch = ctypes.CDLL(CORE).cudaLaunchHostFunc
+launch.argtypes = [ctypes.c_void_p, HostFunction, ctypes.c_void_p]
+alive: list[object] = []  # what graphs may call again
+
+
+def queue(stream: int, work: Callable[[], None]) -> None:
+    function = HostFunction(lambda _: work())
+    alive.append(function)
+    assert launch(stream, function, None) == 0
+
+
+trt = fake_tensorrt.module(os.environ["EDGECLIP_FAKE_TENSORRT"])
+trt._fake.queue = queue
+sys.modules[trt.__name__] = trt
+
+open_session = encoders.open_session
+
+
+def open_on_cpu(path: Any, device: str, threads: Any = None, stream: Any = None) -> Any:
+    return open_session(path, "cpu", threads)
+
+
+encoders.open_session = open_on_cpu
+gpu_encoders.OnnxGpuEncoder.memory = "cpu"
+for module in (devices, encoders, text):
+    if hasattr(module, "available_devices"):
+        module.available_devices = lambda: ["cuda", "cpu"]

@@ -1,0 +1,107 @@
+"""tests/test_gpu.py where there is no GPU: the core's CUDA side on the host, and TensorRT's names alone.
+
+The core is compiled as for Python, with tests/csrc/cuda_shim in the place of CUDA.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+import pytest
+from test_core_sanitized import CPU_SOURCES, ROOT
+
+import edgeclip
+
+SHIM = ROOT / "tests" / "csrc" / "cuda_shim"
+SOURCES = [
+    *CPU_SOURCES,
+    *sorted((ROOT / "csrc").glob("bindings*.cc")),
+    ROOT / "csrc" / "arrays.cc",
+    *sorted(SHIM.glob("*.cc")),
+    *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
+]
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(platform.system() != "Linux", reason="of Linux's linker"),
+]
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("emulated")
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", f"-I{ROOT}"]
+    flags += ["-isystem", str(SHIM), "-isystem", sysconfig.get_path("include")]
+    flags += ["-isystem", pybind11.get_include(), "-Wno-unknown-pragmas"]
+    flags += [f'-DEDGECLIP_VERSION="{edgeclip.__version__}"']
+
+    def compile_one(source: Path) -> str:
+        made = folder / f"{source.parent.name}-{source.name}.o"
+        command = ["c++", *flags, "-x", "c++", "-c", str(source), "-o", str(made)]
+        subprocess.run(command, check=True)
+        return str(made)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, SOURCES))
+    path = folder / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run(["c++", "-shared", "-pthread", *objects, "-o", str(path)], check=True)
+    return path
+
+
+def emulated(core: Path, command: list[str], trt: str, **environment: str) -> str:
+    """What the command prints on the emulated machine, with its exit status."""
+    added = {
+        "EDGECLIP_EMULATED_CORE": str(core),
+        "EDGECLIP_FAKE_TENSORRT": trt,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [sys.executable, *command],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | added | environment,
+        timeout=1200,
+    )
+    return f"{done.stdout}{done.stderr}exit status {done.returncode}"
+
+
+@pytest.mark.parametrize(
+    ("trt", "which"), [("tensorrt-10.3.0", ""), ("tensorrt-11.4.0.106", "tensorrt and answers")]
+)
+def test_the_tests_for_a_gpu_pass_on_an_emulated_one(core: Path, trt: str, which: str) -> None:
+    options = ["-m", "gpu", "-p", "emulation", "-q", "-x", "-k", which]
+    found = emulated(core, ["-m", "pytest", "tests/test_gpu.py", *options], trt)
+    assert found.endswith("exit status 0"), found
+    assert " passed" in found
+    assert " skipped" not in found
+
+
+RUN = "import emulation, sys; from edgeclip.cli import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_without_a_driver_it_is_said_in_a_line(core: Path, device: str) -> None:
+    command = ["-c", RUN, "classify", "examples/bag.png", "--label", "bag", "--device", device]
+    found = emulated(core, command, "tensorrt-10.3.0", EDGECLIP_SHIM_NO_GPU="1")
+    *_, line, status = found.splitlines()
+    assert status == "exit status 2"
+    assert line.startswith("error: ")
+    assert "no CUDA-capable device is detected" in line
+    assert "Traceback" not in found
+
+
+def test_auto_goes_on_to_the_cpu_and_says_so(core: Path) -> None:
+    command = ["-c", RUN, "classify", "examples/bag.png", "--label", "bag", "--format", "csv"]
+    found = emulated(core, command, "tensorrt-10.3.0", EDGECLIP_SHIM_NO_GPU="1")
+    assert "no CUDA-capable device is detected; using cpu" in found
+    assert found.endswith("exit status 0")
