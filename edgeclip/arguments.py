@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 MAX_SECONDS = 3600
-PRECISIONS = ("fp32", "fp16", "int8")
-PRECISIONS_OF_ENGINES = ("auto", "fp16", "fp32")
+PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq")
+PRECISIONS_OF_ENGINES = ("auto", "fp16", "fp32", "int8-qdq")
 PURIFICATIONS = ("auto", "none", "cos", "diff")
 
 

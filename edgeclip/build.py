@@ -24,7 +24,7 @@ from edgeclip.text import Labels
 
 CROPS = 16  # of the golden picture, each of them also turned over, upside down and both
 MIN_AGREEMENT = 0.98
-BUILDABLE = ("fp32", "fp16")
+BUILDABLE = ("fp32", "fp16", "int8-qdq")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def build(
 ) -> Built:
     """Build an engine, which takes minutes, check it and keep it for `device="tensorrt"`.
 
-    precision: fp16 or fp32; auto for fp16 where its answers are known to be the model's, else fp32.
+    precision: fp16, fp32 or int8-qdq; auto for fp16 where its answers are known to be the model's, else fp32.
     force: build although it is there. pictures, labels: what answers are compared on, see `check`.
     progress: see build_engine. Raises DeviceError where TensorRT or a GPU is not here, or where the
     engine is not what the bundle says: then it is not kept.
@@ -61,7 +61,7 @@ def build(
     if precision not in BUILDABLE:
         raise DeviceError(
             f"the {precision} encoders are for ONNX Runtime on CPUs; TensorRT takes "
-            f"{' and '.join(BUILDABLE)}: export with --precision fp16"
+            f"{', '.join(BUILDABLE)}: export with --precision fp16"
         )
     trt, cache = import_tensorrt(), EngineCache()
     options = replace(options or BuildOptions(), outputs=(EMBEDDING,))

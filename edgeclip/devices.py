@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 # int8 is for CPUs: a GPU has no kernels for the way in which it is written.
-FASTEST_ON_GPU = ("fp16", "fp32", "int8")
-PLAINEST = ("fp32", "int8", "fp16")  # on a CPU, which does not compute in fp16
+FASTEST_ON_GPU = ("fp16", "fp32", "int8-qdq", "int8")
+PLAINEST = ("fp32", "int8", "fp16", "int8-qdq")  # on a CPU, which does not compute in fp16
 MARGIN = 0.9  # of its time, before another precision takes the place of the plainest
 MAX_GPU_BATCH = 64  # images whose pixels have memory of their own
 
@@ -200,6 +200,8 @@ def choose_precision(bundle: Bundle, precision: str, device: str) -> str:
     if precision != "auto":
         return precision
     variants = bundle.manifest.precisions
+    if len(variants) > 1:  # int8-qdq is for those who ask for it
+        variants = {name: v for name, v in variants.items() if name != "int8-qdq"}
     known = [n for n, v in variants.items() if n == "fp32" or "top1_agreement" in v.parity]
     known = known or list(variants)
     if device != "cpu":

@@ -20,7 +20,8 @@ from edgeclip.purify import Purifier
 from edgeclip.tokenizer import CLEANERS
 
 SCHEMA_VERSION = 1
-PRECISIONS = ("fp32", "fp16", "int8")  # of encoders
+# Of encoders; int8-qdq, for TensorRT, says explicitly where int8 begins and ends (Q/DQ).
+PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq")
 RESIZES = ("shortest", "longest", "squash")  # as open_clip means them
 INTERPOLATIONS = ("bicubic", "bilinear")
 PRIOR_GRADIENTS = ("exact", "forward")

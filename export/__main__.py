@@ -53,7 +53,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=PRECISIONS,
         default=["fp32"],
-        help="of the encoders, one or several: int8 for CPUs, fp16 for GPUs (default: fp32)",
+        help="of the encoders, one or several: int8 for CPUs, fp16 for GPUs, int8-qdq for TensorRT "
+        "(default: fp32)",
     )
     add(
         "--data",

@@ -32,7 +32,7 @@ from export.diffusion_prior import TrainedPrior, write_prior
 from export.files import move, workshop
 from export.fused import Head, check_purifier, write_fused
 from export.progress import step
-from export.quantize import convert_encoders
+from export.quantize import convert_encoders, pictures
 from export.tokenizer import clean_kind, convert, pad_id
 from export.verify import cpu_ms, golden, verify
 
@@ -84,8 +84,9 @@ def export_bundle(
 ) -> Manifest:
     """Write the bundle of `source` to `out`, and return its manifest.
 
-    precisions: fp32, fp16 and int8, each verified. data: test images, on which each of them has to answer as the model does, under attack too; without it only
-    embeddings are compared.
+    precisions: fp32, fp16, int8 and int8-qdq, each verified. data: test images, on which each of them
+    has to answer as the model does, under attack too; without it only embeddings are compared.
+    int8-qdq takes its ranges from it.
     purification: what the bundle recommends; it has to be earned by a measurement. prior: what
     CLIPure-Diff needs; prior_gradient is exact or forward, see export.diffusion_prior. fused: write
     fused.<precision>.onnx of each precision too, see export.fused.
@@ -95,6 +96,8 @@ def export_bundle(
     """
     out = out.resolve()  # a link stays, what it points to is replaced
     check_target(out, force)
+    if "int8-qdq" in precisions and data is None:
+        raise ExportError("int8-qdq takes its ranges from images: name a data set with --data")
     image = image_spec(source.model)
     with workshop(out) as work:
         manifest = _write_encoders(work, source, image, words)
@@ -104,7 +107,7 @@ def export_bundle(
             vector = null_text(source, words.null_templates)
             (work / EMBEDDINGS).write_bytes(save({"null_text": vector}))
             np.savez(work / GOLDEN, **golden(work, source, manifest))
-        manifest = _write_precisions(work, source, manifest, precisions)
+        manifest = _write_precisions(work, source, manifest, precisions, data)
         spec = prior and write_prior(work, prior, source, words.null_templates, prior_gradient)
         manifest = dataclasses.replace(
             manifest,
@@ -158,7 +161,11 @@ def null_text(source: Source, templates: Sequence[str]) -> np.ndarray:
 
 
 def _write_precisions(
-    work: Path, source: Source, manifest: Manifest, precisions: Sequence[str]
+    work: Path,
+    source: Source,
+    manifest: Manifest,
+    precisions: Sequence[str],
+    data: DataSet | None = None,
 ) -> Manifest:
     """All precisions out of the fp32 encoders in `work`, which go if they are not among them."""
     (original,) = manifest.precisions.values()
@@ -167,14 +174,15 @@ def _write_precisions(
     for precision, variant in variants.items():
         if precision != "fp32":
             with step(f"making {precision} encoders"):
-                convert_encoders(work, original, variant, precision, manifest, source)
+                images = () if data is None else pictures(data, manifest.image)
+                convert_encoders(work, original, variant, precision, manifest, source, images)
         with step(f"comparing {precision} with PyTorch"):
             parity = verify(work, source, manifest, precision)
         variants[precision] = dataclasses.replace(variant, parity=parity)
-    if "fp32" not in variants:
-        for name in (original.image_encoder, original.text_encoder):
-            for path in work.glob(f"{name}*"):
-                path.unlink()
+    used = {name for v in variants.values() for name in (v.image_encoder, v.text_encoder)}
+    for name in {original.image_encoder, original.text_encoder} - used:
+        for path in work.glob(f"{name}*"):
+            path.unlink()
     with step("measuring how long each precision takes"):
         times = cpu_ms(work, manifest)
     timed = {
@@ -205,7 +213,8 @@ def _write_fused(work: Path, manifest: Manifest) -> None:
 
 
 def _variant(precision: str) -> Variant:
-    return Variant(f"image_encoder.{precision}.onnx", f"text_encoder.{precision}.onnx")
+    text = "fp32" if precision == "int8-qdq" else precision  # texts are encoded once, and cached
+    return Variant(f"image_encoder.{precision}.onnx", f"text_encoder.{text}.onnx")
 
 
 def _write_encoders(work: Path, source: Source, image: ImageSpec, words: Wording) -> Manifest:

@@ -1,4 +1,4 @@
-"""The encoders in int8 for CPUs and in fp16 for GPUs, from their fp32 files.
+"""The encoders in int8 for CPUs, and in fp16 and int8-qdq for GPUs, from their fp32 files.
 
 int8: products with constant weights, by ONNX Runtime's quantiser; weights per column, everything else
 in float. The image encoder takes the range of its activations from each image (dynamic), since no
@@ -6,6 +6,9 @@ pictures are at hand that stand for all; the text encoder from prompts (static),
 embedding does not depend on those beside it. A product that loses too much, as those do that a few
 very large activations pass through, stays in float. fp16: weights and most operations; layer norms,
 softmax, inputs and outputs stay in float, without which some models are lost (NVIDIA/TensorRT#2709).
+int8-qdq: the image encoder in fp16, with the same products in int8 by quantize and dequantize nodes
+without zero points, as TensorRT reads them. It takes ranges from no image when it runs: they are those
+of a data set (static), and one for all images. Its text encoder is the fp32 one.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -23,24 +26,31 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torchvision.models import ResNet18_Weights
 
+from edgeclip import _core
 from edgeclip.bundle import GOLDEN
 from edgeclip.encoders import open_session
-from edgeclip.manifest import Manifest, Variant
+from edgeclip.manifest import ImageSpec, Manifest, Variant
 from export import ExportError
 from export.checkpoints import Source
 from export.files import SINGLE_FILE
 from export.progress import brief, quiet
 from export.verify import GOLDEN_PROMPTS
 
+if TYPE_CHECKING:
+    from train.data import DataSet
+
 PRODUCTS = ("MatMul", "Gemm")
 # Of a row (a token), relative to what the product gives; root mean square over the rows. Activations
 # of a normal distribution lose 0.01, and those beside one that is a hundred times larger 0.2.
 MAX_LAYER_ERROR = 0.1
 WORDS = 250  # in the prompts that static ranges are taken from
+PICTURES, PART = 128, 16  # images that static ranges are taken from, and how many at a time
 ROWS = 1024  # of activations, to measure a product by
 FLOAT_OPERATIONS = ("LayerNormalization", "Softmax", "ReduceMean", "ReduceL2", "Pow", "Sqrt")
 LARGE_TABLE = 1 << 20  # elements
 LARGEST_MESSAGE = 1_900_000_000  # bytes of weights that a protobuf takes
+CONSTANT = {"MatMulConstBOnly": True}  # extra options of ONNX Runtime's quantisers
+STATIC = {**CONSTANT, "OpTypesToExcludeOutputQuantization": list(PRODUCTS)}
 
 Inputs = Mapping[str, NDArray[Any]]
 Weights = Mapping[str, NDArray[Any]]
@@ -53,17 +63,21 @@ def convert_encoders(
     precision: str,
     manifest: Manifest,
     source: Source,
+    images: Sequence[Inputs] = (),
 ) -> None:
-    """Write the two encoders of `made`, fp16 or int8, from those of `fp32`, all of them in `work`.
+    """Write the encoders of `made`, of any precision, from those of `fp32`, all of them in `work`.
 
-    Raises ExportError.
+    images: what int8-qdq takes its ranges from, see `pictures`. Raises ExportError.
     """
     pairs = [
         (work / getattr(fp32, kind), work / getattr(made, kind))
         for kind in ("image_encoder", "text_encoder")
     ]
     try:
-        _convert(work, pairs, precision, prompts(source, manifest))
+        if precision == "int8-qdq":
+            to_qdq(*pairs[0], images)
+        else:
+            _convert(work, pairs, precision, prompts(source, manifest))
     except Exception as err:  # of ONNX Runtime's converters, which raise anything
         raise ExportError(
             f"cannot make {precision} encoders ({brief(err)}): export without {precision}"
@@ -96,38 +110,83 @@ def prompts(source: Source, manifest: Manifest) -> list[Inputs]:
     return [{"ids": ids[lengths == length, :length]} for length in np.unique(lengths)]
 
 
+def pictures(data: DataSet, spec: ImageSpec) -> list[Inputs]:
+    """Inputs of an image encoder from all over a data set, whichever it is sorted by."""
+    count = min(PICTURES, len(data))
+    pixels = np.empty((count, 3, *spec.size), np.float32)
+    options = {name: value for name, value in vars(spec).items() if name != "size"}
+    for i, out in enumerate(pixels):
+        # The middles of equal parts: fidelity compares answers on others, where there are enough.
+        _core.preprocess(data[(2 * i + 1) * len(data) // (2 * count)][0], out, **options)
+    return [{"pixels": pixels[i : i + PART]} for i in range(0, count, PART)]
+
+
+def to_qdq(source: Path, target: Path, examples: Sequence[Inputs]) -> list[str]:
+    """Write `source` in fp16 with products in int8 for TensorRT to `target`; see `to_int8`.
+
+    TensorRT demands that zero points are 0, and that an int8 product is told by the nodes around it.
+    """
+    from onnxruntime.quantization import QuantType, quantize_static
+
+    sensitive = _sensitive(product_errors(source, examples[0], symmetric=True))
+    with quiet(), tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        half, made = Path(folder) / source.name, Path(folder) / target.name
+        to_fp16(source, half)
+        model = onnx.load(half)
+        extra = STATIC | {"ActivationSymmetric": True, "WeightSymmetric": True}
+        options = _options(model, sensitive)
+        quantize_static(
+            model,
+            made,
+            _Examples(examples),
+            activation_type=QuantType.QInt8,
+            extra_options=extra,
+            **options,
+        )
+        _save(onnx.load(made), target)
+    return sensitive
+
+
 def to_int8(source: Path, target: Path, examples: Sequence[Inputs], *, static: bool) -> list[str]:
     """Write `source` in int8 to `target`; returns the names of the products that stay in float.
 
     examples: inputs of the graph, from which static ranges are taken, and by the first of which the
     loss of each product is measured.
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization import quantize_dynamic, quantize_static
 
-    errors = product_errors(source, examples[0])
-    sensitive = [name for name, error in errors.items() if not error <= MAX_LAYER_ERROR]
+    sensitive = _sensitive(product_errors(source, examples[0]))
     model = onnx.load(source)
     if not static:
         _fix_batch(model.graph)
     _halve_tables(model.graph)
+    options = _options(model, sensitive)
+    with quiet(), tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        if static:
+            quantize_static(model, made, _Examples(examples), extra_options=STATIC, **options)
+        else:
+            quantize_dynamic(model, made, extra_options=CONSTANT, **options)
+        _save(onnx.load(made), target)
+    return sensitive
+
+
+def _sensitive(errors: Mapping[str, float]) -> list[str]:
+    return [name for name, error in errors.items() if not error <= MAX_LAYER_ERROR]
+
+
+def _options(model: onnx.ModelProto, sensitive: list[str]) -> dict[str, Any]:
+    """Of ONNX Runtime's quantisers: products with constant weights, but for the sensitive ones."""
+    from onnxruntime.quantization import QuantType
+
     weights = {tensor.name for tensor in model.graph.initializer}
-    options = {
+    return {
         "op_types_to_quantize": list(PRODUCTS),
         "nodes_to_exclude": sensitive + _without_weights(model.graph, weights),
         "per_channel": True,
         "weight_type": QuantType.QInt8,
         "use_external_data_format": _bytes(model) > LARGEST_MESSAGE,
     }
-    extra: dict[str, Any] = {"MatMulConstBOnly": True}
-    with quiet(), tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        if static:
-            extra["OpTypesToExcludeOutputQuantization"] = list(PRODUCTS)
-            quantize_static(model, made, _Examples(examples), extra_options=extra, **options)
-        else:
-            quantize_dynamic(model, made, extra_options=extra, **options)
-        _save(onnx.load(made), target)
-    return sensitive
 
 
 class _Examples:
@@ -164,9 +223,12 @@ def to_fp16(source: Path, target: Path) -> None:
     _save(onnx_ir.to_proto(graph), target)
 
 
-def product_errors(source: Path, example: Inputs) -> dict[str, float]:
+def product_errors(source: Path, example: Inputs, *, symmetric: bool = False) -> dict[str, float]:
     """By node, how much of each product with constant weights int8 loses on `example`: the error of
-    a row relative to its length, root mean square over the rows."""
+    a row relative to its length, root mean square over the rows.
+
+    symmetric: steps of activations go as far below 0 as above.
+    """
     model = onnx.load(source)
     # Before the graph is saved, which moves its weights to a file.
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -180,15 +242,18 @@ def product_errors(source: Path, example: Inputs) -> dict[str, float]:
         session = open_session(path, "cpu")
         names = [output.name for output in session.get_outputs()]
         found = dict(zip(names, session.run(names, dict(example)), strict=True))
-    return {node.name: _error(node, found[node.input[0]], weights) for node in nodes}
+    return {node.name: _error(node, found[node.input[0]], weights, symmetric) for node in nodes}
 
 
-def _error(node: onnx.NodeProto, activations: NDArray[Any], weights: Weights) -> float:
+def _error(
+    node: onnx.NodeProto, activations: NDArray[Any], weights: Weights, symmetric: bool
+) -> float:
     weight = weights[node.input[1]]
     if any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
         weight = weight.T
     x = activations.reshape(-1, weight.shape[0])
-    step = np.float32((max(x.max(), 0) - min(x.min(), 0)) / 255)
+    width = 2 * np.abs(x).max() if symmetric else max(x.max(), 0) - min(x.min(), 0)
+    step = np.float32(width / (254 if symmetric else 255))
     steps = np.abs(weight).max(axis=0) / 127  # of each column
     x = x[:: -(-len(x) // ROWS)]
     rounded = step * np.rint(x / step) if step else x

@@ -35,7 +35,7 @@ from export.to_onnx import image_encoder
 
 LIMIT = 1e-4  # of unit embeddings, of one minus their cosine, and of tokens relative to their norm
 CUT_LIMIT = 1e-5  # of unit text embeddings, between ids cut at their end and ids of full length
-MIN_COSINE = {"fp16": 0.999, "int8": 0.99}  # of these two nothing else is limited
+MIN_COSINE = {"fp16": 0.999, "int8": 0.99, "int8-qdq": 0.99}  # nothing else of these is limited
 BATCHES = (1, 2, 5)
 ROUNDS = 7  # of timing
 
