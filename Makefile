@@ -86,6 +86,7 @@ gpu-test: $(VENV)/.gpu
 
 gpu-bench: $(VENV)/.gpu
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) build
