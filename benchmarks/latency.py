@@ -15,7 +15,7 @@ import io
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,13 @@ def clipure_cos(z: torch.Tensor, null_text: torch.Tensor) -> torch.Tensor:
     return length * u
 
 
-def bundle_for(model: str) -> Path:
-    """A bundle of the model with random weights, fp32 and int8, in build/benchmarks; exported where
-    it is missing."""
-    folder = Path("build/benchmarks") / model
+def bundle_for(model: str, precisions: Sequence[str] = ("fp32", "int8")) -> Path:
+    """A bundle of the model with random weights in build/benchmarks; exported where it is missing."""
+    of_others = "" if "int8" in precisions else "-".join(["", *precisions])
+    folder = Path("build/benchmarks") / f"{model}{of_others}"
     if not (folder / "manifest.json").is_file():
         command = [sys.executable, "-m", "export", model, "--pretrained", "random", "--precision"]
-        command += ["fp32", "int8", "-o", str(folder)]
+        command += [*precisions, "-o", str(folder)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
 

@@ -35,7 +35,18 @@ def medians_ms(
     rounds: int = ROUNDS,
     warm_up: int = WARM_UP,
 ) -> dict[str, float]:
-    """The median time of each call in milliseconds.
+    """The median time of each call in milliseconds; see samples_ms."""
+    found = samples_ms(calls, repeats, rounds, warm_up)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def samples_ms(
+    calls: dict[str, Callable[[], object]],
+    repeats: int,
+    rounds: int = ROUNDS,
+    warm_up: int = WARM_UP,
+) -> dict[str, list[float]]:
+    """The times of each call in milliseconds.
 
     The competitors take turns in rounds, so that both meet the same machine; within a round each
     runs alone after a warm-up, since the threads of one library spin for a while after its call
@@ -50,7 +61,7 @@ def medians_ms(
                 start = time.perf_counter()
                 call()
                 times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def process(command: Sequence[str], repeats: int) -> tuple[float, float]:

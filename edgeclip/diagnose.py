@@ -97,7 +97,7 @@ def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
                 continue
             report["device used"] = report["device used"] or name
             told = ", ".join(f"{key} {value:.2g}" for key, value in found.items())
-            where = "" if name == "cpu" or runtime.on_gpu else ", but for the encoder on the CPU"
+            where = "" if name == "cpu" or runtime.gpu else ", but for the encoder on the CPU"
             report["devices"].append(
                 f"{name} {precision}: works{where}; largest golden differences: {told}"
             )

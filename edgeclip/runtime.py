@@ -111,8 +111,8 @@ class Runtime:
             self.bundle, device, precision, batch_size=batch_size, threads=threads
         )
         self._image_encoder, self.device, self.precision = side.encoder, side.device, side.precision
-        # A prior is run by ONNX Runtime, through the host.
-        self._gpu = None if isinstance(self.purifier, DiffPurifier) else side.gpu
+        # Where the GPU does all of `classify`. A prior is run by ONNX Runtime, through the host.
+        self.gpu = None if isinstance(self.purifier, DiffPurifier) else side.gpu
         spec = manifest.prior
         check_prior(self.purifier, None if spec is None else spec.timesteps)
         self._prior_lock = threading.Lock()
@@ -166,7 +166,7 @@ class Runtime:
         """
         check_count("top_k", top_k)
         label_set = self._label_set(labels)
-        with closing(self._batches(images, self._gpu)) as prepared:
+        with closing(self._batches(images, self.gpu)) as prepared:
             for batch, errors in prepared:
                 answers = iter(self._classify(batch, label_set, top_k) if len(batch) else [])
                 yield from (error or next(answers) for error in errors)
@@ -289,7 +289,7 @@ class Runtime:
 
     def _prepare(self, images: Sequence[ImageSource]) -> NDArray[Any]:
         """What `_classify` takes: the encoder's input; or frames, where the GPU makes it of them."""
-        if self._gpu is None:
+        if self.gpu is None:
             return self.preprocess(images)
         frames = np.empty((len(images), 1), object)
         for row, image in zip(frames, images, strict=True):
@@ -337,8 +337,8 @@ class Runtime:
     ) -> list[list[Prediction]]:
         """Of what `_prepare` gives."""
         cos = self.purifier if isinstance(self.purifier, CosPurifier) else None
-        if self._gpu is not None and batch.dtype == object:
-            indices, scores = self._gpu.classify(list(batch[:, 0]), labels, cos, top_k)
+        if self.gpu is not None and batch.dtype == object:
+            indices, scores = self.gpu.classify(list(batch[:, 0]), labels, cos, top_k)
         else:
             indices, scores = self._classify_on_host(batch, labels, cos, top_k)
         return [
@@ -398,11 +398,6 @@ class Runtime:
                 path = self.bundle.graph(spec.file)
                 self._prior = Prior(path, dim, device=self.onnx_device, threads=self._threads)
             return self._prior
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the GPU does all of `classify`, and not only the encoder's part."""
-        return self._gpu is not None
 
     def text_identity(self) -> str:
         """What text embeddings depend on besides the prompts: two equal ones may share them."""

@@ -113,7 +113,7 @@ def test_what_is_asked_again_is_a_graph_with_the_new_pixels(device: str) -> None
     for seed in range(5):
         image = frame(48, 64, seed)
         check_same([ours.classify(image, label_set)], [theirs.classify(image, LABELS)])
-    kept = [graph for graph in ours._gpu._graphs.values() if graph is not None]
+    kept = [graph for graph in ours.gpu._graphs.values() if graph is not None]
     assert len(kept) == (1 if device == "tensorrt" else 0)
 
 
@@ -201,7 +201,7 @@ def test_a_graph_that_takes_one_image_at_a_time(device: str) -> None:
     ours, theirs = runtimes(device, precision="int8")
     images = [frame(20, 30, seed) for seed in range(3)]
     check_same(ours.classify(images, LABELS), theirs.classify(images, LABELS))
-    assert ours._gpu.max_batch == 1
+    assert ours.gpu.max_batch == 1
 
 
 def test_embeddings_and_golden_outputs(device: str) -> None:
@@ -218,7 +218,7 @@ def test_no_images(device: str) -> None:
 
 def test_stages_are_timed(device: str) -> None:
     ours, _ = runtimes(device)
-    found = ours._gpu.stage_ms([frame(9, 9), frame(12, 9)], ours.labels(LABELS), COS)
+    found = ours.gpu.stage_ms([frame(9, 9), frame(12, 9)], ours.labels(LABELS), COS)
     assert list(found) == ["preprocess", "encoder", "classify"]
     assert min(found.values()) >= 0
 
@@ -246,7 +246,7 @@ def test_build_keeps_an_engine_and_uses_it(capsys: pytest.CaptureFixture[str]) -
     assert again.path == first.path
     rt = Runtime(purify="none")  # auto: the engine
     assert (rt.device, rt.precision) == ("tensorrt", "fp32")
-    assert rt._gpu.max_batch == 2
+    assert rt.gpu.max_batch == 2
     ours, theirs = runtimes("tensorrt")
     images = [frame(9, 9, i) for i in range(5)]  # in three parts
     check_same(ours.classify(images, LABELS), theirs.classify(images, LABELS))
