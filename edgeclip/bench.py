@@ -10,6 +10,7 @@ import io
 import logging
 import multiprocessing
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +27,8 @@ from PIL import Image
 
 from edgeclip import __version__, _core, machine
 from edgeclip.bundle import Bundle
+from edgeclip.devices import ORDER, engine_precisions, why_not
 from edgeclip.diagnose import PACKAGES, installed
-from edgeclip.encoders import available_devices
 from edgeclip.errors import EdgeclipError
 from edgeclip.images import decode
 from edgeclip.labels import Label, LabelSet
@@ -37,6 +38,7 @@ from edgeclip.runtime import Runtime
 
 FRAME = 640, 480  # width, height: of a camera, where no image is given
 CLASSES = 1000  # where no labels are given; their embeddings are random, which changes no time
+GPU_RUNS = 50  # of which the GPU's own clock gives the median
 TEXTS = 16  # labels encoded at a time
 WARM_UP = 2
 MIN_RUNS = 5
@@ -66,7 +68,7 @@ def run(
     be read, DeviceError where there is no device.
     """
     frame = decode(settings.image)
-    devices = available_devices() if device == "auto" else [device]
+    devices = [d for d in ORDER if not why_not(bundle, d)] if device == "auto" else [device]
     report: dict[str, Any] = {
         "bundle": str(bundle.path),
         "description": bundle.manifest.description,
@@ -80,7 +82,8 @@ def run(
         "failed": [],
     }
     for name in devices:
-        for precision in precisions or bundle.manifest.precisions:
+        built = engine_precisions(bundle) if name == "tensorrt" else None
+        for precision in precisions or built or bundle.manifest.precisions:
             place = {"device": name, "precision": precision}
             try:
                 found = _apart(str(bundle.path), name, precision, settings)
@@ -163,11 +166,13 @@ def measure(bundle: str, device: str, precision: str, settings: Settings) -> dic
         }
         for size in settings.batch_sizes
     ]
+    on_gpu = {} if rt.gpu is None else _gpu_stages(rt, settings, labels)
     return {
         "purification": str(rt.purifier or "none"),
         "opened ms": 1e3 * opened,
         "first answer ms": 1e3 * first,
         "stages ms": found,
+        "stages on the GPU ms": on_gpu,
         "batches": batches,
         "labels per second": 1e3 * TEXTS / encoding["p50"],
         "prompts per label": len(rt.bundle.manifest.templates),
@@ -215,6 +220,15 @@ def _calls(rt: Runtime, settings: Settings, labels: LabelSet) -> dict[str, Calla
         calls[f"prepared {size}"] = partial(rt.classify_pixels, many, labels)
         calls[f"frames {size}"] = partial(rt.classify, frames, labels)
     return calls
+
+
+def _gpu_stages(rt: Runtime, settings: Settings, labels: LabelSet) -> dict[str, float]:
+    """The medians of one frame, by the GPU's own clock."""
+    if rt.gpu is None or isinstance(rt.purifier, DiffPurifier):
+        return {}
+    frames, purifier = [decode(settings.image)], rt.purifier
+    runs = [rt.gpu.stage_ms(frames, labels, purifier) for _ in range(settings.repeats or GPU_RUNS)]
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
 def _classify(
@@ -287,6 +301,9 @@ def _render_one(found: dict[str, Any]) -> list[str]:
     for name, ms in found["stages ms"].items():
         cells = "".join(f"{ms[head]:>10.3f}" for head in heads)
         lines.append(f"  {name:<32}{cells}{ms['runs']:>8}")
+    if own := found["stages on the GPU ms"]:
+        each = ", ".join(f"{name} {ms:.3f}" for name, ms in own.items())
+        lines.append(f"  by the GPU's own clock, without a graph: {each}")
     for row in found["batches"]:
         lines.append(
             f"  batch {row['size']}: {row['frames per second']:.1f} frames/s, "

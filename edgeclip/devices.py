@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEVICES = ("auto", "cpu", "cuda", "tensorrt")
+ORDER = ("tensorrt", "cuda", "cpu")  # the best first
+DEVICES = ("auto", *reversed(ORDER))
 # int8 is for CPUs: a GPU has no kernels for the way in which it is written.
 FASTEST_ON_GPU = ("fp16", "fp32", "int8-qdq", "int8")
 PLAINEST = ("fp32", "int8", "fp16", "int8-qdq")  # on a CPU, which does not compute in fp16
@@ -172,6 +173,15 @@ def stored_engines(bundle: Bundle) -> list[Path]:
 
     graphs = [list(graph_hashes(bundle, name)) for name in bundle.manifest.precisions]
     return [entry.path for entry in EngineCache().entries() if entry.key.get("graphs") in graphs]
+
+
+def engine_precisions(bundle: Bundle) -> list[str]:
+    """Those of which an engine for this GPU is there. Raises DeviceError without TensorRT or a GPU."""
+    from edgeclip.engine import EngineCache, import_tensorrt
+
+    trt, cache = import_tensorrt(), EngineCache()
+    names = bundle.manifest.precisions
+    return [n for n in names if cache.latest(image_engine_key(bundle, n, trt)) is not None]
 
 
 def why_not(bundle: Bundle, device: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from edgeclip import __version__, _core, golden
 from edgeclip.bundle import Bundle
-from edgeclip.devices import why_not
+from edgeclip.devices import ORDER, engine_precisions, why_not
 from edgeclip.errors import EdgeclipError
 from edgeclip.manifest import PriorSpec, Robustness, TokenSpec, Variant
 from edgeclip.runtime import Runtime
@@ -81,13 +81,14 @@ def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
         return report | {"problem": str(err)}
     report["gpu"] = _gpu()
     problems = []
-    for name in ("tensorrt", "cuda", "cpu") if device == "auto" else (device,):
+    for name in ORDER if device == "auto" else (device,):
         reason = why_not(bundle, name)
         if reason:
             report["devices"].append(f"{name}: not used: {reason}")
             problems.append(reason)
             continue
-        for precision in bundle.manifest.precisions:
+        built = engine_precisions(bundle) if name == "tensorrt" else None
+        for precision in built or bundle.manifest.precisions:
             try:
                 runtime = Runtime(bundle, device=name, precision=precision, purify="none")
                 found = golden.check(runtime)

@@ -211,6 +211,19 @@ def test_embeddings_and_golden_outputs(device: str) -> None:
     assert golden.check(ours)["scores"] < 1e-3
 
 
+def test_bench_times_the_stages_on_the_gpu(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from edgeclip import bench
+
+    settings = bench.Settings(
+        image=(EXAMPLES / "bag.png").read_bytes(), batch_sizes=(1,), repeats=1
+    )
+    found = bench.measure(str(Bundle().path), device, "fp32", settings)
+    assert list(found["stages on the GPU ms"]) == ["preprocess", "encoder", "classify"]
+    (place, *lines) = bench._render_one(found | {"device": device, "precision": "fp32"})
+    assert place.startswith(f"{device} fp32")
+    assert any("by the GPU's own clock" in line for line in lines)
+
+
 def test_no_images(device: str) -> None:
     ours, _ = runtimes(device)
     assert ours.classify([], LABELS) == []
