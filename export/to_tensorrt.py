@@ -215,6 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {err}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print(flush=True)  # the row of the table that was begun
         print("interrupted", file=sys.stderr)
         return 130
     for line in failed:

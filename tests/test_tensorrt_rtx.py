@@ -162,6 +162,7 @@ def test_models_of_full_size(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     source = source_of(name, tmp_path)
     export_bundle(source, tmp_path / "bundle", wording(source), precisions=["fp32", "fp16"])
     del source
+    capsys.readouterr()  # of the export
     status = main([str(tmp_path / "bundle")])
     out, err = capsys.readouterr()
     with capsys.disabled():
