@@ -60,6 +60,10 @@ class DeviceArray:
             "version": 3,
         }
 
+    @property
+    def pinned(self) -> bool:
+        return self._memory.pinned
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -78,7 +82,7 @@ class DeviceArray:
     @property
     def host(self) -> NDArray[Any]:
         """A pinned array for the CPU: the same memory."""
-        if not self._memory.pinned:
+        if not self.pinned:
             raise ValueError("only pinned memory is the CPU's too")
         return np.asarray(_HostView(self))
 

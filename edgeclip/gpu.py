@@ -42,10 +42,14 @@ class GpuPipeline:
         self.max_batch = len(encoder.pixels)
         self._encoder, self._manifest = encoder, manifest
         self._handle = encoder.stream.handle
+        with cuda_errors():
+            # Its memory is the CPU's: a copy would be one within it. Elsewhere frames cross once, and not
+            # again for each of the pixels that they are needed for.
+            self._in_place = bool(_core.cuda_device()["integrated"])
         self._null_text = self._upload(null_text)
         self._labels: OrderedDict[LabelSet, tuple[DeviceArray, DeviceArray]] = OrderedDict()
         self._graphs: OrderedDict[Key, _core.CudaGraph | None] = OrderedDict()  # None: ran once
-        self._buffers: dict[str | int, DeviceArray] = {}
+        self._buffers: dict[str, DeviceArray] = {}
 
     def classify(
         self,
@@ -173,8 +177,12 @@ class GpuPipeline:
     def _queue_preprocess(self, frames: Sequence[Any], workspace: DeviceArray) -> None:
         image = self._manifest.image
         for slot, frame in enumerate(frames):
+            source = frame
+            if not self._in_place and isinstance(frame, DeviceArray) and frame.pinned:
+                source = self._buffers[_crossed(slot)].head(frame.shape)
+                copy(source, frame, self._handle)
             _core.preprocess(
-                frame,
+                source,
                 self._encoder.pixels[slot],
                 mean=image.mean,
                 std=image.std,
@@ -214,9 +222,12 @@ class GpuPipeline:
         """The frame where the GPU reads it: in pinned memory of the slot, or where it is already."""
         if not isinstance(frame, np.ndarray):
             return frame
-        staged = self._buffer(slot, frame.nbytes, np.uint8, pinned=True).head(frame.shape)
-        np.copyto(staged.host, frame)
-        return staged
+        staged = self._buffer(f"frame {slot}", frame.nbytes, np.uint8, pinned=True)
+        if not self._in_place:
+            self._buffer(_crossed(slot), frame.nbytes, np.uint8)
+        shaped = staged.head(frame.shape)
+        np.copyto(shaped.host, frame)
+        return shaped
 
     def _outputs(self, top: tuple[int, int]) -> tuple[DeviceArray, DeviceArray]:
         """Pinned: the kernel's few bytes are written to where the CPU reads them."""
@@ -234,7 +245,7 @@ class GpuPipeline:
             "classify", size, np.uint8
         )
 
-    def _buffer(self, name: str | int, size: int, dtype: Any, pinned: bool = False) -> DeviceArray:
+    def _buffer(self, name: str, size: int, dtype: Any, pinned: bool = False) -> DeviceArray:
         """At least `size` elements; what was there before is gone where it has to grow."""
         found = self._buffers.get(name)
         if found is None or len(found) < size:
@@ -261,6 +272,11 @@ class GpuPipeline:
             copy(on_device, np.ascontiguousarray(array), self._handle)
             self._encoder.stream.synchronize()
         return on_device
+
+
+def _crossed(slot: int) -> str:
+    """The buffer of a slot's frame on a GPU with memory of its own."""
+    return f"frame {slot} on the GPU"
 
 
 def bucket(count: int, most: int) -> int:

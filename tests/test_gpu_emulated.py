@@ -75,12 +75,19 @@ def emulated(core: Path, command: list[str], trt: str, **environment: str) -> st
     return f"{done.stdout}{done.stderr}exit status {done.returncode}"
 
 
-@pytest.mark.parametrize(
-    ("trt", "which"), [("tensorrt-10.3.0", ""), ("tensorrt-11.4.0.106", "tensorrt and answers")]
-)
-def test_the_tests_for_a_gpu_pass_on_an_emulated_one(core: Path, trt: str, which: str) -> None:
+# With an old TensorRT and a GPU that has memory of its own; and in part with a new one on another.
+MACHINES = [
+    ("tensorrt-10.3.0", "", {}),
+    ("tensorrt-11.4.0.106", "answers or graph", {"EDGECLIP_SHIM_INTEGRATED": "1"}),
+]
+
+
+@pytest.mark.parametrize(("trt", "which", "machine"), MACHINES, ids=["discrete", "integrated"])
+def test_the_tests_for_a_gpu_pass_on_an_emulated_one(
+    core: Path, trt: str, which: str, machine: dict[str, str]
+) -> None:
     options = ["-m", "gpu", "-p", "emulation", "-q", "-x", "-k", which]
-    found = emulated(core, ["-m", "pytest", "tests/test_gpu.py", *options], trt)
+    found = emulated(core, ["-m", "pytest", "tests/test_gpu.py", *options], trt, **machine)
     assert found.endswith("exit status 0"), found
     assert " passed" in found
     assert " skipped" not in found

@@ -67,7 +67,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   std::strcpy(properties->name, "Emulated GPU");
   properties->major = 8;
   properties->minor = 7;
-  properties->integrated = 1;
+  properties->integrated = std::getenv("EDGECLIP_SHIM_INTEGRATED") != nullptr;
   return cudaSuccess;
 }
 
