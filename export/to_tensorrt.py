@@ -10,7 +10,7 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,20 +87,17 @@ def precisions_of(bundle: Bundle, asked: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(asked))
 
 
-def compile_bundle(
-    bundle: Bundle,
+def compile_graphs(
+    found: Mapping[str, Path],
     trt: Any,
     capabilities: Sequence[tuple[int, int]],
     options: BuildOptions,
-    *,
-    precisions: Sequence[str],
     out: Path | None = None,
 ) -> list[str]:
-    """Print a table of graphs and GPUs, and return what failed, a line for each.
+    """Print a table of graphs, by their names, and GPUs; return what failed, a line for each.
 
-    out: folder to keep the engines in. Raises BundleError, OSError.
+    out: folder to keep the engines in. Raises OSError.
     """
-    found = graphs(bundle, precisions)
     wide = max(map(len, found)) + 1
     print("graph".ljust(wide) + "".join(f"sm_{a}{b}".rjust(CELL) for a, b in capabilities))
     failed: list[str] = []
@@ -194,7 +191,7 @@ def run(options: argparse.Namespace) -> list[str]:
         context_length=bundle.manifest.text.context_length,
         workspace_bytes=options.workspace << 20,
     )
-    failed = compile_bundle(bundle, trt, asked, settings, precisions=precisions, out=options.out)
+    failed = compile_graphs(graphs(bundle, precisions), trt, asked, settings, options.out)
     if options.precision is None and "int8" in bundle.manifest.precisions:
         print(f"left out: {INT8}")
     print(

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 from pathlib import Path
@@ -23,10 +22,11 @@ from edgeclip import engine
 from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.engine import BuildOptions, build_engine
 from edgeclip.errors import DeviceError
-from export.bundle import export_bundle, wording
+from export.bundle import image_spec
 from export.diffusion_prior import export_step
 from export.quantize import to_fp16
-from export.to_tensorrt import NO_FP32, main
+from export.to_onnx import export_image_encoder, export_text_encoder
+from export.to_tensorrt import NO_FP32, compile_graphs, main
 from train.prior_network import DiffusionPrior, Shape
 
 trt: Any = pytest.importorskip("tensorrt_rtx", reason="pip install 'edgeclip[tensorrt-rtx]'")
@@ -156,18 +156,30 @@ def test_progress_and_cancelling() -> None:
     assert build_engine(path, trt, options, capability=(8, 6))
 
 
+def compile_and_print(found: dict[str, Path], context_length: int, name: str, capsys: Any) -> None:
+    options = BuildOptions(context_length=context_length)
+    with capsys.disabled():
+        print(f"\n{name}")
+        assert compile_graphs(found, trt, GPUS, options) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14", "ViT-B-16-SigLIP"])
 def test_models_of_full_size(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = source_of(name, tmp_path)
-    export_bundle(source, tmp_path / "bundle", wording(source), precisions=["fp32", "fp16"])
+    length = int(source.tokenizer.context_length)
+    found = {
+        f"{kind}.{precision}": tmp_path / f"{kind}.{precision}.onnx"
+        for precision in ("fp32", "fp16")
+        for kind in ("image_encoder", "text_encoder")
+    }
+    size = image_spec(source.model).size
+    export_image_encoder(source.model, size, found["image_encoder.fp32"])
+    export_text_encoder(source.model, length, found["text_encoder.fp32"])
     del source
-    capsys.readouterr()  # of the export
-    status = main([str(tmp_path / "bundle")])
-    out, err = capsys.readouterr()
-    with capsys.disabled():
-        print(f"\n{name}\n{out}{err}")
-    assert (status, err) == (0, "")
+    for kind in ("image_encoder", "text_encoder"):
+        to_fp16(found[f"{kind}.fp32"], found[f"{kind}.fp16"])
+    compile_and_print(found, length, name, capsys)
 
 
 @pytest.mark.slow
@@ -182,7 +194,4 @@ def test_the_step_of_a_prior_of_full_size(
     path = tmp_path / "prior.onnx"
     export_step(prior, path, context, "exact")
     del prior
-    compile_for(path, GPUS)
-    with capsys.disabled():
-        size = sum(os.path.getsize(file) for file in tmp_path.iterdir())
-        print(f"\nprior of 24 layers, {size / 1e6:,.0f} MB: compiled for {GPUS[1:]}")
+    compile_and_print({"prior": path}, 77, "prior of 24 layers", capsys)
