@@ -30,7 +30,8 @@ from export import ExportError, files, to_onnx
 from export.checkpoints import Source
 from export.diffusion_prior import TrainedPrior, write_prior
 from export.files import move, workshop
-from export.fused import Head, check_purifier, write_fused
+from export.fused import check_purifier, write_fused
+from export.fused_graph import Head
 from export.progress import step
 from export.quantize import convert_encoders, pictures
 from export.tokenizer import clean_kind, convert, pad_id

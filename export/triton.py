@@ -24,7 +24,8 @@ from edgeclip.encoders import open_session
 from edgeclip.errors import EdgeclipError
 from export import ExportError
 from export.files import check_target, move, workshop
-from export.fused import Head, add_options, encode_labels, open_runtime, write_fused
+from export.fused import add_options, encode_labels, open_runtime, write_fused
+from export.fused_graph import Head
 from export.progress import step
 
 CONFIG = "config.pbtxt"

@@ -28,7 +28,8 @@ from edgeclip.purify import CosPurifier, DiffPurifier
 from export import ExportError, bundle, files, fused, quantize, robustness
 from export.__main__ import main as export_main
 from export.bundle import export_bundle, wording
-from export.fused import Head, fuse, main, write_fused
+from export.fused import main, write_fused
+from export.fused_graph import Head, fuse
 
 Array = NDArray[Any]
 PURIFIERS = (None, CosPurifier(), CosPurifier(1, 0.3), CosPurifier(3, 0.05), CosPurifier(7, 2.0))
