@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -122,6 +123,9 @@ def _apart(*arguments: Any) -> dict[str, Any]:
 
 
 def _quiet() -> None:
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own is the system's, and stays behind an interruption
     logging.disable(logging.WARNING)  # the note about the embedded bundle, once for each process
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
 
