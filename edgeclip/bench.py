@@ -12,6 +12,7 @@ import multiprocessing
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -125,6 +126,9 @@ def _apart(*arguments: Any) -> dict[str, Any]:
 
 
 def _quiet() -> None:
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own is the system's, and stays behind an interruption
     logging.disable(logging.WARNING)  # the note about the embedded bundle, once for each process
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
 
