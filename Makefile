@@ -22,7 +22,7 @@ classify: $(VENV)/.runtime
 	  --labels examples/labels.txt --top-k 2 --format table
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -80,9 +80,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.report --run
 
 # The CUDA kernels by nvcc for every GPU of CMakeLists.txt, without a warning, and how many registers
-# they use. Needs nvcc, no GPU.
-cuda-check:
-	$(PYTHON) tests/cuda_check.py
+# they use. Needs nvcc, on the PATH or of pip, and no GPU.
+cuda-check: $(VENV)/.dev
+	$(BIN)/python tests/cuda_check.py
 
 # These two need nvcc and an NVIDIA GPU, and have an environment of their own, since ONNX Runtime is
 # either for CPUs or for GPUs. GPU=87 builds for one architecture only. On a Jetson TensorRT is the

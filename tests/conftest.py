@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import os
 import struct
+import sys
 
 # Before anything imports huggingface_hub, through tokenizers or open_clip.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +36,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("EDGECLIP_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """--threads is for the whole process, and sums of other tests would be rounded otherwise."""
+    torch: Any = sys.modules.get("torch")  # which not all tests need
+    before = torch and torch.get_num_threads()
+    yield
+    if before:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture

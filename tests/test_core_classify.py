@@ -382,7 +382,7 @@ def test_devices_do_not_mix() -> None:
 
 def test_what_is_no_array_is_refused() -> None:
     with pytest.raises(
-        TypeError, match=r"\[classify\] expected classes to be a NumPy array .* list"
+        TypeError, match=r"\[classify\] expected classes to be a NumPy array, .* got list"
     ):
         _core.classify(Z, [[1.0]], logit_scale=1.0)
 

@@ -364,6 +364,6 @@ def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
 
 def test_lists_are_refused() -> None:
     with pytest.raises(
-        TypeError, match=r"\[preprocess\] expected image to be a NumPy array .* list"
+        TypeError, match=r"\[preprocess\] expected image to be a NumPy array, .* got list"
     ):
         _core.preprocess([[1]], GOOD["out"], mean=(0, 0, 0), std=(1, 1, 1))

@@ -18,7 +18,6 @@ ROOT = EXAMPLES.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(?:console|sh|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OURS = re.compile(r"(train|export|benchmarks|examples|edgeclip)(\.|$)")
-NOT_YET = {"build"}  # subcommands
 
 
 class Command(NamedTuple):
@@ -74,7 +73,7 @@ def after(command: Command, program: str) -> tuple[str, ...] | None:
     return command.words[1:] if names == [program] else None
 
 
-EDGECLIP = [c for c in SHOWN if (a := after(c, "edgeclip")) and a[0] not in NOT_YET]
+EDGECLIP = [c for c in SHOWN if after(c, "edgeclip")]
 MODULES = [c for c in SHOWN if (after(c, "python") or ())[:1] == ("-m",)]
 TARGETS = [c for c in SHOWN if after(c, "make")]
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,6 @@ from train.subjects import open_subject
 
 SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}
 MODES = ["exact", "identity", "encoder", "released"]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """--threads is for the whole process, and sums of other tests would be rounded otherwise."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
