@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,32 @@ LABEL_SETS_KEPT = 4
 GROWTH = 1.5  # by how much more than needed buffers grow
 
 Key = tuple[Any, ...]
+
+
+class _Batch(NamedTuple):
+    """What is queued for one batch."""
+
+    frames: list[Any]
+    classes: DeviceArray
+    null_scores: DeviceArray
+    purifier: CosPurifier | None
+    indices: DeviceArray
+    scores: DeviceArray
+    preprocess_workspace: DeviceArray
+    classify_workspace: DeviceArray
+
+    def key(self) -> Key | None:
+        """What a graph notes of it, of arrays their addresses and sizes; None: not to be captured.
+
+        Buffers and labels are not in it: graphs go where these are replaced.
+        """
+        places: list[Any] = []
+        for frame in self.frames:
+            if not hasattr(frame, "__cuda_array_interface__"):
+                return None
+            seen = frame.__cuda_array_interface__
+            places.append((seen["data"], seen["shape"], seen.get("strides")))
+        return tuple(places), self.classes.pointer, self.purifier, self.indices.shape
 
 
 class GpuPipeline:
@@ -80,16 +106,11 @@ class GpuPipeline:
     ) -> dict[str, float]:
         """Milliseconds of the GPU for each stage of one batch, by CUDA events, without a graph."""
         with self._encoder.lock, cuda_errors():
-            top = len(frames), min(top_k, len(labels))
-            placed = [self._place(slot, frame) for slot, frame in enumerate(frames)]
-            classes, outputs = self._on_device(labels), self._outputs(top)
-            scratch = self._workspaces(placed, len(labels))
+            batch = self._batch(frames, labels, purifier, top_k)
             stages: dict[str, Callable[[], None]] = {
-                "preprocess": lambda: self._queue_preprocess(placed, scratch[0]),
-                "encoder": lambda: self._encoder.enqueue(bucket(len(frames), self.max_batch)),
-                "classify": lambda: self._queue_classify(
-                    len(frames), classes, purifier, outputs, scratch[1]
-                ),
+                "preprocess": lambda: self._queue_preprocess(batch),
+                "encoder": lambda: self._queue_encoder(batch),
+                "classify": lambda: self._queue_classify(batch),
             }
             events = [_core.CudaEvent() for _ in range(len(stages) + 1)]
             events[0].record(self._handle)
@@ -117,14 +138,10 @@ class GpuPipeline:
         top_k: int,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         with self._encoder.lock, cuda_errors():
-            top = len(frames), min(top_k, len(labels))
-            placed = [self._place(slot, frame) for slot, frame in enumerate(frames)]
-            classes, outputs = self._on_device(labels), self._outputs(top)
-            scratch = self._workspaces(placed, len(labels))
-            queue = partial(self._queue, placed, classes, purifier, outputs, scratch)
-            self._run(self._key(placed, classes, purifier, top), queue)
+            batch = self._batch(frames, labels, purifier, top_k)
+            self._run(batch.key(), partial(self._queue, batch))
             self._encoder.stream.synchronize()
-            indices, scores = (array.host.copy() for array in outputs)
+            indices, scores = batch.indices.host.copy(), batch.scores.host.copy()
         if (indices < 0).any():
             raise DeviceError(
                 "the encoder gave an embedding that is zero or not finite: see edgeclip doctor"
@@ -146,37 +163,14 @@ class GpuPipeline:
         if len(self._graphs) > GRAPHS_KEPT:
             self._graphs.popitem(last=False)
 
-    @staticmethod
-    def _key(
-        frames: Sequence[Any],
-        classes: tuple[DeviceArray, DeviceArray],
-        purifier: CosPurifier | None,
-        top: tuple[int, int],
-    ) -> Key | None:
-        """All that a graph has noted, of arrays their addresses and sizes; None: not to be captured."""
-        places: list[Any] = []
-        for frame in frames:
-            if not hasattr(frame, "__cuda_array_interface__"):
-                return None
-            seen = frame.__cuda_array_interface__
-            places.append((seen["data"], seen["shape"], seen.get("strides")))
-        return tuple(places), classes[0].pointer, classes[0].shape, purifier, top
+    def _queue(self, batch: _Batch) -> None:
+        self._queue_preprocess(batch)
+        self._queue_encoder(batch)
+        self._queue_classify(batch)
 
-    def _queue(
-        self,
-        frames: Sequence[DeviceArray],
-        classes: tuple[DeviceArray, DeviceArray],
-        purifier: CosPurifier | None,
-        outputs: tuple[DeviceArray, DeviceArray],
-        workspaces: tuple[DeviceArray, DeviceArray],
-    ) -> None:
-        self._queue_preprocess(frames, workspaces[0])
-        self._encoder.enqueue(bucket(len(frames), self.max_batch))
-        self._queue_classify(len(frames), classes, purifier, outputs, workspaces[1])
-
-    def _queue_preprocess(self, frames: Sequence[Any], workspace: DeviceArray) -> None:
+    def _queue_preprocess(self, batch: _Batch) -> None:
         image = self._manifest.image
-        for slot, frame in enumerate(frames):
+        for slot, frame in enumerate(batch.frames):
             source = frame
             if not self._in_place and isinstance(frame, DeviceArray) and frame.pinned:
                 source = self._buffers[_crossed(slot)].head(frame.shape)
@@ -189,33 +183,60 @@ class GpuPipeline:
                 fill=image.fill,
                 resize=image.resize,
                 interpolation=image.interpolation,
-                workspace=workspace,
+                workspace=batch.preprocess_workspace,
                 stream=self._handle,
             )
 
-    def _queue_classify(
-        self,
-        count: int,
-        classes: tuple[DeviceArray, DeviceArray],
-        purifier: CosPurifier | None,
-        outputs: tuple[DeviceArray, DeviceArray],
-        workspace: DeviceArray,
-    ) -> None:
-        embedding = self._encoder.embedding
+    def _queue_encoder(self, batch: _Batch) -> None:
+        self._encoder.enqueue(bucket(len(batch.frames), self.max_batch))
+
+    def _queue_classify(self, batch: _Batch) -> None:
+        embedding, purifier = self._encoder.embedding, batch.purifier
         _core.classify(
-            embedding.head((count, embedding.shape[1])),
-            classes[0],
+            embedding.head((len(batch.frames), embedding.shape[1])),
+            batch.classes,
             logit_scale=self._manifest.logit_scale,
             logit_bias=self._manifest.logit_bias,
             null_text=self._null_text if purifier else None,
-            null_scores=classes[1] if purifier else None,
+            null_scores=batch.null_scores if purifier else None,
             steps=purifier.steps if purifier else 0,
             step_size=purifier.step_size if purifier else 0.0,
-            top_k=outputs[0].shape[1],
-            out_indices=outputs[0],
-            out_probabilities=outputs[1],
-            workspace=workspace,
+            top_k=batch.indices.shape[1],
+            out_indices=batch.indices,
+            out_probabilities=batch.scores,
+            workspace=batch.classify_workspace,
             stream=self._handle,
+        )
+
+    def _batch(
+        self,
+        frames: Sequence[NDArray[np.uint8]],
+        labels: LabelSet,
+        purifier: CosPurifier | None,
+        top_k: int,
+    ) -> _Batch:
+        """With all memory that it needs: nothing is allocated once something is queued."""
+        image, out = self._manifest.image, self._encoder.pixels[0]
+        how = {"resize": image.resize, "interpolation": image.interpolation}
+        placed = [self._place(slot, frame) for slot, frame in enumerate(frames)]
+        # One workspace for all frames, which are prepared one after the other.
+        needed = max(_core.preprocess_workspace(frame, out, **how) for frame in placed)
+        needed_after = _core.classify_workspace(self.max_batch, len(labels))
+        top = len(frames), min(top_k, len(labels))
+        classes, null_scores = self._on_device(labels)
+        # Pinned: the kernel's few bytes are written to where the CPU reads them.
+        size = self.max_batch * top[1]
+        indices = self._buffer("indices", size, np.int32, pinned=True)
+        scores = self._buffer("scores", size, np.float32, pinned=True)
+        return _Batch(
+            placed,
+            classes,
+            null_scores,
+            purifier,
+            indices.head(top),
+            scores.head(top),
+            self._buffer("preprocess", needed, np.uint8),
+            self._buffer("classify", needed_after, np.uint8),
         )
 
     def _place(self, slot: int, frame: Any) -> Any:
@@ -228,22 +249,6 @@ class GpuPipeline:
         shaped = staged.head(frame.shape)
         np.copyto(shaped.host, frame)
         return shaped
-
-    def _outputs(self, top: tuple[int, int]) -> tuple[DeviceArray, DeviceArray]:
-        """Pinned: the kernel's few bytes are written to where the CPU reads them."""
-        size = self.max_batch * top[1]
-        indices = self._buffer("indices", size, np.int32, pinned=True)
-        return indices.head(top), self._buffer("scores", size, np.float32, pinned=True).head(top)
-
-    def _workspaces(self, frames: Sequence[Any], classes: int) -> tuple[DeviceArray, DeviceArray]:
-        """Of preprocess, one for all frames, since they are prepared one after the other; of classify."""
-        out, image = self._encoder.pixels[0], self._manifest.image
-        how = {"resize": image.resize, "interpolation": image.interpolation}
-        sizes = [_core.preprocess_workspace(frame, out, **how) for frame in frames]
-        size = _core.classify_workspace(self.max_batch, classes)
-        return self._buffer("preprocess", max(sizes), np.uint8), self._buffer(
-            "classify", size, np.uint8
-        )
 
     def _buffer(self, name: str, size: int, dtype: Any, pinned: bool = False) -> DeviceArray:
         """At least `size` elements; what was there before is gone where it has to grow."""
