@@ -30,7 +30,7 @@ INT8 = (
     "TensorRT does not read"
 )
 NO_FP32 = "FP32 GEMM is not supported"  # TensorRT-RTX of Turing, which multiplies fp16 only
-CELL = 16  # characters of a column
+CELL = 17  # characters of a column
 EPILOG = """examples:
   python -m export.to_tensorrt bundles/vit-b-32                    every graph, every GPU
   python -m export.to_tensorrt bundles/vit-b-32 --precision fp16 --capability 86 89
