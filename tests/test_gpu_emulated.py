@@ -25,7 +25,8 @@ SOURCES = [
     *CPU_SOURCES,
     *sorted((ROOT / "csrc").glob("bindings*.cc")),
     ROOT / "csrc" / "arrays.cc",
-    *sorted(SHIM.glob("*.cc")),
+    SHIM / "api.cc",
+    SHIM.with_name("cuda_fibers") / "shim.cc",
     *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
 ]
 
