@@ -95,6 +95,7 @@ def test_a_product_is_what_numpy_makes_of_it(tmp_path: Path, gemm: bool) -> None
         rng.standard_normal((64, 32), np.float32),
         rng.standard_normal((50, 64), np.float32),
     )
+    weight[:, 3] *= 1e-4  # its step is below the normal numbers of fp16
     source, target = product(tmp_path / "fp32.onnx", weight, gemm=gemm), tmp_path / "qdq.onnx"
     assert quantize.to_qdq(source, target, [{"x": calm[:25]}, {"x": calm[25:]}]) == []
     given = rng.standard_normal((9, 64), np.float32)
@@ -105,6 +106,7 @@ def test_a_product_is_what_numpy_makes_of_it(tmp_path: Path, gemm: bool) -> None
     wanted = cut @ (steps * np.rint(weight / steps))
     found = OnnxEncoder(target, device="cpu")._run("y", given)
     np.testing.assert_allclose(found, wanted, atol=0.02 * np.abs(wanted).max())
+    np.testing.assert_allclose(found[:, 3], wanted[:, 3], atol=0.05 * np.abs(wanted[:, 3]).max())
     spiked = calm.copy()
     spiked[7, 3] = 1000
     assert quantize.to_qdq(source, target, [{"x": spiked}]) == ["product"]
