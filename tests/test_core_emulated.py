@@ -72,6 +72,11 @@ def test_kernels_have_no_data_race(program: Path, what: str) -> None:
 @pytest.mark.parametrize("barrier", ["0", "1"])
 @pytest.mark.parametrize("what", ["one-launch", "two-launches"])
 def test_a_missing_barrier_is_found(program: Path, what: str, barrier: str) -> None:
-    done = run(program, what, barrier)
+    # The sanitizer remembers the last accesses to a word only, and may miss a race among hundreds of
+    # threads; several runs of it do not.
+    for _ in range(5):
+        done = run(program, what, barrier)
+        if done.returncode != 0:
+            break
     assert done.returncode == DATA_RACE, done.stderr
     assert "data race" in done.stderr
