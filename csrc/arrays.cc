@@ -85,6 +85,10 @@ TensorView view_tensor(const dlpack::Tensor& tensor, bool writable) {
   } else if (type != dlpack::kCpu && type != dlpack::kCudaHost) {
     throw py::type_error("is on a device of another kind, DLPack's number " + std::to_string(type));
   }
+  if (view.device == Device::kCuda && tensor.device.id != 0) {
+    throw py::type_error("is on GPU " + std::to_string(tensor.device.id) +
+                         ", and only the first is used: set CUDA_VISIBLE_DEVICES");
+  }
   view.pinned = type == dlpack::kCudaHost;
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   view.writable = writable;

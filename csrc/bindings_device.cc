@@ -13,14 +13,26 @@ namespace py = pybind11;
 namespace edgeclip {
 namespace {
 
+// What is let go of here waits for the GPU, which the other threads of Python need not do.
+struct WithoutGil {
+  template <typename T>
+  void operator()(T* object) const {
+    const py::gil_scoped_release release;
+    delete object;
+  }
+};
+
+template <typename T>
+using Holder = std::unique_ptr<T, WithoutGil>;
+
 py::dict device_py() {
   const cuda::DeviceInfo info = cuda::device_info();
   py::dict found;
   found["name"] = info.name;
+  found["index"] = info.index;
   found["capability"] = py::make_tuple(info.major, info.minor);
   found["memory"] = info.memory;
   found["free_memory"] = info.free_memory;
-  found["integrated"] = info.integrated;
   found["driver"] = info.driver;
   return found;
 }
@@ -30,7 +42,22 @@ void copy_py(uintptr_t to, uintptr_t from, int64_t bytes, uintptr_t stream) {
   cuda::copy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes, stream);
 }
 
-std::unique_ptr<cuda::Graph> capture_py(const cuda::Stream& stream, const py::function& queue) {
+// A collection of garbage would free memory of the GPU, which must not be while it is captured.
+class NoCollection {
+ public:
+  NoCollection() : was_enabled_(PyGC_Disable() != 0) {}
+  NoCollection(const NoCollection&) = delete;
+  NoCollection& operator=(const NoCollection&) = delete;
+  ~NoCollection() {
+    if (was_enabled_) PyGC_Enable();
+  }
+
+ private:
+  bool was_enabled_;
+};
+
+Holder<cuda::Graph> capture_py(const cuda::Stream& stream, const py::function& queue) {
+  const NoCollection guard;
   stream.begin_capture();
   try {
     queue();
@@ -38,7 +65,7 @@ std::unique_ptr<cuda::Graph> capture_py(const cuda::Stream& stream, const py::fu
     stream.abandon_capture();
     throw;
   }
-  return stream.end_capture();
+  return Holder<cuda::Graph>(stream.end_capture().release());
 }
 
 constexpr const char* kMemoryDoc =
@@ -61,21 +88,20 @@ nor allocate. The arrays that it used must stay where they are for as long as th
 }  // namespace
 
 void bind_device(py::module_& m) {
-  py::class_<cuda::Memory>(m, "CudaMemory", kMemoryDoc)
-      .def(py::init<int64_t, bool>(), py::arg("nbytes"), py::kw_only(), py::arg("pinned") = false)
+  py::class_<cuda::Memory, Holder<cuda::Memory>>(m, "CudaMemory", kMemoryDoc)
+      .def(py::init<int64_t, bool>(), py::arg("nbytes"), py::kw_only(), py::arg("pinned") = false,
+           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly(
           "pointer",
           [](const cuda::Memory& memory) { return reinterpret_cast<uintptr_t>(memory.data()); })
       .def_property_readonly("nbytes", &cuda::Memory::bytes)
       .def_property_readonly("pinned", &cuda::Memory::pinned);
-  py::class_<cuda::Graph>(m, "CudaGraph", "What a stream's capture returns.")
+  py::class_<cuda::Graph, Holder<cuda::Graph>>(m, "CudaGraph", "What a stream's capture returns.")
       .def("launch", &cuda::Graph::launch, py::arg("stream"),
            "Queues all of it, without waiting for it.");
-  py::class_<cuda::Stream>(m, "CudaStream", kStreamDoc)
+  py::class_<cuda::Stream, Holder<cuda::Stream>>(m, "CudaStream", kStreamDoc)
       .def(py::init<>())
       .def_property_readonly("handle", &cuda::Stream::handle)
-      .def("synchronize", &cuda::Stream::synchronize, py::call_guard<py::gil_scoped_release>(),
-           "Waits for all that was queued. Raises RuntimeError with an error of that work.")
       .def("capture", &capture_py, py::arg("queue"), kCaptureDoc);
   py::class_<cuda::Event>(m, "CudaEvent", "A point in a stream's work, for timing.")
       .def(py::init<>())
@@ -85,9 +111,13 @@ void bind_device(py::module_& m) {
   m.def("cuda_copy", &copy_py, py::arg("to"), py::arg("from_"), py::arg("nbytes"), py::kw_only(),
         py::arg("stream"),
         "Queues a copy between two addresses, of the GPU's memory or the host's.");
+  m.def(
+      "cuda_synchronize", &cuda::synchronize, py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>(),
+      "Waits for all that was queued on a stream. Raises RuntimeError with an error of that work.");
   m.def("cuda_device", &device_py,
-        "The current GPU: name, capability (major, minor), memory and free_memory in bytes, "
-        "integrated, and the driver's CUDA version as 13000. Raises RuntimeError where there is "
+        "The current GPU: name, index, capability (major, minor), memory and free_memory in bytes, "
+        "and the driver's CUDA version as 13000. Raises RuntimeError where there is "
         "none.");
 }
 

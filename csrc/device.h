@@ -11,12 +11,12 @@ namespace edgeclip::cuda {
 
 struct DeviceInfo {
   std::string name;
+  int index;
   int major;  // compute capability
   int minor;
   int64_t memory;  // bytes
   int64_t free_memory;
-  bool integrated;  // it shares the memory of the CPU, as a Jetson's does
-  int driver;       // the newest CUDA that the driver knows, as 13000
+  int driver;  // the newest CUDA that the driver knows, as 13000
 };
 
 // Of the current device.
@@ -62,7 +62,6 @@ class Stream {
   ~Stream();
 
   uintptr_t handle() const { return handle_; }
-  void synchronize() const;
   // Between these two the stream only takes notes of what this thread queues.
   void begin_capture() const;
   std::unique_ptr<Graph> end_capture() const;
@@ -87,6 +86,9 @@ class Event {
  private:
   void* event_ = nullptr;
 };
+
+// Waits for all that was queued on a stream.
+void synchronize(uintptr_t stream);
 
 // Queues a copy between any two of device, pinned and other memory.
 void copy(void* to, const void* from, int64_t bytes, uintptr_t stream);

@@ -20,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,8 @@ from edgeclip.labels import Label, LabelSet
 from edgeclip.output import text_progress
 from edgeclip.purify import CosPurifier, DiffPurifier
 from edgeclip.runtime import Runtime
+
+T = TypeVar("T")
 
 FRAME = 640, 480  # width, height: of a camera, where no image is given
 CLASSES = 1000  # where no labels are given; their embeddings are random, which changes no time
@@ -69,7 +71,9 @@ def run(
     be read, DeviceError where there is no device.
     """
     frame = decode(settings.image)
-    devices = [d for d in ORDER if not why_not(bundle, d)] if device == "auto" else [device]
+    # With CUDA in a process of its own, or this one would keep memory of the GPU until the end.
+    wanted = str(bundle.path), device, tuple(precisions)
+    pairs = _apart(places, *wanted) if _core.cuda_built() else places(*wanted)
     report: dict[str, Any] = {
         "bundle": str(bundle.path),
         "description": bundle.manifest.description,
@@ -82,18 +86,25 @@ def run(
         "measured": [],
         "failed": [],
     }
-    for name in devices:
-        built = engine_precisions(bundle) if name == "tensorrt" else None
-        for precision in precisions or built or bundle.manifest.precisions:
-            place = {"device": name, "precision": precision}
-            try:
-                found = _apart(str(bundle.path), name, precision, settings)
-            except EdgeclipError as err:
-                report["failed"].append(place | {"error": str(err)})
-            else:
-                report["measured"].append(place | found)
+    for name, precision in pairs:
+        place = {"device": name, "precision": precision}
+        try:
+            found = _apart(measure, str(bundle.path), name, precision, settings)
+        except EdgeclipError as err:
+            report["failed"].append(place | {"error": str(err)})
+        else:
+            report["measured"].append(place | found)
     report["warnings"] += machine.hot()  # now, after the work
     return report
+
+
+def places(path: str, device: str, precisions: Sequence[str]) -> list[tuple[str, str]]:
+    """The devices and precisions to measure, the best first."""
+    bundle, found = Bundle(path), []
+    for name in [d for d in ORDER if not why_not(bundle, d)] if device == "auto" else [device]:
+        built = engine_precisions(bundle) if name == "tensorrt" and not precisions else None
+        found += [(name, p) for p in precisions or built or bundle.manifest.precisions]
+    return found
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -115,12 +126,12 @@ def read_image(path: str | None) -> bytes:
     return Path(path).read_bytes()
 
 
-def _apart(*arguments: Any) -> dict[str, Any]:
-    """`measure` in a fresh process. Raises EdgeclipError."""
+def _apart(call: Callable[..., T], *arguments: Any) -> T:
+    """What it returns in a fresh process. Raises EdgeclipError."""
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh, initializer=_quiet) as pool:
         try:
-            return pool.submit(measure, *arguments).result()
+            return pool.submit(call, *arguments).result()
         except BrokenProcessPool as err:
             raise EdgeclipError("the process that measured it died; is memory short?") from err
 

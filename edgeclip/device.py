@@ -16,10 +16,12 @@ from edgeclip.errors import DeviceError
 
 @contextmanager
 def cuda_errors() -> Iterator[None]:
-    """Turns the core's errors about CUDA into DeviceError."""
+    """Turns the core's errors about CUDA, which begin with the operation's name, into DeviceError."""
     try:
         yield
     except RuntimeError as err:
+        if not str(err).startswith("["):
+            raise
         raise DeviceError(str(err)) from err
 
 

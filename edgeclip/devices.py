@@ -142,11 +142,17 @@ def check_cuda(device: str) -> dict[str, Any]:
             "from its source, pip install --config-settings=cmake.define.EDGECLIP_CUDA=ON '.[cpu]'"
         )
     try:
-        return _core.cuda_device()
-    except RuntimeError as err:
+        found = _core.cuda_device()
+    except RuntimeError as err:  # in a process that was forked from one that used the GPU, too
         raise DeviceError(
-            f"device {device!r} needs an NVIDIA GPU and its driver, and there is none: {err}"
+            f"device {device!r} needs an NVIDIA GPU and its driver, which do not work here: {err}"
         ) from err
+    if found["index"] != 0:
+        raise DeviceError(
+            f"device {device!r} is the first GPU, and GPU {found['index']} was chosen in this "
+            "process: choose one by CUDA_VISIBLE_DEVICES"
+        )
+    return found
 
 
 def image_engine_key(bundle: Bundle, precision: str, trt: Any, options: Any = None) -> EngineKey:

@@ -50,6 +50,8 @@ INSTALL = {
 NETWORK_FLAGS = ("STRONGLY_TYPED",)  # EXPLICIT_BATCH has meant nothing since TensorRT 10
 # Set by default: products would round to TensorFloat-32, and fp32 miss the golden outputs.
 CLEARED_FLAGS = ("TF32",)
+# Of TensorRT-RTX: without it an engine allocates as it runs, and cannot be part of a CUDA graph.
+SET_FLAGS = ("REQUIRE_USER_ALLOCATION",)
 CLASSES = 32768  # most label rows (K, D) of a fused graph
 
 
@@ -87,6 +89,7 @@ def engine_key(graph_sha256: Sequence[str], trt: Any, gpu: Gpu, options: BuildOp
     graph_sha256: of the ONNX file, and of its external data if it has any.
     """
     flags = [name for name in NETWORK_FLAGS if hasattr(trt.NetworkDefinitionCreationFlag, name)]
+    flags += [name for name in SET_FLAGS if hasattr(trt.BuilderFlag, name)]
     flags += [f"not {name}" for name in CLEARED_FLAGS if hasattr(trt.BuilderFlag, name)]
     return EngineKey(
         graphs=tuple(graph_sha256),
@@ -242,6 +245,9 @@ def _build(
     for name in CLEARED_FLAGS:
         if hasattr(trt.BuilderFlag, name):
             config.clear_flag(getattr(trt.BuilderFlag, name))
+    for name in SET_FLAGS:
+        if hasattr(trt.BuilderFlag, name):
+            config.set_flag(getattr(trt.BuilderFlag, name))
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     if options.optimization_level is not None:

@@ -121,15 +121,16 @@ class EngineCache:
     def latest(self, key: EngineKey) -> Path | None:
         """The engine that was stored last for a key as this one, whatever its options."""
         fields = {name: value for name, value in key.fields().items() if name != "options"}
-        found = [
-            entry
-            for entry in self.entries()
-            if entry.path.is_file() and fields.items() <= dict(entry.key).items()
-        ]
-        for entry in sorted(found, key=lambda e: e.path.stat().st_mtime, reverse=True):
-            if entry.checked and sha256(entry.path) == entry.sha256:
-                return entry.path
-            logger.warning("%s is damaged: build it again", entry.path)
+        found = []
+        for entry in self.entries():
+            with suppress(OSError):
+                if entry.checked and fields.items() <= dict(entry.key).items():
+                    found.append((entry.path.stat().st_mtime, entry))
+        for _, entry in sorted(found, key=lambda pair: pair[0], reverse=True):
+            with suppress(OSError):
+                if sha256(entry.path) == entry.sha256:
+                    return entry.path
+            logger.warning("%s is damaged or missing: build it again", entry.path)
         return None
 
     def save(self, key: EngineKey, engine: bytes, report: Mapping[str, Any]) -> Path:
@@ -150,10 +151,10 @@ class EngineCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write(path, engine)
+            old = _read_entry(folder / f"{_stem(key)}.json")
             write(folder / f"{_stem(key)}.json", json.dumps(entry, indent=2).encode())
-            for old in folder.glob(f"{_stem(key)}-*.engine"):
-                if old != path:
-                    old.unlink(missing_ok=True)
+            if old is not None and old.path != path:  # what another process writes is not touched
+                old.path.unlink(missing_ok=True)
         except OSError as err:
             raise EdgeclipError(f"cannot keep the engine in {folder} ({err.strerror})") from err
         return path
@@ -171,13 +172,6 @@ class EngineCache:
         """The engines that are there, which `find` may still reject."""
         files = [] if self.folder is None else sorted(self.folder.glob("*.json"))
         return [entry for file in files if (entry := _read_entry(file)) is not None]
-
-    def forget(self, key: EngineKey) -> None:
-        """Delete one engine."""
-        for folder in [] if self.folder is None else [self.folder]:
-            (folder / f"{_stem(key)}.json").unlink(missing_ok=True)
-            for file in folder.glob(f"{_stem(key)}-*.engine"):
-                file.unlink(missing_ok=True)
 
     def remove(self) -> int:
         """Delete all engines and timings; bytes freed. Raises EdgeclipError."""

@@ -6,6 +6,7 @@ second time with the same sizes is captured in a CUDA graph, one launch from the
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +24,10 @@ from edgeclip.labels import LabelSet
 from edgeclip.manifest import Manifest
 from edgeclip.purify import CosPurifier
 
+logger = logging.getLogger(__name__)
+
 GRAPHS_KEPT = 32
+CAPTURE_ATTEMPTS = 3  # that may fail before it is left alone
 LABEL_SETS_KEPT = 4
 GROWTH = 1.5  # by how much more than needed buffers grow
 
@@ -52,7 +56,7 @@ class _Batch(NamedTuple):
             if not hasattr(frame, "__cuda_array_interface__"):
                 return None
             seen = frame.__cuda_array_interface__
-            places.append((seen["data"], seen["shape"], seen.get("strides")))
+            places.append((seen["data"], seen["shape"], seen["typestr"], seen.get("strides")))
         return tuple(places), self.classes.pointer, self.purifier, self.indices.shape
 
 
@@ -65,17 +69,15 @@ class GpuPipeline:
     def __init__(
         self, encoder: GpuEncoder, manifest: Manifest, null_text: NDArray[np.float32]
     ) -> None:
+        # The graphs first, since attributes are let go of in this order: they need the encoder.
+        self._graphs: OrderedDict[Key, _core.CudaGraph | None] = OrderedDict()  # None: ran once
+        self._attempts = CAPTURE_ATTEMPTS
         self.max_batch = len(encoder.pixels)
         self._encoder, self._manifest = encoder, manifest
         self._handle = encoder.stream.handle
-        with cuda_errors():
-            # Its memory is the CPU's: a copy would be one within it. Elsewhere frames cross once, and not
-            # again for each of the pixels that they are needed for.
-            self._in_place = bool(_core.cuda_device()["integrated"])
-        self._null_text = self._upload(null_text)
         self._labels: OrderedDict[LabelSet, tuple[DeviceArray, DeviceArray]] = OrderedDict()
-        self._graphs: OrderedDict[Key, _core.CudaGraph | None] = OrderedDict()  # None: ran once
         self._buffers: dict[str, DeviceArray] = {}
+        self._null_text = self._upload(null_text)
 
     def classify(
         self,
@@ -86,16 +88,17 @@ class GpuPipeline:
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Indices and probabilities (N, k) of frames, uint8 RGB (H, W, 3), the most probable first.
 
-        A frame may also be an array on the GPU, complete, with __cuda_array_interface__.
+        A frame may also be an array on the GPU, with __cuda_array_interface__ or __dlpack__.
         Raises DeviceError where the GPU fails, or the encoder gives what is no embedding.
         """
         parts = [
             self._classify(frames[start : start + self.max_batch], labels, purifier, top_k)
             for start in range(0, len(frames), self.max_batch)
         ]
-        empty = np.empty((0, top_k))
-        indices, scores = zip(*parts, strict=True) if parts else ([empty], [empty])
-        return np.concatenate(indices).astype(np.int32), np.concatenate(scores).astype(np.float32)
+        width = min(top_k, len(labels))
+        none = np.empty((0, width), np.int32), np.empty((0, width), np.float32)
+        indices, scores = zip(none, *parts, strict=True)
+        return np.concatenate(indices), np.concatenate(scores)
 
     def stage_ms(
         self,
@@ -117,17 +120,22 @@ class GpuPipeline:
             for queue, after in zip(stages.values(), events[1:], strict=True):
                 queue()
                 after.record(self._handle)
-            self._encoder.stream.synchronize()
+            _core.cuda_synchronize(self._handle)
             return {
                 name: after.milliseconds_since(before)
                 for name, (before, after) in zip(stages, pairwise(events), strict=True)
             }
 
     def warm_up(self) -> None:
-        """Run once, so that all kernels are loaded. Raises DeviceError where one does not run here."""
+        """Run, capture and replay, so that all kernels are loaded, and what does not work shows now.
+
+        Raises DeviceError.
+        """
         width = self._manifest.embed_dim
         one = LabelSet(("",), np.ones((1, width), np.float32), np.ones(1, np.float32), "")
-        self.classify([np.zeros((1, 1, 3), np.uint8)], one, CosPurifier(), 1)
+        for _ in range(3):
+            self.classify([np.zeros((1, 1, 3), np.uint8)], one, CosPurifier(), 1)
+        self._graphs.clear()
         del self._labels[one]
 
     def _classify(
@@ -139,8 +147,10 @@ class GpuPipeline:
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         with self._encoder.lock, cuda_errors():
             batch = self._batch(frames, labels, purifier, top_k)
-            self._run(batch.key(), partial(self._queue, batch))
-            self._encoder.stream.synchronize()
+            try:
+                self._run(batch.key(), partial(self._queue, batch))
+            finally:  # also after an error: what was queued still reads the frames
+                _core.cuda_synchronize(self._handle)
             indices, scores = batch.indices.host.copy(), batch.scores.host.copy()
         if (indices < 0).any():
             raise DeviceError(
@@ -154,14 +164,26 @@ class GpuPipeline:
             graph.launch(self._handle)
         else:
             queue()
-        if key is None or not self._encoder.capturable:
+        if key is None:
             return
         if graph is None and key in self._graphs:  # so it ran twice, as all of a graph must before
-            graph = self._encoder.stream.capture(queue)
+            graph = self._capture(len(key[0]), queue)
         self._graphs[key] = graph
         self._graphs.move_to_end(key)
         if len(self._graphs) > GRAPHS_KEPT:
             self._graphs.popitem(last=False)
+
+    def _capture(self, count: int, queue: Callable[[], None]) -> _core.CudaGraph | None:
+        """None where it cannot be, or was disturbed, as by another thread that lets go of memory."""
+        if self._attempts == 0 or not self._encoder.is_capturable(bucket(count, self.max_batch)):
+            return None
+        _core.cuda_synchronize(self._handle)  # the answer is there, whatever comes of this
+        try:
+            return self._encoder.stream.capture(queue)
+        except (RuntimeError, DeviceError) as err:
+            self._attempts -= 1
+            logger.warning("no CUDA graph was captured, which costs time and nothing else: %s", err)
+            return None
 
     def _queue(self, batch: _Batch) -> None:
         self._queue_preprocess(batch)
@@ -172,7 +194,8 @@ class GpuPipeline:
         image = self._manifest.image
         for slot, frame in enumerate(batch.frames):
             source = frame
-            if not self._in_place and isinstance(frame, DeviceArray) and frame.pinned:
+            if isinstance(frame, DeviceArray) and frame.pinned:
+                # Once, since each pixel is read for several of the encoder's.
                 source = self._buffers[_crossed(slot)].head(frame.shape)
                 copy(source, frame, self._handle)
             _core.preprocess(
@@ -240,15 +263,20 @@ class GpuPipeline:
         )
 
     def _place(self, slot: int, frame: Any) -> Any:
-        """The frame where the GPU reads it: in pinned memory of the slot, or where it is already."""
-        if not isinstance(frame, np.ndarray):
-            return frame
-        staged = self._buffer(f"frame {slot}", frame.nbytes, np.uint8, pinned=True)
-        if not self._in_place:
+        """The frame in pinned memory of the slot; or where it is on the GPU already, complete."""
+        if isinstance(frame, np.ndarray):
+            staged = self._buffer(f"frame {slot}", frame.nbytes, np.uint8, pinned=True)
             self._buffer(_crossed(slot), frame.nbytes, np.uint8)
-        shaped = staged.head(frame.shape)
-        np.copyto(shaped.host, frame)
-        return shaped
+            shaped = staged.head(frame.shape)
+            np.copyto(shaped.host, frame)
+            return shaped
+        if hasattr(frame, "__dlpack__"):  # by which its producer lets our stream wait for its own
+            frame.__dlpack__(stream=self._handle)
+        else:
+            stream = frame.__cuda_array_interface__.get("stream")
+            if stream is not None:
+                _core.cuda_synchronize(stream)
+        return frame
 
     def _buffer(self, name: str, size: int, dtype: Any, pinned: bool = False) -> DeviceArray:
         """At least `size` elements; what was there before is gone where it has to grow."""
@@ -272,15 +300,15 @@ class GpuPipeline:
         return found
 
     def _upload(self, array: NDArray[np.float32]) -> DeviceArray:
-        on_device = DeviceArray(array.shape)
+        on_device, dense = DeviceArray(array.shape), np.ascontiguousarray(array)
         with cuda_errors():
-            copy(on_device, np.ascontiguousarray(array), self._handle)
-            self._encoder.stream.synchronize()
+            copy(on_device, dense, self._handle)
+            _core.cuda_synchronize(self._handle)
         return on_device
 
 
 def _crossed(slot: int) -> str:
-    """The buffer of a slot's frame on a GPU with memory of its own."""
+    """The buffer that a slot's frame is copied to."""
     return f"frame {slot} on the GPU"
 
 

@@ -25,7 +25,9 @@ class GpuEncoder(Protocol):
     pixels: DeviceArray  # float32 (B, 3, H, W)
     embedding: DeviceArray  # float32 (B, D)
     lock: threading.Lock
-    capturable: bool  # whether `enqueue` may be part of a CUDA graph, once it ran for that count
+
+    def is_capturable(self, count: int) -> bool:
+        """Whether `enqueue` of `count`, which ran before, may be part of a CUDA graph."""
 
     def enqueue(self, count: int) -> None:
         """Queue on `stream`: embeddings of the first `count` of `pixels`, not normalised."""
@@ -37,7 +39,6 @@ class OnnxGpuEncoder(OnnxEncoder):
     shape: of one input, (3, H, W). Raises what OnnxEncoder raises.
     """
 
-    capturable = False
     memory = "cuda"  # where ONNX Runtime finds the arrays
 
     def __init__(
@@ -50,8 +51,8 @@ class OnnxGpuEncoder(OnnxEncoder):
         threads: int | None = None,
     ) -> None:
         with cuda_errors():
-            self.stream = _core.CudaStream()
-        super().__init__(path, device="cuda", threads=threads, stream=self.stream.handle)
+            stream = _core.CudaStream()
+        super().__init__(path, device="cuda", threads=threads, stream=stream.handle)
         self.check_shapes(shape, embed_dim)
         most = self._batch or max_batch
         self.pixels = DeviceArray((most, *shape))
@@ -60,6 +61,10 @@ class OnnxGpuEncoder(OnnxEncoder):
         self._bindings: dict[int, Any] = {}
         self._options = import_onnxruntime().RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self.stream = stream  # last, as attributes are let go of in this order
+
+    def is_capturable(self, count: int) -> bool:
+        return False  # ONNX Runtime keeps its own graphs, and allocates as it runs
 
     def enqueue(self, count: int) -> None:
         try:
@@ -95,16 +100,15 @@ class TensorRTEncoder:
     BundleError where it is not made for such pixels.
     """
 
-    capturable = True
-
     def __init__(self, engine: bytes, name: str) -> None:
         self._name = name
         self._trt = trt = import_tensorrt()
         self._log = trt_logger(trt)
         self._log.last_error = ""
-        with cuda_errors():
-            self.stream = _core.CudaStream()
-        runtime = trt.Runtime(self._log)
+        try:
+            runtime = trt.Runtime(self._log)
+        except (TypeError, RuntimeError) as err:  # its constructor gave nothing
+            raise DeviceError(self._said("does not work here for")) from err
         self._engine = runtime.deserialize_cuda_engine(engine)
         if self._engine is None:
             raise DeviceError(self._said("does not take", "build it again with edgeclip build"))
@@ -122,6 +126,8 @@ class TensorRTEncoder:
         # take turns in the memory that their layers work in.
         self._contexts: dict[int, Any] = {}
         self._work = DeviceArray((self._engine.device_memory_size_v2,), np.uint8)
+        with cuda_errors():
+            self.stream = _core.CudaStream()  # last, as attributes are let go of in this order
 
     def check_shapes(self, inputs: tuple[int, ...], embed_dim: int) -> None:
         """Raises BundleError where the engine is not made for inputs (N, *inputs) or embed_dim."""
@@ -136,6 +142,12 @@ class TensorRTEncoder:
             self._contexts[count] = self._context(count)
         if not self._contexts[count].execute_async_v3(self.stream.handle):
             raise DeviceError(self._said("failed to run"))
+
+    def is_capturable(self, count: int) -> bool:
+        context = self._contexts[count]
+        if not hasattr(context, "is_stream_capturable"):
+            return True
+        return bool(context.is_stream_capturable(self.stream.handle))  # TensorRT-RTX
 
     def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
         most, dim = self.embedding.shape
@@ -152,27 +164,37 @@ class TensorRTEncoder:
                     rows.nbytes,
                     stream=self.stream.handle,
                 )
-                self.stream.synchronize()
+                _core.cuda_synchronize(self.stream.handle)
         return found
 
     def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
         raise DeviceError("a TensorRT engine gives embeddings only: explain with --device cpu")
 
     def _context(self, count: int) -> Any:
-        trt, handle = self._trt, self.stream.handle
-        context = self._engine.create_execution_context(
-            trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        )
+        context = self._new_context()
         if context is None:
             raise DeviceError(self._said("has no memory for"))
-        context.set_optimization_profile_async(0, handle)
-        good = context.set_input_shape(PIXELS, (count, *self.pixels.shape[1:]))
+        good = context.set_optimization_profile_async(0, self.stream.handle)
+        good = good and context.set_input_shape(PIXELS, (count, *self.pixels.shape[1:]))
         for name, array in ((PIXELS, self.pixels), (EMBEDDING, self.embedding)):
             good = good and context.set_tensor_address(name, array.pointer)
         if not good:
             raise DeviceError(self._said(f"does not take {count} images in"))
         context.set_device_memory(self._work.pointer, self._work.nbytes)
         return context
+
+    def _new_context(self) -> Any:
+        """That works in memory which it is given."""
+        trt, managed = self._trt, self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+            return self._engine.create_execution_context(managed)
+        # TensorRT-RTX would compile kernels for a shape in the background; a graph that was captured
+        # before would keep the others.
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(managed)
+        strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = strategy
+        return self._engine.create_execution_context(config)
 
     def _said(self, what: str, advice: str = "see edgeclip doctor") -> str:
         trt = self._trt

@@ -66,7 +66,7 @@ class Runtime:
 
     bundle: a directory, a Bundle, or None for the embedded demonstration bundle.
     device: auto (the best that works: a TensorRT engine that `edgeclip build` made, else CUDA, else
-    the CPU), cpu, cuda or tensorrt. precision: fp32, fp16 or int8 where the bundle has it; auto for
+    the CPU), cpu, cuda or tensorrt. precision: fp32, fp16, int8, int8-qdq where the bundle has it; auto for
     the fastest of those that were held to the model's answers (export --data, edgeclip build).
     purify: auto (what the bundle recommends), none, cos, diff, a CosPurifier or a DiffPurifier.
     labels: what `classify` uses where it is given none.
@@ -142,7 +142,7 @@ class Runtime:
 
         images: a path, the bytes of a file, a PIL image or a uint8 RGB array (H, W, 3) gives a list
         of predictions; a list of these gives a list of lists. Where edgeclip has its CUDA kernels,
-        the array may be on the GPU (PyTorch, CuPy): complete, since no stream is waited for.
+        the array may be on the GPU (PyTorch, CuPy).
         labels: names, or a LabelSet from `labels()`; None for the Runtime's own.
         Raises ImageError for an image that cannot be read, ValueError for arguments.
         """
@@ -161,7 +161,8 @@ class Runtime:
 
         An image that cannot be read gives its ImageError, and the others their predictions.
         Threads read and prepare the next batch while the encoder runs. One of them reads `images`,
-        never further than that batch. They end with the generator.
+        never further than that batch. They end with the generator. An array on the GPU has to stay
+        as it is until its answer.
         What `images` raises is raised after the answers before it.
         """
         check_count("top_k", top_k)
@@ -179,7 +180,8 @@ class Runtime:
         frames: for example what a generator reads from a camera. It is read by a thread as fast as
         it gives frames; while the encoder is busy the newest one waits and the older ones are
         dropped, so nothing piles up. The last frame is always answered. For every frame of a
-        recording, use `classify_each`. Arrays are copied: a camera may write over its own.
+        recording, use `classify_each`. Arrays are copied, but on
+        the GPU: a camera may write over its own.
         What frames raises is raised after the answers before it. Closing the generator stops
         reading at the next frame.
         """

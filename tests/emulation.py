@@ -51,6 +51,15 @@ def open_on_cpu(path: Any, device: str, threads: Any = None, stream: Any = None)
 
 encoders.open_session = open_on_cpu
 gpu_encoders.OnnxGpuEncoder.memory = "cpu"
+run_encoder = gpu_encoders.OnnxGpuEncoder.enqueue
+
+
+def enqueue_on_cpu(encoder: Any, count: int) -> None:
+    """After what was queued before it."""
+    queue(encoder.stream.handle, lambda: run_encoder(encoder, count))
+
+
+gpu_encoders.OnnxGpuEncoder.enqueue = enqueue_on_cpu
 for module in (devices, encoders, text):
     if hasattr(module, "available_devices"):
         module.available_devices = lambda: ["cuda", "cpu"]

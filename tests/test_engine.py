@@ -96,10 +96,14 @@ def test_a_fake_has_no_name_that_was_not_recorded(jetpack: ModuleType) -> None:
         config.set_compute_capability(None, 0)
 
 
+# So that an engine of TensorRT-RTX can be part of a CUDA graph.
+ADDED = {"tensorrt": [], "tensorrt_rtx": ["REQUIRE_USER_ALLOCATION"]}
+
+
 def test_engines_are_strongly_typed_without_any_flag_of_precision(trt: ModuleType) -> None:
     found = built(trt, IMAGE)
     assert found["network_flags"] == ["STRONGLY_TYPED"]
-    assert found["builder_flags"] == []  # and TF32, set at first, is cleared
+    assert found["builder_flags"] == ADDED[trt.__name__]  # and TF32, set at first, is cleared
     assert found["pools"] == {"WORKSPACE": 1 << 30}
     one, most = [1, 3, 28, 28], [8, 3, 28, 28]
     assert found["profiles"] == [{"pixels": [one, one, most]}]
@@ -407,7 +411,7 @@ def test_the_key_says_how_the_engine_is_built(trt: ModuleType) -> None:
             "workspace_bytes": 1 << 30,
             "optimization_level": None,
         },
-        "flags": ["STRONGLY_TYPED", "not TF32"],
+        "flags": ["STRONGLY_TYPED", *ADDED[trt.__name__], "not TF32"],
         "recipe": engine_cache.RECIPE,
     }
 

@@ -51,7 +51,7 @@ def test_it_keeps_its_cache_and_its_rights_small(unit: configparser.ConfigParser
     assert (name, folder) == ("EDGECLIP_CACHE", f"/var/cache/{service['CacheDirectory']}")
     assert service["User"] == "edgeclip"
     assert {"video", "render"} <= set(service["SupplementaryGroups"].split())
-    assert service["Restart"] == "on-failure"
+    assert service["Restart"] == "always"  # a camera that is unplugged ends it as well
     assert service["ProtectSystem"] == "strict"
     assert service["NoNewPrivileges"] == "yes"
     # These would take away the GPU, or the socket of a CSI camera.

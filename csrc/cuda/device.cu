@@ -22,11 +22,11 @@ DeviceInfo device_info() {
   size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), kOp, "cudaMemGetInfo", "");
   return {properties.name,
+          device,
           properties.major,
           properties.minor,
           static_cast<int64_t>(total),
           static_cast<int64_t>(free),
-          properties.integrated != 0,
           driver};
 }
 
@@ -39,9 +39,10 @@ Memory::Memory(int64_t bytes, bool pinned) : bytes_(bytes), pinned_(pinned) {
     return;
   }
   check(cudaMalloc(&data_, size), kOp, "cudaMalloc", of.c_str());
-  // Before anything else may be queued on it, by whatever stream.
+  // Before anything else may be queued on it, by whatever stream. Only the default stream is waited
+  // for: another one may be captured by another thread.
   cudaError_t error = cudaMemset(data_, 0, size);
-  if (error == cudaSuccess) error = cudaDeviceSynchronize();
+  if (error == cudaSuccess) error = cudaStreamSynchronize(nullptr);
   if (error != cudaSuccess) cudaFree(data_);
   check(error, kOp, "cudaMemset", of.c_str());
 }
@@ -66,8 +67,8 @@ Stream::Stream() {
 
 Stream::~Stream() { static_cast<void>(cudaStreamDestroy(as_stream(handle_))); }
 
-void Stream::synchronize() const {
-  check(cudaStreamSynchronize(as_stream(handle_)), kOp, "cudaStreamSynchronize", "");
+void synchronize(uintptr_t stream) {
+  check(cudaStreamSynchronize(as_stream(stream)), kOp, "cudaStreamSynchronize", "");
 }
 
 void Stream::begin_capture() const {

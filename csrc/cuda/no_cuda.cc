@@ -40,13 +40,13 @@ int64_t classify_workspace(const ClassifySizes&) { refuse("classify_workspace", 
 // None of these is ever made, so what they can do is never asked for.
 DeviceInfo device_info() { refuse("cuda", ""); }
 void copy(void*, const void*, int64_t, uintptr_t) { refuse("cuda", ""); }
+void synchronize(uintptr_t) { refuse("cuda", ""); }
 Memory::Memory(int64_t, bool) { refuse("cuda", ""); }
 Memory::~Memory() = default;
 Graph::~Graph() = default;
 void Graph::launch(uintptr_t) const {}
 Stream::Stream() { refuse("cuda", ""); }
 Stream::~Stream() = default;
-void Stream::synchronize() const {}
 void Stream::begin_capture() const {}
 std::unique_ptr<Graph> Stream::end_capture() const { return nullptr; }
 void Stream::abandon_capture() const noexcept {}

@@ -366,7 +366,7 @@ void test_graph() {
              {1.0, 0.0, {}, k}, {stream.handle(), place(scratch, {scratch.bytes()}, kUint8)});
   };
   queue();
-  stream.synchronize();
+  cuda::synchronize(stream.handle());
   std::vector<float> first(n * k), again(n * k);
   std::memcpy(first.data(), probabilities.data(), first.size() * sizeof(float));
   std::memset(probabilities.data(), 0, first.size() * sizeof(float));
@@ -377,7 +377,7 @@ void test_graph() {
   std::memcpy(again.data(), probabilities.data(), again.size() * sizeof(float));
   CHECK(std::count(again.begin(), again.end(), 0.0f) == n * k);  // a capture runs nothing
   graph->launch(stream.handle());
-  stream.synchronize();
+  cuda::synchronize(stream.handle());
   std::memcpy(again.data(), probabilities.data(), again.size() * sizeof(float));
   CHECK(first == again);
 
@@ -409,7 +409,7 @@ void test_device_errors() {
   };
   const cuda::Stream stream;
   stream.begin_capture();
-  CHECK(says([&] { stream.synchronize(); }, "cudaErrorStreamCaptureUnsupported"));
+  CHECK(says([&] { cuda::synchronize(stream.handle()); }, "cudaErrorStreamCaptureUnsupported"));
   CHECK(says([&] { stream.begin_capture(); }, "cudaStreamBeginCapture"));
   stream.abandon_capture();
   stream.abandon_capture();  // of none

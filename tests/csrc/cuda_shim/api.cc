@@ -1,33 +1,88 @@
-// Memory, streams, graphs and events of the shim. EDGECLIP_SHIM_NO_GPU in the environment makes it
-// a machine without a GPU.
+// Memory, streams, graphs and events of the shim. As on a GPU, what is queued on a stream is done
+// later: here when somebody waits for it. While a thread captures, it may neither allocate nor
+// wait. In the environment EDGECLIP_SHIM_NO_GPU makes it a machine without a GPU, and
+// EDGECLIP_SHIM_NO_CAPTURE one where no capture succeeds.
 #include <cuda_runtime.h>
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
 
 namespace {
 
 constexpr size_t kAlignment = 256;  // as cudaMalloc's
 
 thread_local cudaError_t last_error = cudaSuccess;
+thread_local CUstream_st* capturing = nullptr;  // by this thread
+thread_local bool is_spoilt = false;            // its capture
+
+std::mutex mutex;  // of the following
+std::set<CUstream_st*> streams;
+std::map<const char*, size_t> allocations;
 
 cudaError_t fail(cudaError_t error) { return last_error = error; }
 
 bool is_there() { return std::getenv("EDGECLIP_SHIM_NO_GPU") == nullptr; }
 
+// Of device or pinned memory; all other may be gone when the work is done.
+bool is_known(const void* data) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const char* const address = static_cast<const char*>(data);
+  const auto next = allocations.upper_bound(address);
+  if (next == allocations.begin()) return false;
+  const auto& [begin, size] = *std::prev(next);
+  return address < begin + size;
+}
+
+bool may_not() {
+  if (capturing == nullptr) return false;
+  is_spoilt = true;
+  return true;
+}
+
+void do_all(CUstream_st* stream) {
+  const std::lock_guard<std::recursive_mutex> lock(stream->busy);
+  while (!stream->pending.empty()) {
+    const auto work = std::move(stream->pending.front());
+    stream->pending.pop_front();
+    work();
+  }
+}
+
+void do_all() {
+  std::set<CUstream_st*> all;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    all = streams;
+  }
+  for (CUstream_st* stream : all) do_all(stream);
+}
+
 cudaError_t allocate(void** data, size_t size) {
   if (!is_there()) return fail(cudaErrorNoDevice);
-  *data = std::aligned_alloc(kAlignment, (size + kAlignment - 1) / kAlignment * kAlignment);
-  return *data == nullptr ? fail(cudaErrorMemoryAllocation) : cudaSuccess;
+  if (may_not()) return fail(cudaErrorStreamCaptureUnsupported);
+  const size_t whole = (size + kAlignment - 1) / kAlignment * kAlignment;
+  *data = std::aligned_alloc(kAlignment, whole);
+  if (*data == nullptr) return fail(cudaErrorMemoryAllocation);
+  std::memset(*data, 0xff, whole);  // NaN
+  const std::lock_guard<std::mutex> lock(mutex);
+  allocations[static_cast<const char*>(*data)] = whole;
+  return cudaSuccess;
 }
 
 }  // namespace
 
 cudaError_t shim::enqueue(cudaStream_t stream, std::function<void()> work) {
-  if (stream != nullptr && stream->captured != nullptr) {
+  if (stream == nullptr) {
+    work();
+  } else if (stream->captured != nullptr) {
     stream->captured->work.push_back(std::move(work));
   } else {
-    work();
+    const std::lock_guard<std::recursive_mutex> lock(stream->busy);
+    stream->pending.push_back(std::move(work));
   }
   return cudaSuccess;
 }
@@ -44,6 +99,8 @@ const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorInvalidConfiguration";
     case cudaErrorStreamCaptureUnsupported:
       return "cudaErrorStreamCaptureUnsupported";
+    case cudaErrorStreamCaptureInvalidated:
+      return "cudaErrorStreamCaptureInvalidated";
     default:
       return "cudaErrorInvalidValue";
   }
@@ -67,7 +124,6 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   std::strcpy(properties->name, "Emulated GPU");
   properties->major = 8;
   properties->minor = 7;
-  properties->integrated = std::getenv("EDGECLIP_SHIM_INTEGRATED") != nullptr;
   return cudaSuccess;
 }
 
@@ -77,11 +133,13 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-
 cudaError_t cudaMalloc(void** data, size_t size) { return allocate(data, size); }
 
 cudaError_t cudaFree(void* data) {
+  if (may_not()) return fail(cudaErrorStreamCaptureUnsupported);
+  do_all();
+  const std::lock_guard<std::mutex> lock(mutex);
+  allocations.erase(static_cast<const char*>(data));
   std::free(data);
   return cudaSuccess;
 }
@@ -91,40 +149,64 @@ cudaError_t cudaHostAlloc(void** data, size_t size, unsigned) { return allocate(
 cudaError_t cudaFreeHost(void* data) { return cudaFree(data); }
 
 cudaError_t cudaMemset(void* data, int value, size_t size) {
+  if (may_not()) return fail(cudaErrorStreamCaptureUnsupported);
   std::memset(data, value, size);
   return cudaSuccess;
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind,
                             cudaStream_t stream) {
-  return shim::enqueue(stream, [=] { std::memcpy(to, from, size); });
+  if (is_known(to) && is_known(from)) {
+    return shim::enqueue(stream, [=] { std::memcpy(to, from, size); });
+  }
+  if (may_not()) return fail(cudaErrorStreamCaptureUnsupported);
+  if (is_known(to)) {  // read now, written later
+    const std::shared_ptr<char[]> kept(new char[size]);
+    std::memcpy(kept.get(), from, size);
+    return shim::enqueue(stream, [=] { std::memcpy(to, kept.get(), size); });
+  }
+  if (stream != nullptr) do_all(stream);
+  std::memcpy(to, from, size);
+  return cudaSuccess;
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   if (!is_there()) return fail(cudaErrorNoDevice);
   *stream = new CUstream_st;
+  const std::lock_guard<std::mutex> lock(mutex);
+  streams.insert(*stream);
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  do_all(stream);
+  const std::lock_guard<std::mutex> lock(mutex);
+  streams.erase(stream);
   delete stream;
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  const bool captured = stream != nullptr && stream->captured != nullptr;
-  return captured ? fail(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+  if (may_not()) return fail(cudaErrorStreamCaptureUnsupported);
+  if (stream != nullptr) do_all(stream);
+  return cudaSuccess;
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   if (stream == nullptr || stream->captured != nullptr) return fail(cudaErrorInvalidValue);
   stream->captured = new CUgraph_st;
+  capturing = stream;
+  is_spoilt = std::getenv("EDGECLIP_SHIM_NO_CAPTURE") != nullptr;
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   *graph = std::exchange(stream->captured, nullptr);
-  return *graph == nullptr ? fail(cudaErrorInvalidValue) : cudaSuccess;
+  capturing = nullptr;
+  if (*graph == nullptr) return fail(cudaErrorInvalidValue);
+  if (!std::exchange(is_spoilt, false)) return cudaSuccess;
+  delete std::exchange(*graph, nullptr);
+  return fail(cudaErrorStreamCaptureInvalidated);
 }
 
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph,
@@ -142,9 +224,10 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
   return cudaGraphDestroy(executable);
 }
 
-cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t) {
-  for (const auto& work : executable->work) work();
-  return cudaSuccess;
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  return shim::enqueue(stream, [work = executable->work] {
+    for (const auto& step : work) step();
+  });
 }
 
 cudaError_t cudaEventCreate(cudaEvent_t* event) {
@@ -161,7 +244,10 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return shim::enqueue(stream, [=] { event->time = std::chrono::steady_clock::now(); });
 }
 
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) {
+  do_all();
+  return cudaSuccess;
+}
 
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
   *milliseconds = std::chrono::duration<float, std::milli>(end->time - start->time).count();

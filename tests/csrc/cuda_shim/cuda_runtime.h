@@ -9,7 +9,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -108,18 +110,21 @@ enum cudaError_t {
   cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorNoDevice = 100,
-  cudaErrorStreamCaptureUnsupported = 900
+  cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureInvalidated = 901
 };
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);
 
-// What is queued on a stream runs at once, or is kept while the stream is captured.
+// What is queued on a stream is done when it is waited for, or kept while the stream is captured.
 struct CUgraph_st {
   std::vector<std::function<void()>> work;
 };
 struct CUstream_st {
   CUgraph_st* captured = nullptr;
+  std::recursive_mutex busy;
+  std::deque<std::function<void()>> pending;
 };
 struct CUevent_st {
   std::chrono::steady_clock::time_point time;
@@ -146,7 +151,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void
 
 struct cudaDeviceProp {
   char name[256];
-  int major, minor, integrated;
+  int major, minor;
 };
 enum cudaMemcpyKind { cudaMemcpyDefault = 4 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
@@ -156,7 +161,6 @@ cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
-cudaError_t cudaDeviceSynchronize();
 
 cudaError_t cudaMalloc(void** data, size_t size);
 cudaError_t cudaFree(void* data);
