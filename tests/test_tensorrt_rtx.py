@@ -188,7 +188,7 @@ def test_the_step_of_a_prior_of_full_size(
 ) -> None:
     """That of CLIPure-Diff for ViT-L-14: 24 layers of 32 heads."""
     torch.manual_seed(0)
-    prior = DiffusionPrior(Shape(768, depth=24, heads=32)).eval()
+    prior = DiffusionPrior(Shape(768, depth=24, heads=32)).eval().requires_grad_(False)
     text = torch.randn(1, 78, 768)
     context = prior.context(torch.nn.functional.normalize(text[:, 0], dim=1), text[:, 1:])
     path = tmp_path / "prior.onnx"
