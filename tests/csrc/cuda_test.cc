@@ -385,10 +385,12 @@ void test_graph() {
   std::vector<float> turned(problem.embeddings.rbegin(), problem.embeddings.rend());
   cuda::copy(embeddings->data(), turned.data(), turned.size() * sizeof(float), stream.handle());
   queue();
+  cuda::synchronize(stream.handle());
   std::memcpy(first.data(), probabilities.data(), first.size() * sizeof(float));
   CHECK(first != again);
   std::memset(probabilities.data(), 0, first.size() * sizeof(float));
   graph->launch(stream.handle());
+  cuda::synchronize(stream.handle());
   std::memcpy(again.data(), probabilities.data(), again.size() * sizeof(float));
   CHECK(first == again);
 
@@ -411,7 +413,8 @@ void test_device_errors() {
   stream.begin_capture();
   CHECK(says([&] { cuda::synchronize(stream.handle()); }, "cudaErrorStreamCaptureUnsupported"));
   CHECK(says([&] { stream.begin_capture(); }, "cudaStreamBeginCapture"));
-  stream.abandon_capture();
+  CHECK(says([] { cuda::Memory(8, false); }, "cudaErrorStreamCaptureUnsupported"));
+  CHECK(says([&] { stream.end_capture(); }, "cudaErrorStreamCaptureInvalidated"));
   stream.abandon_capture();  // of none
   setenv("EDGECLIP_SHIM_NO_GPU", "1", 1);
   CHECK(says([] { cuda::Memory(8, false); }, "cudaMalloc(8 bytes): cudaErrorNoDevice"));
