@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.errors import BundleError, DeviceError
+from edgeclip.external import without_output
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-logger = logging.getLogger(__name__)
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # fp32 means it: by default products round to TensorFloat-32, ten bits, and miss the golden outputs.
 PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
@@ -54,9 +54,17 @@ def available_devices() -> list[str]:
 
 
 def open_session(
-    path: Path, device: str, threads: int | None = None, stream: int | None = None
+    path: Path,
+    device: str,
+    threads: int | None = None,
+    stream: int | None = None,
+    without: str = "",
 ) -> ort.InferenceSession:
-    """A graph in ONNX Runtime; the rest, and what is raised, as for OnnxEncoder."""
+    """A graph in ONNX Runtime, except for the output `without`, and what only that needs.
+
+    ONNX Runtime computes all that is in a graph, whatever it is asked for. The rest, and what is
+    raised, as for OnnxEncoder.
+    """
     ort = import_onnxruntime()
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
     if provider not in ort.get_available_providers():
@@ -67,10 +75,15 @@ def open_session(
     options = dict(PROVIDER_OPTIONS[device])
     if stream is not None:
         options["user_compute_stream"] = str(stream)
+    settings = _session_options(ort, threads)
     try:
+        model: str | bytes = str(path)
+        if without:
+            model = without_output(path, without)
+            settings.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
         session = ort.InferenceSession(
-            str(path),
-            _session_options(ort, threads),
+            model,
+            settings,
             providers=[(provider, options)],
             enable_fallback=0,
         )
@@ -90,9 +103,9 @@ def run_session(
     path: Path,
     device: str,
 ) -> list[NDArray[np.float32]]:
-    """The outputs named; of the graph only the path to them is run. Raises DeviceError."""
+    """The outputs named. Raises DeviceError."""
     try:
-        found: list[NDArray[np.float32]] = session.run(list(outputs), dict(inputs), _run_options())
+        found: list[NDArray[np.float32]] = session.run(list(outputs), dict(inputs))
     except Exception as err:  # the library has no public base class for its errors
         raise DeviceError(f"{path.name} failed on {device}: {first_line(err)}") from err
     return found
@@ -114,13 +127,12 @@ class OnnxEncoder:
         threads: int | None = None,
         stream: int | None = None,
     ) -> None:
-        self._session = open_session(path, device, threads, stream)
-        self._path, self._device = path, device
+        self._session = open_session(path, device, threads, stream, without="tokens")
+        self._path, self._device, self._threads = path, device, threads
         (taken, *_) = self._session.get_inputs()
         self._input = taken.name
         # An int8 graph takes its inputs one by one: its ranges would be those of all of them.
         self._batch = taken.shape[0] if isinstance(taken.shape[0], int) else None
-        self._empty = {node.name: (0, *node.shape[1:]) for node in self._session.get_outputs()}
 
     def check_shapes(self, inputs: tuple[int, ...], embed_dim: int) -> None:
         """Raises BundleError where the graph is not made for inputs (N, *inputs), or for embed_dim.
@@ -136,29 +148,30 @@ class OnnxEncoder:
             )
 
     def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        return self._fetch("embedding", inputs)
+        return self._fetch(self._session, "embedding", inputs)
 
     def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        return self._fetch("tokens", inputs)
+        return self._fetch(self._whole, "tokens", inputs)
 
-    def _fetch(self, output: str, inputs: NDArray[Any]) -> NDArray[np.float32]:
+    @cached_property
+    def _whole(self) -> ort.InferenceSession:
+        """Opened only where tokens are asked for."""
+        return open_session(self._path, self._device, self._threads)
+
+    def _fetch(
+        self, session: ort.InferenceSession, output: str, inputs: NDArray[Any]
+    ) -> NDArray[np.float32]:
         count = self._batch or max(len(inputs), 1)
-        parts = [self._run(output, inputs[i : i + count]) for i in range(0, len(inputs), count)]
+        parts = [
+            run_session(
+                session, (output,), {self._input: inputs[i : i + count]}, self._path, self._device
+            )[0]
+            for i in range(0, len(inputs), count)
+        ]
         if len(parts) == 1:
             return parts[0]
-        return np.concatenate(parts) if parts else np.empty(self._empty[output], np.float32)
-
-    def _run(self, output: str, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        named = {self._input: inputs}
-        (found,) = run_session(self._session, (output,), named, self._path, self._device)
-        return found
-
-
-@cache
-def _run_options() -> ort.RunOptions:
-    options = import_onnxruntime().RunOptions()
-    options.only_execute_path_to_fetches = True
-    return options
+        (shape,) = (node.shape for node in session.get_outputs() if node.name == output)
+        return np.concatenate(parts) if parts else np.empty((0, *shape[1:]), np.float32)
 
 
 def _session_options(ort: Any, threads: int | None) -> ort.SessionOptions:

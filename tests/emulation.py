@@ -45,8 +45,10 @@ sys.modules[trt.__name__] = trt
 open_session = encoders.open_session
 
 
-def open_on_cpu(path: Any, device: str, threads: Any = None, stream: Any = None) -> Any:
-    return open_session(path, "cpu", threads)
+def open_on_cpu(
+    path: Any, device: str, threads: Any = None, stream: Any = None, without: str = ""
+) -> Any:
+    return open_session(path, "cpu", threads, without=without)
 
 
 encoders.open_session = open_on_cpu

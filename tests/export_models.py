@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from edgeclip.bundle import Bundle
+from edgeclip.encoders import open_session
 from edgeclip.manifest import Manifest
 from export import bundle
 from export.bundle import export_bundle, wording
@@ -227,3 +228,10 @@ def reuse_encoders(patch: pytest.MonkeyPatch, made: Exported, spoil: str = "") -
         return made.bundle.manifest
 
     patch.setattr(bundle, "_write_encoders", copied)
+
+
+def run_graph(path: Path, output: str, value: Any) -> Any:
+    """One output of a graph with one input, by ONNX Runtime."""
+    session = open_session(path, "cpu")
+    (found,) = session.run([output], {session.get_inputs()[0].name: value})
+    return found

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import EXAMPLES
-from export_models import ROOT, exported, reuse_encoders
+from export_models import ROOT, exported, reuse_encoders, run_graph
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from test_export_quantize import folder_of_images, product
@@ -104,13 +104,13 @@ def test_a_product_is_what_numpy_makes_of_it(tmp_path: Path, gemm: bool) -> None
     steps = np.abs(weight).max(axis=0) / 127
     cut = step * np.clip(np.rint(given / step), -128, 127)
     wanted = cut @ (steps * np.rint(weight / steps))
-    found = OnnxEncoder(target, device="cpu")._run("y", given)
+    found = run_graph(target, "y", given)
     np.testing.assert_allclose(found, wanted, atol=0.02 * np.abs(wanted).max())
     np.testing.assert_allclose(found[:, 3], wanted[:, 3], atol=0.05 * np.abs(wanted[:, 3]).max())
     spiked = calm.copy()
     spiked[7, 3] = 1000
     assert quantize.to_qdq(source, target, [{"x": spiked}]) == ["product"]
-    found = OnnxEncoder(target, device="cpu")._run("y", given)
+    found = run_graph(target, "y", given)
     np.testing.assert_allclose(found, given @ weight, atol=2e-3 * np.abs(wanted).max())
 
 

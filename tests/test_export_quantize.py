@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from export_models import ROOT, exported
+from export_models import ROOT, exported, run_graph
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -20,7 +20,6 @@ import edgeclip
 from edgeclip import golden
 from edgeclip.bundle import Bundle
 from edgeclip.devices import choose_precision
-from edgeclip.encoders import OnnxEncoder
 from export import ExportError, fidelity, quantize, verify
 from export.bundle import Wording, _write_precisions, export_bundle
 
@@ -132,7 +131,7 @@ def test_a_product_that_int8_ruins_stays_in_float(tmp_path: Path, gemm: bool) ->
         (error,) = quantize.product_errors(source, {"x": x}).values()
         assert (error > 0.1) == bool(kept)
         assert quantize.to_int8(source, target, [{"x": x}], static=True) == kept
-        found = OnnxEncoder(target, device="cpu")._run("y", x)
+        found = run_graph(target, "y", x)
         np.testing.assert_allclose(found, x @ weight, atol=0.02 * np.abs(x @ weight).max())
 
 
@@ -155,10 +154,10 @@ def test_only_large_tables_are_halved(tmp_path: Path) -> None:
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10),
         tmp_path / "m.onnx",
     )
-    encoder, ids = OnnxEncoder(tmp_path / "m.onnx", device="cpu"), np.arange(20)
-    np.testing.assert_array_equal(encoder._run("small rows", ids), arrays["small"][:20])
+    path, ids = tmp_path / "m.onnx", np.arange(20)
+    np.testing.assert_array_equal(run_graph(path, "small rows", ids), arrays["small"][:20])
     halved = arrays["large"][:20].astype(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(encoder._run("large rows", ids), halved)
+    np.testing.assert_array_equal(run_graph(path, "large rows", ids), halved)
 
 
 def folder_of_images(root: Path) -> Path:
