@@ -113,6 +113,9 @@ $(VENV)/.dev: $(BUILD_FILES) | $(BIN)/python
 	  --editable '.[cpu,dev,export,tensorrt-rtx,train]'
 # Alone, for the schema in it: the urllib3 that it asks for is too new for torchattacks.
 	$(BIN)/python -m pip install --quiet --no-deps tritonclient
+# nvcc where there is none, by itself: pip would rather take another PyTorch than the version of its CUDA.
+	command -v nvcc > /dev/null || $(BIN)/python -m pip install --quiet \
+	  "cuda-toolkit[cccl,nvcc]>=13.0; sys_platform == 'linux' and platform_machine == 'x86_64'"
 	touch $@ $(VENV)/.runtime
 
 $(GPU_VENV)/.made: $(BUILD_FILES)

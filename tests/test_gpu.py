@@ -264,6 +264,12 @@ def test_embeddings_and_golden_outputs(device: str) -> None:
     assert golden.check(ours)["scores"] < 1e-3
 
 
+def test_texts_are_the_cpus(device: str) -> None:
+    texts = ["a dress", "two boots"]
+    found, expected = (rt.embed_texts(texts) for rt in runtimes(device))
+    np.testing.assert_allclose(found, expected, atol=1e-5)  # TensorFloat-32 is 1e-4 apart
+
+
 def test_bench_times_the_stages_on_the_gpu(device: str, capsys: pytest.CaptureFixture[str]) -> None:
     from edgeclip import bench
 

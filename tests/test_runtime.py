@@ -285,13 +285,3 @@ def test_classifying_never_loads_torch(tmp_path: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert found.stdout == "bag\n"
-
-
-@pytest.mark.gpu
-def test_cuda_computes_what_the_cpu_does() -> None:
-    pixels = np.random.default_rng(0).standard_normal((5, 3, 28, 28), np.float32)
-    runtimes = [Runtime(device=device, precision="fp32") for device in ("cpu", "cuda")]
-    expected, found = (rt.encode(pixels) for rt in runtimes)
-    np.testing.assert_allclose(found, expected, atol=1e-5)  # TensorFloat-32 is 1e-4 apart
-    expected, found = (rt.embed_texts(["a dress", "two boots"]) for rt in runtimes)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
