@@ -24,8 +24,8 @@ import edgeclip
 from benchmarks.latency import bundle_for, encoder_flops, picture, versions_of
 from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
+from edgeclip.host import cores
 from edgeclip.images import decode
-from edgeclip.pipeline import cores
 
 EPILOG = """examples:
   python -m benchmarks.scaling

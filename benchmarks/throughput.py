@@ -32,7 +32,7 @@ import edgeclip
 from benchmarks.latency import bundle_for, picture, versions_of
 from benchmarks.purification import label_set
 from benchmarks.timing import machine, process, publish
-from edgeclip.pipeline import cores
+from edgeclip.host import cores
 
 EPILOG = """examples:
   python -m benchmarks.throughput

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -12,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from edgeclip import host
 
 ROUNDS = 4
 WARM_UP = 3
@@ -82,14 +82,9 @@ def process(command: Sequence[str], repeats: int) -> tuple[float, float]:
 
 
 def machine() -> str:
-    """The processor and the number of its cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    return f"{model}, {cores} cores"
+    """Return the processor, its vector units, and the number of its cores that this process may use."""
+    facts = [host.cpu_name(), host.vector_units(), f"{host.cores()} cores"]
+    return ", ".join(filter(None, facts))
 
 
 def publish(

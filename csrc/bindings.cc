@@ -8,6 +8,7 @@
 
 #include "csrc/arrays.h"
 #include "csrc/ops.h"
+#include "csrc/parallel.h"
 
 namespace py = pybind11;
 
@@ -208,6 +209,19 @@ PYBIND11_MODULE(_core, m) {
         py::arg("workspace") = py::none(), py::arg("stream") = 0, kClassifyDoc);
   m.def("classify_workspace", &classify_workspace, py::arg("samples"), py::arg("classes"),
         "How many bytes of workspace classify needs on the GPU.");
+  m.def("usable_cores", &usable_cores,
+        "The cores that operations use at most: those of the affinity, or of set_usable_cores.");
+  m.def(
+      "set_usable_cores",
+      [](int64_t cores) {
+        if (cores < 1) {
+          throw py::value_error("[set_usable_cores] expected cores >= 1, got " +
+                                std::to_string(cores));
+        }
+        set_usable_cores(cores);
+      },
+      py::arg("cores"),
+      "Sets, for the process, the cores that operations use at most: a quota is not known to them.");
   m.def("cuda_built", &cuda_built, "Whether edgeclip was built with its CUDA kernels.");
   m.def("simd", &simd, kSimdDoc);
   bind_device(m);

@@ -5,16 +5,19 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
-#include <thread>
 #include <vector>
 
 namespace edgeclip {
 
-// As many threads as the machine has, but none with less than `work_per_thread` to do.
+// The cores that this process may use: those of its affinity, or what set_usable_cores said last.
+int64_t usable_cores();
+void set_usable_cores(int64_t cores);
+
+// One thread for each usable core, but none with less than `work_per_thread` to do.
 inline int64_t automatic_threads(double work, double work_per_thread) {
-  if (work < 2 * work_per_thread) return 1;  // asking for the machine's size is a system call
-  const double machine = std::max(1u, std::thread::hardware_concurrency());
-  return static_cast<int64_t>(std::min(work / work_per_thread, machine));
+  if (work < 2 * work_per_thread) return 1;  // asking for the affinity is a system call
+  return static_cast<int64_t>(
+      std::min(work / work_per_thread, static_cast<double>(usable_cores())));
 }
 
 // Calls run(part) for each of the `parts`, on this thread and on others that are kept for it, and

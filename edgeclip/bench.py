@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeclip import __version__, _core, machine
+from edgeclip import __version__, _core, host
 from edgeclip.bundle import Bundle
 from edgeclip.devices import ORDER, engine_precisions, why_not
 from edgeclip.diagnose import PACKAGES, installed
@@ -77,12 +77,12 @@ def run(
     report: dict[str, Any] = {
         "bundle": str(bundle.path),
         "description": bundle.manifest.description,
-        "machine": machine.describe(),
+        "machine": host.describe(),
         "versions": {"edgeclip": f"{__version__}, core {_core.simd()}"}
         | {name: v for name in PACKAGES if (v := installed(name)) != "not installed"},
         "image": f"{frame.shape[1]}x{frame.shape[0]}, a file of {len(settings.image)} bytes",
         "labels": len(settings.labels) or CLASSES,
-        "warnings": machine.busy(),
+        "warnings": host.busy(),
         "measured": [],
         "failed": [],
     }
@@ -94,7 +94,7 @@ def run(
             report["failed"].append(place | {"error": str(err)})
         else:
             report["measured"].append(place | found)
-    report["warnings"] += machine.hot()  # now, after the work
+    report["warnings"] += host.hot()  # now, after the work
     return report
 
 
@@ -146,7 +146,7 @@ def _quiet() -> None:
 
 def measure(bundle: str, device: str, precision: str, settings: Settings) -> dict[str, Any]:
     """One device and precision. Raises EdgeclipError."""
-    gpu_before = None if device == "cpu" else machine.gpu_memory_mb()
+    gpu_before = None if device == "cpu" else host.gpu_memory_mb()
     start = time.perf_counter()
     rt = Runtime(
         bundle,
@@ -161,7 +161,7 @@ def measure(bundle: str, device: str, precision: str, settings: Settings) -> dic
     start = time.perf_counter()
     rt.classify(settings.image, labels)
     first = time.perf_counter() - start
-    memory: dict[str, float | None] = {"resident": machine.memory_mb().get("resident")}
+    memory: dict[str, float | None] = {"resident": host.memory_mb().get("resident")}
 
     calls = _calls(rt, settings, labels)
     texts = _prompts(rt)
@@ -170,8 +170,8 @@ def measure(bundle: str, device: str, precision: str, settings: Settings) -> dic
     for name, call in _watched(calls, f"{device} {precision}"):
         found[name] = percentiles(times_ms(call, settings.seconds, settings.repeats))
     encoding = found.pop("labels")
-    memory["peak"] = machine.memory_mb().get("peak")
-    if gpu_before is not None and (gpu_after := machine.gpu_memory_mb()) is not None:
+    memory["peak"] = host.memory_mb().get("peak")
+    if gpu_before is not None and (gpu_after := host.gpu_memory_mb()) is not None:
         memory["gpu"] = gpu_after - gpu_before
     batches = [
         {

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgeclip.errors import BundleError, DeviceError
 from edgeclip.external import without_output
+from edgeclip.host import cores
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -114,7 +115,7 @@ def run_session(
 class OnnxEncoder:
     """An encoder run by ONNX Runtime. May be shared by threads.
 
-    device is cpu or cuda; threads is the number used inside one call, None for one per core; stream
+    device is cpu or cuda; threads is the number used inside one call, None for one per usable core; stream
     is the CUDA stream to run on, None for one of ONNX Runtime's own.
     Raises DeviceError where the device does not work, BundleError where the file does not load.
     """
@@ -177,7 +178,8 @@ class OnnxEncoder:
 def _session_options(ort: Any, threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; what matters is raised
-    options.intra_op_num_threads = threads or 0  # 0: one per core
+    # Never 0, for which ONNX Runtime takes the machine's cores, and pins threads to them.
+    options.intra_op_num_threads = threads or cores()
     options.inter_op_num_threads = 1
     return options
 

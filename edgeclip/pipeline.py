@@ -7,7 +7,6 @@ be interrupted: closing waits GRACE for it, and it ends when the source gives it
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,13 +25,6 @@ Prepare: TypeAlias = Callable[[Batch, ImageSource], None]
 
 BUFFERS = 2  # one in the encoder, one being filled: the slower side never waits for the other
 GRACE = 1.0  # seconds
-
-
-def cores() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def batches(

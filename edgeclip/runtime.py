@@ -18,9 +18,10 @@ from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.devices import open_image_side
 from edgeclip.encoders import unit
 from edgeclip.errors import BundleError, ImageError
+from edgeclip.host import cores
 from edgeclip.images import CudaFrame, ImageSource, decode, is_on_gpu
 from edgeclip.labels import Label, LabelSet
-from edgeclip.pipeline import batches, cores, newest
+from edgeclip.pipeline import batches, newest
 from edgeclip.prior import Prior
 from edgeclip.purify import (
     NO_PRIOR,
@@ -67,12 +68,13 @@ class Runtime:
     bundle: a directory, a Bundle, or None for the embedded demonstration bundle.
     device: auto (the best that works: a TensorRT engine that `edgeclip build` made, else CUDA, else
     the CPU), cpu, cuda or tensorrt. precision: fp32, fp16, int8, int8-qdq where the bundle has it; auto for
-    the fastest of those that were held to the model's answers (export --data, edgeclip build).
+    the fastest on this machine of those that were verified against the model's answers (export --data)
+    and give the bundle's golden outputs here. A first start tries them, and caches the result.
     purify: auto (what the bundle recommends), none, cos, diff, a CosPurifier or a DiffPurifier.
     labels: what `classify` uses where it is given none.
     decode: fast (large JPEGs at a reduced scale, see `edgeclip.images.decode`) or exact.
     batch_size: images in one run of the encoder. threads: inside one run, and beside it to prepare
-    images; None for one per core.
+    images; None for as many as affinity and CPU quota allow.
 
     Raises BundleError, DeviceError, LabelError; ValueError for an option that is not known;
     EdgeclipError where EDGECLIP_CACHE_SIZE is no size.
@@ -104,11 +106,16 @@ class Runtime:
             )
         self.batch_size = batch_size
         self.purifier = resolve(purify, self.bundle.manifest.purification)
-        self._threads = threads
+        usable = cores()
+        _core.set_usable_cores(usable)
+        self._threads = threads or usable
+        self._preprocess_threads = (
+            threads or 0
+        )  # 0: as many of the usable cores as the work deserves
         self._fast_for = self.bundle.manifest.image if decode == "fast" else None
         manifest = self.bundle.manifest
         side = open_image_side(
-            self.bundle, device, precision, batch_size=batch_size, threads=threads
+            self.bundle, device, precision, batch_size=batch_size, threads=self._threads
         )
         self._image_encoder, self.device, self.precision = side.encoder, side.device, side.precision
         # Where the GPU does all of `classify`. A prior is run by ONNX Runtime, through the host.
@@ -119,7 +126,7 @@ class Runtime:
         self._prior: Prior | None = None
         self.onnx_device, self.text_precision = side.onnx_device, side.text_precision
         self._text = TextTower(
-            self.bundle, side.text_precision, device=side.onnx_device, threads=threads
+            self.bundle, side.text_precision, device=side.onnx_device, threads=self._threads
         )
         self._default_labels = None if labels is None else self.labels(labels)
 
@@ -317,7 +324,7 @@ class Runtime:
             resize=spec.resize,
             interpolation=spec.interpolation,
             fill=spec.fill,
-            threads=self._threads or 0,
+            threads=self._preprocess_threads,
         )
 
     def _batches(
@@ -328,11 +335,11 @@ class Runtime:
         Prepared by threads while the encoder runs; see `edgeclip.pipeline`.
         """
         _refuse_single("this method", images)
-        threads = self._threads or cores()
         if gpu is not None:
-            return batches(images, self._frame_into, (self.batch_size, 1), threads, object)
+            frames = self.batch_size, 1
+            return batches(images, self._frame_into, frames, self._threads, object)
         shape = self.batch_size, 3, *self.bundle.manifest.image.size
-        return batches(images, self._preprocess_into, shape, threads)
+        return batches(images, self._preprocess_into, shape, self._threads)
 
     def _classify(
         self, batch: NDArray[Any], labels: LabelSet, top_k: int

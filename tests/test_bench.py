@@ -55,7 +55,7 @@ def test_json_of_every_precision(capfd: pytest.CaptureFixture[str]) -> None:
     assert report["image"].startswith("640x480, a file of ")
     assert report["labels"] == 1000
     assert report["failed"] == []
-    assert report["machine"]["cores"] == len(os.sched_getaffinity(0))
+    assert 1 <= report["machine"]["cores"] <= len(os.sched_getaffinity(0))
     assert report["versions"]["numpy"] == np.__version__
     manifest = edgeclip.Bundle().manifest
     assert [found["precision"] for found in report["measured"]] == list(manifest.precisions)

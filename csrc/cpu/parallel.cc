@@ -1,15 +1,29 @@
 #include "csrc/parallel.h"
 
 #include <pthread.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
 #include <system_error>
+#include <thread>
 
 namespace edgeclip {
 namespace {
+
+std::atomic<int64_t> chosen_cores{0};  // 0: those of the affinity
+
+int64_t affinity_cores() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif  // or a machine of more cores than a cpu_set_t holds
+  return std::max(1u, std::thread::hardware_concurrency());
+}
 
 struct Job {
   const std::function<void(int64_t)>& run;
@@ -33,9 +47,9 @@ class Pool {
 
  private:
   void start_workers(int64_t wanted) {
-    const int64_t machine = std::max(1u, std::thread::hardware_concurrency());
+    const int64_t most = std::min(wanted, usable_cores() - 1);
     try {
-      for (; workers_ < std::min(wanted, machine - 1); ++workers_) {
+      for (; workers_ < most; ++workers_) {
         std::thread([this] { wait_for_work(); }).detach();
       }
     } catch (const std::system_error&) {
@@ -84,6 +98,15 @@ Pool& pool() {
 }
 
 }  // namespace
+
+int64_t usable_cores() {
+  const int64_t chosen = chosen_cores.load(std::memory_order_relaxed);
+  return chosen > 0 ? chosen : affinity_cores();
+}
+
+void set_usable_cores(int64_t cores) {
+  chosen_cores.store(cores, std::memory_order_relaxed);
+}
 
 void run_parts(int64_t parts, const std::function<void(int64_t)>& run) {
   Job job{run, parts};
