@@ -1,5 +1,10 @@
 """edgeclip: adversarially robust zero-shot image classification with CLIP, without PyTorch."""
 
+import os
+
+# ONNX Runtime reads it when it is imported, which happens after this in all of edgeclip.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 try:
     from edgeclip._core import __version__
 except ImportError as err:
