@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeclip import __version__, _core, host
+from edgeclip import __version__, _core, golden, host
 from edgeclip.bundle import Bundle
 from edgeclip.devices import ORDER, engine_precisions, why_not
 from edgeclip.diagnose import PACKAGES, installed
@@ -157,6 +157,11 @@ def measure(bundle: str, device: str, precision: str, settings: Settings) -> dic
         threads=settings.threads,
     )
     opened = time.perf_counter() - start
+    try:
+        golden.check(rt)
+        problem = ""
+    except EdgeclipError as err:
+        problem = str(err)
     labels = _label_set(rt, settings.labels)
     start = time.perf_counter()
     rt.classify(settings.image, labels)
@@ -184,6 +189,7 @@ def measure(bundle: str, device: str, precision: str, settings: Settings) -> dic
     on_gpu = {} if rt.gpu is None else _gpu_stages(rt, settings, labels)
     return {
         "purification": str(rt.purifier or "none"),
+        "problem": problem,
         "opened ms": 1e3 * opened,
         "first answer ms": 1e3 * first,
         "stages ms": found,
@@ -313,6 +319,8 @@ def _render_one(found: dict[str, Any]) -> list[str]:
     place = f"{found['device']} {found['precision']}, purification {found['purification']}"
     heads = [f"p{p}" for p in PERCENTILES]
     lines = [f"{place:<34}" + "".join(f"{head:>10}" for head in heads) + f"{'runs':>8}"]
+    if found["problem"]:
+        lines.append(f"  warning: {found['problem']}")
     for name, ms in found["stages ms"].items():
         cells = "".join(f"{ms[head]:>10.3f}" for head in heads)
         lines.append(f"  {name:<32}{cells}{ms['runs']:>8}")

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from edgeclip import golden
 from edgeclip.bundle import Bundle
-from edgeclip.devices import choose_precision, image_engine_key
+from edgeclip.devices import check_known, image_engine_key, preferred
 from edgeclip.encoders import Encoder, unit
 from edgeclip.engine import BuildOptions, EngineCache, Progress, build_engine, import_tensorrt
 from edgeclip.errors import DeviceError
+from edgeclip.golden_values import TOLERANCE, GoldenValues, largest_distance
 from edgeclip.gpu import GpuPipeline
 from edgeclip.gpu_encoders import EMBEDDING, TensorRTEncoder
 from edgeclip.images import ImageSource
@@ -61,7 +62,9 @@ def build(
     """
     if (pictures is None) != (labels is None):
         raise ValueError("pictures and labels go together: answers need both")
-    precision = choose_precision(bundle, precision, "tensorrt")
+    if precision == "auto":
+        precision = preferred(bundle, "tensorrt")[0]
+    check_known(bundle, precision)
     if precision not in BUILDABLE:
         raise DeviceError(
             f"the {precision} encoders are for ONNX Runtime on CPUs; TensorRT takes "
@@ -93,7 +96,7 @@ def build(
 def check_pipeline(encoder: TensorRTEncoder, bundle: Bundle) -> float:
     """The largest difference of probabilities between what the GPU does with frames, by graphs too, and
     the softmax of the embeddings that the encoder gives of the CPU's pixels. Raises DeviceError."""
-    manifest, image = bundle.manifest, bundle.golden()["image"]
+    manifest, image = bundle.manifest, GoldenValues(bundle).image
     reference = Runtime(bundle, device="cpu", purify="none", decode="exact")
     rows = np.random.default_rng(0).standard_normal((CLASSES, manifest.embed_dim), np.float32)
     labels = LabelSet(
@@ -137,13 +140,13 @@ def check(
     pictures: None for parts of the golden picture, with the golden prompts for labels.
     Raises DeviceError where any of them is beyond what the precision allows.
     """
-    limit = golden.TOLERANCE[precision]
-    arrays = bundle.golden()
+    limit = TOLERANCE[precision]
+    values = GoldenValues(bundle)
     plain = "fp32" if "fp32" in bundle.manifest.precisions else precision
     reference = Runtime(bundle, device="cpu", precision=plain, purify="none")
     if pictures is None or labels is None:
-        pictures = parts(arrays["image"])
-        classes = reference.embed_texts([str(prompt) for prompt in arrays["prompts"]])
+        pictures = parts(values.image)
+        classes = reference.embed_texts(values.prompts)
     else:
         classes = reference.labels(labels).embeddings
     reference.release_text()
@@ -154,9 +157,9 @@ def check(
         largest = max(largest, float(np.linalg.norm(ours - theirs, axis=1).max()))
         agree = (ours @ classes.T).argmax(axis=1) == (theirs @ classes.T).argmax(axis=1)
         agreed += int(agree.sum())
-    expected = unit(encoder.embed(arrays["pixels"][None])) - arrays["embedding"]
+    embedding = unit(encoder.embed(values.pixels[None]))
     found = {
-        "golden": float(np.linalg.norm(expected)),
+        "golden": largest_distance(embedding, values.embedding),
         "largest_distance": largest,
         "top1_agreement": agreed / len(pictures),
         "pictures": float(len(pictures)),

@@ -56,7 +56,8 @@ class Bundle:
         self.path = EMBEDDED if path is None else Path(path)
         manifest = self.path / MANIFEST
         try:
-            text = manifest.read_text(encoding="utf-8")
+            raw = manifest.read_bytes()
+            text = raw.decode()
         except (OSError, UnicodeDecodeError) as err:
             reason = "no such file" if isinstance(err, FileNotFoundError) else err
             raise BundleError(
@@ -73,6 +74,7 @@ class Bundle:
         for name in self.manifest.files:
             if not (self.path / name).is_file():
                 raise BundleError(f"{self.path / name} is missing: copy the bundle again")
+        self.digest = hashlib.sha256(raw).hexdigest()  # of the manifest, and so of every file
         self._checked: set[str] = set()
         self._lock = threading.Lock()
 
@@ -146,7 +148,7 @@ class Bundle:
         return vector
 
     def golden(self) -> dict[str, NDArray[Any]]:
-        """The golden input and outputs, by name: see edgeclip.golden."""
+        """The golden input and outputs, by name: see edgeclip.golden_values."""
         path = self.file(GOLDEN)
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:

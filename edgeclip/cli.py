@@ -36,7 +36,14 @@ from edgeclip.bundle import Bundle
 from edgeclip.errors import EdgeclipError, ImageError
 from edgeclip.images import ImageSource, expand
 from edgeclip.labels import check_labels, read_labels, read_templates
-from edgeclip.output import WRITERS, Answer, show_progress, show_report, text_progress
+from edgeclip.output import (
+    WRITERS,
+    Answer,
+    show_progress,
+    show_report,
+    show_trials,
+    text_progress,
+)
 from edgeclip.purify import MAX_SEED, MAX_STEPS, MAX_TIMESTEP, resolve
 from edgeclip.runtime import DECODINGS, MAX_BATCH, MAX_THREADS, Runtime
 from edgeclip.upkeep import add_upkeep
@@ -303,6 +310,7 @@ def _writing(path: str) -> Iterator[IO[bytes]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     _prepare_streams()
+    show_trials()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about an image is an error
     try:
         args = build_parser().parse_args(argv)

@@ -15,6 +15,7 @@ from edgeclip.bundle import Bundle
 from edgeclip.encoders import Encoder, OnnxEncoder, available_devices
 from edgeclip.errors import DeviceError
 from edgeclip.manifest import Manifest
+from edgeclip.trials import best, trials
 
 if TYPE_CHECKING:
     from edgeclip.engine import EngineKey
@@ -24,10 +25,15 @@ logger = logging.getLogger(__name__)
 
 ORDER = ("tensorrt", "cuda", "cpu")  # the best first
 DEVICES = ("auto", *reversed(ORDER))
-# int8 is for CPUs: a GPU has no kernels for the way in which it is written.
-FASTEST_ON_GPU = ("fp16", "fp32", "int8-qdq", "int8")
-PLAINEST = ("fp32", "int8", "fp16", "int8-qdq")  # on a CPU, which does not compute in fp16
-MARGIN = 0.9  # of its time, before another precision takes the place of the plainest
+# The precisions that `auto` considers on a device, and, where a bundle has none of them, the others.
+# int8 is for CPUs: a GPU has no kernels for the way in which it is written. CPUs compute fp16 in fp32.
+PREFERRED = {
+    "cpu": (("fp32", "int8"), ("fp16", "int8-qdq")),
+    "cuda": (("fp16", "fp32"), ("int8-qdq", "int8")),
+    "tensorrt": (("fp16", "fp32"), ("int8-qdq", "int8")),
+}
+PLAINEST = "fp32"
+MARGIN = 0.9  # of fp32's time, which a faster precision has to stay below
 MAX_GPU_BATCH = 64  # images whose pixels have memory of their own
 
 
@@ -48,7 +54,7 @@ class ImageSide:
 
 
 def open_image_side(
-    bundle: Bundle, device: str, precision: str, *, batch_size: int, threads: int | None
+    bundle: Bundle, device: str, precision: str, *, batch_size: int, threads: int
 ) -> ImageSide:
     """The image encoder on `device`; auto takes the best that works: a TensorRT engine that was built,
     then CUDA through ONNX Runtime, then the CPU. A better one that fails is said in the log.
@@ -70,13 +76,12 @@ def open_image_side(
     return _open(bundle, candidates[-1], precision, batch_size, threads)
 
 
-def _open(
-    bundle: Bundle, device: str, precision: str, batch_size: int, threads: int | None
-) -> ImageSide:
+def _open(bundle: Bundle, device: str, precision: str, batch_size: int, threads: int) -> ImageSide:
     manifest = bundle.manifest
+    check_known(bundle, precision)
     if device == "tensorrt":
-        return _open_tensorrt(bundle, precision)
-    chosen = choose_precision(bundle, precision, device)
+        return _open_tensorrt(bundle, precision, threads)
+    chosen = choose_precision(bundle, precision, device, threads)
     path = bundle.encoder("image_encoder", chosen)
     if device == "cuda" and _core.cuda_built():
         from edgeclip.gpu_encoders import OnnxGpuEncoder
@@ -97,22 +102,21 @@ def _open(
     return ImageSide(encoder, device, chosen, None, chosen)
 
 
-def _open_tensorrt(bundle: Bundle, precision: str) -> ImageSide:
+def _open_tensorrt(bundle: Bundle, precision: str, threads: int) -> ImageSide:
     from edgeclip.engine import EngineCache, import_tensorrt
     from edgeclip.gpu_encoders import TensorRTEncoder
 
-    _check_known(bundle, precision)
     check_cuda("tensorrt")
     trt, cache = import_tensorrt(), EngineCache()
-    wanted = FASTEST_ON_GPU if precision == "auto" else (precision,)
-    for name in wanted:
-        if name in bundle.manifest.precisions:
-            path = cache.latest(image_engine_key(bundle, name, trt))
-            if path is not None:
-                encoder = TensorRTEncoder(path.read_bytes(), path.name)
-                encoder.check_shapes(input_shape(bundle.manifest), bundle.manifest.embed_dim)
-                texts = choose_precision(bundle, precision, "cpu")
-                return ImageSide(encoder, "tensorrt", name, _pipeline(bundle, encoder), texts)
+    names = bundle.manifest.precisions
+    order = [name for group in PREFERRED["tensorrt"] for name in group if name in names]
+    for name in order if precision == "auto" else [precision]:
+        path = cache.latest(image_engine_key(bundle, name, trt))
+        if path is not None:  # checked against the golden values when it was built here
+            encoder = TensorRTEncoder(path.read_bytes(), path.name)
+            encoder.check_shapes(input_shape(bundle.manifest), bundle.manifest.embed_dim)
+            texts = choose_precision(bundle, precision, "cpu", threads)
+            return ImageSide(encoder, "tensorrt", name, _pipeline(bundle, encoder), texts)
     option = "" if precision == "auto" else f" --precision {precision}"
     raise DeviceError(
         f"no TensorRT engine of {bundle.path} was built for this GPU with {trt.__name__} "
@@ -209,28 +213,50 @@ def why_not(bundle: Bundle, device: str) -> str:
     return ""
 
 
-def choose_precision(bundle: Bundle, precision: str, device: str) -> str:
-    """auto: the fastest of those that are known to give the model's answers. On a CPU that is
-    what was fastest by a margin where the bundle was made, and fp32 where nothing was measured."""
-    _check_known(bundle, precision)
+def choose_precision(bundle: Bundle, precision: str, device: str, threads: int) -> str:
+    """Return the precision to run in ONNX Runtime on `device`, cpu or cuda.
+
+    auto: the fastest on this machine of those that give the golden outputs here; see edgeclip.trials.
+    One that is named is returned in any case, with a warning where it does not give them.
+    Raises DeviceError where the bundle has no such precision, or auto finds none that is right.
+    """
     if precision != "auto":
+        trial = trials(bundle, [precision], device, threads, timed=False)[precision]
+        if trial.problem:
+            logger.warning(
+                "%s: %s is not right on this %s (%s): use precision auto",
+                bundle.path,
+                precision,
+                device,
+                trial.problem,
+            )
         return precision
+    candidates = preferred(bundle, device)
+    found = trials(bundle, candidates, device, threads, timed=len(candidates) > 1)
+    try:
+        return best(found, PLAINEST, MARGIN)
+    except DeviceError as err:
+        raise DeviceError(
+            f"{bundle.path} cannot be used on {device}: {err}; name a precision to use it all the same"
+        ) from err
+
+
+def preferred(bundle: Bundle, device: str) -> list[str]:
+    """Return the precisions that `auto` considers on a device, the usually fastest on a GPU first.
+
+    Among them are only those known to give the model's answers (export --data), fp32 always.
+    """
     variants = bundle.manifest.precisions
-    if len(variants) > 1:  # int8-qdq is for those who ask for it
-        variants = {name: v for name, v in variants.items() if name != "int8-qdq"}
-    known = [n for n, v in variants.items() if n == "fp32" or "top1_agreement" in v.parity]
-    known = known or list(variants)
-    if device != "cpu":
-        return min(known, key=FASTEST_ON_GPU.index)
-    plain = min(known, key=PLAINEST.index)
-    times = {name: ms for name in known if (ms := variants[name].cpu_ms) is not None}
-    if plain not in times:
-        return plain
-    fastest = min(times, key=times.__getitem__)
-    return fastest if times[fastest] < MARGIN * times[plain] else plain
+    known = [n for n, v in variants.items() if n == PLAINEST or "top1_agreement" in v.parity]
+    for names in (known, list(variants)):
+        for group in PREFERRED[device]:
+            if found := [name for name in group if name in names]:
+                return found
+    raise AssertionError("a bundle has a precision")  # as its manifest was checked for
 
 
-def _check_known(bundle: Bundle, precision: str) -> None:
+def check_known(bundle: Bundle, precision: str) -> None:
+    """Raise DeviceError where the bundle has no such precision; auto is always known."""
     variants = bundle.manifest.precisions
     if precision != "auto" and precision not in variants:
         raise DeviceError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from typing import Any
 
-from edgeclip import __version__, _core, golden
+from edgeclip import __version__, _core, golden, host
 from edgeclip.bundle import Bundle
 from edgeclip.devices import ORDER, engine_precisions, why_not
 from edgeclip.errors import EdgeclipError
@@ -58,19 +61,22 @@ def _describe_variant(name: str, variant: Variant) -> list[str]:
 
 
 def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
-    """This installation, and a bundle against its golden outputs on each device (or on `device`).
+    """Check this installation, and a bundle against its golden outputs on each device (or on `device`).
 
-    The entry "problem" is empty where all is well; otherwise it says what is wrong.
+    The entry "problem" is empty where what a Runtime would use works; otherwise it says what is wrong.
     """
     report: dict[str, Any] = {
         "edgeclip": f"{__version__}, core {_core.simd()}, "
         f"CUDA {'built in' if _core.cuda_built() else 'not built in'}",
         "python": f"{platform.python_version()} on {platform.platform()}",
+        "processor": ", ".join(filter(None, (host.cpu_name(), host.vector_units()))),
+        "threads": host.cores(),
         "packages": [f"{name} {installed(name)}" for name in PACKAGES],
         "gpu": "",
         "bundle": str(path or "embedded demonstration"),
         "devices": [],
         "device used": "",
+        "precision used": "",
         "problem": "",
     }
     try:
@@ -80,31 +86,55 @@ def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
     except EdgeclipError as err:
         return report | {"problem": str(err)}
     report["gpu"] = _gpu()
-    problems = []
+    problems = {}
     for name in ORDER if device == "auto" else (device,):
-        reason = why_not(bundle, name)
-        if reason:
+        if reason := why_not(bundle, name):
             report["devices"].append(f"{name}: not used: {reason}")
-            problems.append(reason)
             continue
         built = engine_precisions(bundle) if name == "tensorrt" else None
         for precision in built or bundle.manifest.precisions:
             try:
-                runtime = Runtime(bundle, device=name, precision=precision, purify="none")
-                found = golden.check(runtime)
+                told = _check(bundle, name, precision)
             except EdgeclipError as err:
-                report["devices"].append(f"{name} {precision}: {err}")
-                problems.append(str(err))
-                continue
-            report["device used"] = report["device used"] or name
-            told = ", ".join(f"{key} {value:.2g}" for key, value in found.items())
-            where = "" if name == "cpu" or runtime.gpu else ", but for the encoder on the CPU"
-            report["devices"].append(
-                f"{name} {precision}: works{where}; largest golden differences: {told}"
-            )
-    if not report["device used"]:
-        report["problem"] = problems[0]
-    return report
+                told = problems[name, precision] = str(err)
+            report["devices"].append(f"{name} {precision}: {told}")
+    return report | _used(bundle, device, problems)
+
+
+def _check(bundle: Bundle, device: str, precision: str) -> str:
+    """Describe how near one precision comes to the golden outputs. Raises EdgeclipError."""
+    with _no_warnings():  # of a precision that is not right: it is said by what is raised
+        runtime = Runtime(bundle, device=device, precision=precision, purify="none")
+    found = golden.check(runtime)
+    told = ", ".join(f"{key} {value:.2g}" for key, value in found.items())
+    where = "" if device == "cpu" or runtime.gpu else ", but for the encoder on the CPU"
+    return f"works{where}; largest golden differences: {told}"
+
+
+def _used(bundle: Bundle, device: str, problems: Mapping[tuple[str, str], str]) -> dict[str, str]:
+    """Return the device and precision that a Runtime takes by itself, and what is wrong with them."""
+    try:
+        with _no_warnings():
+            runtime = Runtime(bundle, device=device, purify="none")
+    except EdgeclipError as err:
+        return {"problem": str(err)}
+    problem = problems.get((runtime.device, runtime.precision), "")
+    return {
+        "device used": runtime.device,
+        "precision used": runtime.precision,
+        "problem": problem,
+    }
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    logger = logging.getLogger("edgeclip")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _gpu() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import sys
 import threading
 import time
@@ -79,6 +80,14 @@ def show_progress(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
     from tqdm import tqdm
 
     return iter(tqdm(items, total=total, unit=unit, delay=1, leave=False))
+
+
+def show_trials() -> None:
+    """Let the library say on stderr, where a person watches, that it tries precisions: a few seconds."""
+    if sys.stderr.isatty():
+        logger = logging.getLogger("edgeclip.trials")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(logging.StreamHandler())
 
 
 def text_progress() -> Callable[[int, int], None] | None:

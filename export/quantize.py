@@ -1,7 +1,8 @@
 """The encoders in int8 for CPUs, and in fp16 and int8-qdq for GPUs, from their fp32 files.
 
-int8: products with constant weights, by ONNX Runtime's quantiser; weights per column, everything else
-in float. The image encoder takes the range of its activations from each image (dynamic), since no
+int8: products with constant weights, by ONNX Runtime's quantiser; weights per column and in seven bits,
+everything else in float. Without VNNI, x86-64 adds two products of an unsigned activation and a signed
+weight in 16 bits: 2 x 255 x 64 fits, and eight bits of weight saturate. The image encoder takes the range of its activations from each image (dynamic), since no
 pictures are at hand that stand for all; the text encoder from prompts (static), so that a prompt's
 embedding does not depend on those beside it. A product that loses too much, as those do that a few
 very large activations pass through, stays in float. fp16: weights and most operations; layer norms,
@@ -43,6 +44,7 @@ PRODUCTS = ("MatMul", "Gemm")
 # Of a row (a token), relative to what the product gives; root mean square over the rows. Activations
 # of a normal distribution lose 0.01, and those beside one that is a hundred times larger 0.2.
 MAX_LAYER_ERROR = 0.1
+CPU_WEIGHT_LEVELS, GPU_WEIGHT_LEVELS = 64, 127  # the largest integer of a weight
 WORDS = 250  # in the prompts that static ranges are taken from
 PICTURES, PART = 128, 16  # images that static ranges are taken from, and how many at a time
 ROWS = 1024  # of activations, to measure a product by
@@ -128,7 +130,7 @@ def to_qdq(source: Path, target: Path, examples: Sequence[Inputs]) -> list[str]:
     """
     from onnxruntime.quantization import QuantType, quantize_static
 
-    sensitive = _sensitive(product_errors(source, examples[0], symmetric=True))
+    sensitive = _sensitive(product_errors(source, examples[0], for_gpu=True))
     model = onnx.load(source)
     extra = STATIC | {"ActivationSymmetric": True, "WeightSymmetric": True}
     options = _options(model, sensitive)
@@ -161,7 +163,7 @@ def to_int8(source: Path, target: Path, examples: Sequence[Inputs], *, static: b
     if not static:
         _fix_batch(model.graph)
     _halve_tables(model.graph)
-    options = _options(model, sensitive)
+    options = _options(model, sensitive) | {"reduce_range": True}
     with quiet(), tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         if static:
@@ -224,11 +226,11 @@ def to_fp16(source: Path, target: Path) -> None:
     _save(onnx_ir.to_proto(graph), target)
 
 
-def product_errors(source: Path, example: Inputs, *, symmetric: bool = False) -> dict[str, float]:
-    """By node, how much of each product with constant weights int8 loses on `example`: the error of
-    a row relative to its length, root mean square over the rows.
+def product_errors(source: Path, example: Inputs, *, for_gpu: bool = False) -> dict[str, float]:
+    """Return, by node, how much of each product with constant weights int8 loses on `example`: the
+    error of a row relative to its length, root mean square over the rows.
 
-    symmetric: steps of activations go as far below 0 as above.
+    for_gpu: weights in eight bits, and activations in steps that go as far below 0 as above.
     """
     model = onnx.load(source)
     # Before the graph is saved, which moves its weights to a file.
@@ -243,19 +245,20 @@ def product_errors(source: Path, example: Inputs, *, symmetric: bool = False) ->
         session = open_session(path, "cpu")
         names = [output.name for output in session.get_outputs()]
         found = dict(zip(names, session.run(names, dict(example)), strict=True))
-    return {node.name: _error(node, found[node.input[0]], weights, symmetric) for node in nodes}
+    return {node.name: _error(node, found[node.input[0]], weights, for_gpu) for node in nodes}
 
 
 def _error(
-    node: onnx.NodeProto, activations: NDArray[Any], weights: Weights, symmetric: bool
+    node: onnx.NodeProto, activations: NDArray[Any], weights: Weights, for_gpu: bool
 ) -> float:
     weight = weights[node.input[1]]
     if any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
         weight = weight.T
     x = activations.reshape(-1, weight.shape[0])
-    width = 2 * np.abs(x).max() if symmetric else max(x.max(), 0) - min(x.min(), 0)
-    step = np.float32(width / (254 if symmetric else 255))
-    steps = np.abs(weight).max(axis=0) / 127  # of each column
+    width = 2 * np.abs(x).max() if for_gpu else max(x.max(), 0) - min(x.min(), 0)
+    step = np.float32(width / (254 if for_gpu else 255))
+    levels = GPU_WEIGHT_LEVELS if for_gpu else CPU_WEIGHT_LEVELS
+    steps = np.abs(weight).max(axis=0) / levels  # of each column
     x = x[:: -(-len(x) // ROWS)]
     rounded = step * np.rint(x / step) if step else x
     columns = steps * np.rint(weight / np.where(steps > 0, steps, 1))

@@ -60,8 +60,8 @@ def labels() -> list[str]:
 
 @pytest.fixture(scope="session")
 def rt() -> edgeclip.Runtime:
-    """The embedded bundle, without purification."""
-    return edgeclip.Runtime(purify="none")
+    """The embedded bundle in fp32, without purification."""
+    return edgeclip.Runtime(purify="none", precision="fp32")
 
 
 @pytest.fixture(scope="session")

@@ -142,7 +142,7 @@ def test_every_source_label_and_template(rt: Runtime) -> None:
 
 
 def test_purification_changes_nothing(rt: Runtime) -> None:
-    purified = Runtime(purify="cos").explain(BOOT, "bag")
+    purified = Runtime(purify="cos", precision="fp32").explain(BOOT, "bag")
     assert purified.similarity == pytest.approx(rt.explain(BOOT, "bag").similarity)
 
 
