@@ -46,7 +46,12 @@ def test_missing_and_unknown_data_sets(tmp_path: Path) -> None:
         pictures.load_split("cifar", train=True)
 
 
-@pytest.mark.parametrize("raw", [b"no gzip", gzip.compress(b""), gzip.compress(b"1234" * 9)])
+# Named: their bytes hold the time, and two processes would not collect the same tests.
+@pytest.mark.parametrize(
+    "raw",
+    [b"no gzip", gzip.compress(b""), gzip.compress(b"1234" * 9)],
+    ids=["no gzip", "empty", "no array"],
+)
 def test_damaged_data_set(raw: bytes, fashion_folder: Path) -> None:
     (fashion_folder / "train-images-idx3-ubyte.gz").write_bytes(raw)
     with pytest.raises(DataError, match="is damaged"):
