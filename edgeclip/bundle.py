@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from edgeclip.errors import BundleError
 from edgeclip.external import locations
 from edgeclip.manifest import Manifest
+from edgeclip.storage import sha256, write
 
 EMBEDDED = Path(__file__).parent / "bundles" / "fashion"
 
@@ -34,15 +35,6 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 EMBEDDINGS = "embeddings.safetensors"
 GOLDEN = "golden.npz"
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class Bundle:
@@ -162,4 +154,4 @@ class Bundle:
         names = sorted(p.name for p in directory.iterdir() if p.is_file() and p.name != MANIFEST)
         hashes = {name: sha256(directory / name) for name in names}
         complete = dataclasses.replace(manifest, files=hashes)
-        (directory / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
+        write(directory / MANIFEST, complete.to_json())

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from edgeclip.errors import EdgeclipError
 from edgeclip.labels import Label
+from edgeclip.storage import default_folder
 
 if TYPE_CHECKING:
     import sqlite3
@@ -279,14 +280,3 @@ def default_limit() -> int:
             f"EDGECLIP_CACHE_SIZE is {text!r}: expected bytes, such as 500M or 2G, or 0 for no cache"
         )
     return int(match[1]) * UNITS[match[2]]
-
-
-def default_folder() -> Path | None:
-    """EDGECLIP_CACHE, else the user's cache folder; None, with a warning, for one without a home."""
-    try:
-        if folder := os.environ.get("EDGECLIP_CACHE"):
-            return Path(folder).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeclip"
-    except RuntimeError:
-        logger.warning("cache: no home directory; set EDGECLIP_CACHE to keep what was computed")
-        return None

@@ -13,13 +13,13 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from edgeclip import __version__, _core
+from edgeclip import __version__, _core, storage
 from edgeclip.arguments import (
     DEVICES,
     PRECISIONS,
@@ -209,7 +209,7 @@ def run_embed(args: argparse.Namespace) -> int:
     answers = (Answer(name, result) for name, result in zip(names, results, strict=True))
     rows = failures.watch(show_progress(answers, len(names), kind))
     if args.output is not None:
-        with _writing(args.output) as file:  # opened before the work, which may take hours
+        with storage.writing(args.output) as file:  # opened before the work, which may take hours
             good = [answer for answer in rows if not isinstance(answer.result, ImageError)]
             shape = (len(good), runtime.bundle.manifest.embed_dim)
             embeddings = np.array([answer.result for answer in good], np.float32).reshape(shape)
@@ -236,7 +236,7 @@ def run_explain(args: argparse.Namespace) -> int:
     templates = None if args.template is None else read_templates(args.template)
     names = [name for name in (args.image, args.attacked) if name is not None]
     runtime = _open_runtime(args)
-    with _writing(args.output) as file:
+    with storage.writing(args.output) as file:
         found = [runtime.explain(s, args.label[0], templates=templates) for s in _sources(names)]
         explain.render(found).save(file, kind, quality=95)
     report: dict[str, Any] = {"label": found[0].label, "images": names}
@@ -291,21 +291,6 @@ class _Failures:
                 self.status = 1
                 print(f"error: {answer.result}", file=sys.stderr, flush=True)
             yield answer
-
-
-@contextmanager
-def _writing(path: str) -> Iterator[IO[bytes]]:
-    """A file that takes its place at `path` once it is complete. Raises EdgeclipError."""
-    part = f"{path}.part"
-    try:
-        with open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    except OSError as err:
-        raise EdgeclipError(f"{path}: {err.strerror or err}") from err
-    finally:
-        with suppress(OSError):
-            os.unlink(part)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

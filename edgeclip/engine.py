@@ -19,8 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from edgeclip.engine_cache import BuildOptions, EngineCache, EngineKey, Gpu, write
-from edgeclip.errors import DeviceError
+from edgeclip.engine_cache import BuildOptions, EngineCache, EngineKey, Gpu
+from edgeclip.errors import DeviceError, EdgeclipError
+from edgeclip.storage import write
 
 __all__ = [
     "BuildOptions",
@@ -380,8 +381,8 @@ def _store_timings(config: Any, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, bytes(cache.serialize()))
-    except OSError as err:  # costs time, never an engine
-        logger.warning("cannot keep kernel timings in %s (%s)", path, err.strerror)
+    except (OSError, EdgeclipError) as err:  # costs time, never an engine
+        logger.warning("cannot keep kernel timings: %s", err)
 
 
 def _version(trt: Any) -> tuple[int, ...]:

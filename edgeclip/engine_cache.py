@@ -7,18 +7,15 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import re
-import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgeclip.bundle import sha256
-from edgeclip.cache import default_folder
 from edgeclip.errors import EdgeclipError
+from edgeclip.storage import default_folder, sha256, write
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +149,7 @@ class EngineCache:
             folder.mkdir(parents=True, exist_ok=True)
             write(path, engine)
             old = _read_entry(folder / f"{_stem(key)}.json")
-            write(folder / f"{_stem(key)}.json", json.dumps(entry, indent=2).encode())
+            write(folder / f"{_stem(key)}.json", json.dumps(entry, indent=2))
             if old is not None and old.path != path:  # what another process writes is not touched
                 old.path.unlink(missing_ok=True)
         except OSError as err:
@@ -206,13 +203,3 @@ def _read_entry(file: Path) -> Entry | None:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file of the cache, all or nothing. Raises OSError."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        draft.write_bytes(data)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

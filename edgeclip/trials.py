@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 
 from edgeclip import _core, host
 from edgeclip.bundle import Bundle
-from edgeclip.cache import default_folder
 from edgeclip.encoders import OnnxEncoder, import_onnxruntime, unit
-from edgeclip.engine_cache import write
-from edgeclip.errors import DeviceError
+from edgeclip.errors import DeviceError, EdgeclipError
 from edgeclip.golden_values import GoldenValues, embedding_limit, largest_distance
+from edgeclip.storage import default_folder, write
 
 logger = logging.getLogger(__name__)
 
@@ -192,13 +191,12 @@ def _store(digest: str, key: Mapping[str, Any], known: Mapping[str, Trial]) -> N
     found = {"key": key, "trials": rows}
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        write(parent / f"{digest}.json", json.dumps(found, indent=2).encode())
-    except OSError as err:
+        write(parent / f"{digest}.json", json.dumps(found, indent=2))
+    except (OSError, EdgeclipError) as err:
         logger.warning(
-            "cannot keep the trials of precisions in %s (%s): each start repeats them; set "
+            "cannot cache the trials of precisions (%s): each start repeats them; set "
             "EDGECLIP_CACHE to a folder that can be written",
-            parent,
-            err.strerror or err,
+            err,
         )
 
 

@@ -20,7 +20,7 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file
 
-from edgeclip.bundle import sha256
+from edgeclip.storage import sha256
 from export import ExportError
 from export.progress import brief, quiet, say, step
 

@@ -32,11 +32,12 @@ from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from edgeclip.bundle import GOLDEN, sha256
+from edgeclip.bundle import GOLDEN
 from edgeclip.errors import EdgeclipError
 from edgeclip.manifest import PRIOR_GRADIENTS, PriorSpec
 from edgeclip.prior import INPUTS, OUTPUTS
 from edgeclip.purify import DiffPurifier
+from edgeclip.storage import sha256
 from export import ExportError
 from export.checkpoints import Source, read_file
 from export.progress import step

@@ -19,10 +19,10 @@ from edgeclip import engine
 from edgeclip.arguments import Parser, positive
 from edgeclip.bundle import Bundle
 from edgeclip.engine import BuildOptions, build_engine, import_tensorrt
-from edgeclip.engine_cache import write
 from edgeclip.errors import BundleError, EdgeclipError
 from edgeclip.external import locations
 from edgeclip.manifest import PRECISIONS
+from edgeclip.storage import write
 from export import ExportError
 
 INT8 = (

@@ -14,10 +14,11 @@ from safetensors.numpy import save_file
 
 import edgeclip
 from edgeclip import Bundle, BundleError, golden
-from edgeclip.bundle import EMBEDDED, sha256
+from edgeclip.bundle import EMBEDDED
 from edgeclip.diagnose import describe
 from edgeclip.external import locations
 from edgeclip.manifest import Manifest
+from edgeclip.storage import sha256
 
 
 @pytest.fixture

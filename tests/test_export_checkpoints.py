@@ -12,7 +12,7 @@ from export_models import WORDING, write_folder
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from edgeclip.bundle import sha256
+from edgeclip.storage import sha256
 from export import ExportError
 from export.checkpoints import load, read_weights, state_sha256
 

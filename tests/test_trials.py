@@ -16,9 +16,10 @@ from onnx import numpy_helper
 
 import edgeclip
 from edgeclip import DeviceError, Runtime, host, trials
-from edgeclip.bundle import Bundle, sha256
+from edgeclip.bundle import Bundle
 from edgeclip.cli import main
 from edgeclip.golden_values import GoldenValues, embedding_limit
+from edgeclip.storage import sha256
 from edgeclip.trials import Trial, best
 
 BAG = str(Path(__file__).parent.parent / "examples" / "bag.png")
@@ -228,7 +229,7 @@ def test_a_cache_that_cannot_be_written_is_said(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EDGECLIP_CACHE", str(tmp_path / "file" / "cache"))
     Runtime(precision="fp32")
-    assert "cannot keep the trials of precisions" in caplog.text
+    assert "cannot cache the trials of precisions" in caplog.text
     assert "set EDGECLIP_CACHE" in caplog.text
 
 

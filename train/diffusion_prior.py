@@ -23,6 +23,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from edgeclip import storage
 from export.bundle import wording
 from export.checkpoints import Source, load
 from export.diffusion_prior import WEIGHTS, text_tokens
@@ -31,7 +32,7 @@ from train.augment import AUGMENTATIONS
 from train.distributed import choose_device
 from train.model import Classifier, Pictures, batches, seed_of, split
 from train.prior_network import Context, DiffusionPrior, Shape
-from train.runs import Metrics, load_checkpoint, save_checkpoint, write_atomically
+from train.runs import Metrics, load_checkpoint, save_checkpoint
 from train.settings import SettingsError, check_number, parse_settings, run, setting
 
 __all__ = ["DiffusionPrior", "Settings", "train"]
@@ -164,7 +165,8 @@ def embeddings(
         if settings.validate:
             test_set = data.load(settings.data, train=False, download=settings.download)
             found["test"] = embed(settings, source, test_set, device, test=True)[0]
-        write_atomically(file, lambda part: save_file(found, part))
+        with storage.draft(file) as part:
+            save_file(found, part)
     found = load_file(file)
     return found["train"], found["labels"], found.get("test"), texts
 
@@ -315,7 +317,8 @@ def train(settings: Settings) -> None:
             metrics.write(row)
             bar.console.print(row)
     weights = {key: value.cpu().clone() for key, value in mean.state_dict().items()}
-    write_atomically(settings.out / WEIGHTS, lambda part: save_file(weights, part))
+    with storage.draft(settings.out / WEIGHTS) as part:
+        save_file(weights, part)
     print(
         f"{settings.out} is ready: python -m export {settings.bundle_checkpoint} "
         f"--prior {settings.out} -o BUNDLE"

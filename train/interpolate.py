@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from edgeclip import storage
 from export.bundle import wording
 from export.checkpoints import CONFIG, Source, StateDict, load
 from train import data
@@ -36,7 +37,7 @@ from train.model import (
     generators,
     split,
 )
-from train.runs import copy_tokenizer, save_model, write_atomically
+from train.runs import copy_tokenizer, save_model
 from train.settings import Parser, SettingsError, check_eps, check_number, fraction, run
 
 EPILOG = """examples:
@@ -135,7 +136,8 @@ def plot(rows: list[dict[str, float]], title: str, path: Path) -> None:
     axes.set(xlabel="accuracy under attack, %", ylabel="clean accuracy, %", title=title)
     axes.margins(0.08)
     axes.grid(alpha=0.3)
-    write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=150))
+    with storage.writing(path) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -194,8 +196,7 @@ def main(args: argparse.Namespace) -> None:
         rows = sweep(args, original, robust)
         args.out.mkdir(parents=True, exist_ok=True)
         found = {"settings": describe(args, original, robust), "results": rows}
-        text = json.dumps(found, indent=2)
-        write_atomically(args.out / "frontier.json", lambda part: part.write_text(text + "\n"))
+        storage.write(args.out / "frontier.json", json.dumps(found, indent=2) + "\n")
         attack = f"{args.norm} eps {args.eps * 255:g}/255, PGD-{args.steps}, {args.samples} images"
         plot(rows, f"{args.data}, {attack}", args.out / "frontier.png")
         table = Table("alpha", "clean", "attacked")

@@ -14,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from edgeclip import storage
 from train.defence import GRADIENTS
-from train.runs import write_atomically
 from train.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -171,7 +171,8 @@ def _save(
     axes.set_title(title, fontsize=10)
     figure.draw_without_rendering()  # which settles where points lie
     _label(axes, labels or {})
-    write_atomically(path, lambda part: figure.savefig(part, format="png"))
+    with storage.writing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _label(axes: Axes, labels: dict[tuple[float, float], str]) -> None:

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from edgeclip import storage
 from edgeclip.purify import DiffPurifier, Purifier, from_dict
 from train import plots
 from train.defence import GRADIENTS
-from train.runs import write_atomically
 from train.settings import Parser, SettingsError, check_number, run
 
 MARKS = ("<!-- train.report -->", "<!-- /train.report -->")
@@ -413,7 +413,7 @@ def insert(text: str, document: Path) -> None:
     except (OSError, ValueError, IndexError) as err:
         raise SettingsError(f"{document} needs one line {MARKS[0]} and one {MARKS[1]}") from err
     new = f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}"
-    write_atomically(document, lambda part: part.write_text(new, encoding="utf-8"))
+    storage.write(document, new)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from edgeclip import storage
 from train.distributed import all_max, all_sum
-from train.runs import write_atomically
 from train.settings import SettingsError
 from train.threat import AUTOATTACK, Stage
 
@@ -117,8 +117,7 @@ class Results:
         return [stage.key for stage in self.stages if stage.key in wanted]
 
     def write(self, path: Path) -> None:
-        text = json.dumps(self.figures(), indent=2) + "\n"
-        write_atomically(path, lambda part: part.write_text(text))
+        storage.write(path, json.dumps(self.figures(), indent=2) + "\n")
 
     def read(self, path: Path) -> None:
         """Add what the file holds. Raises SettingsError for one of other settings.

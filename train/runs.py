@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
+from edgeclip import storage
 from export.checkpoints import Source
 from train.settings import SettingsError
 
@@ -37,13 +36,6 @@ TOKENIZER_FILES = (  # as Hugging Face's libraries call them
 )
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there in one step."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
-
-
 def write_small_bpe(path: Path, merges: int) -> SimpleTokenizer:
     """The first `merges` merges of CLIP's byte-pair encoding, in open_clip's own file form.
 
@@ -53,14 +45,11 @@ def write_small_bpe(path: Path, merges: int) -> SimpleTokenizer:
     with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[: merges + 1]  # the first line is a header
 
-    def write(part: Path) -> None:
-        with (
-            open(part, "wb") as raw,
-            gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as out,
-        ):
-            out.write("\n".join(lines).encode())
-
-    write_atomically(path, write)
+    with (
+        storage.writing(path) as raw,
+        gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as out,
+    ):
+        out.write("\n".join(lines).encode())
     return SimpleTokenizer(bpe_path=str(path))
 
 
@@ -76,13 +65,14 @@ def copy_tokenizer(source: Source, folder: Path) -> None:
 def save_model(folder: Path, model: CLIP, config: dict[str, Any]) -> None:
     """Write the weights and the configuration in the form that open_clip loads as local-dir:RUN."""
     weights = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
-    write_atomically(folder / "open_clip_model.safetensors", lambda part: save_file(weights, part))
-    text = json.dumps(config, indent=2) + "\n"
-    write_atomically(folder / "open_clip_config.json", lambda part: part.write_text(text))
+    with storage.draft(folder / "open_clip_model.safetensors") as part:
+        save_file(weights, part)
+    storage.write(folder / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    write_atomically(folder / "checkpoint.pt", lambda part: torch.save(state, part))
+    with storage.writing(folder / "checkpoint.pt") as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -113,7 +103,7 @@ class Metrics:
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for line in whole if json.loads(line).get("step", 0) <= step]
-        write_atomically(path, lambda part: part.write_text("".join(kept)))
+        storage.write(path, "".join(kept))
         self._file = open(path, "a")  # noqa: SIM115  (closed on exit)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 

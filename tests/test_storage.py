@@ -1,0 +1,357 @@
+"""The writer: complete files or none, and nothing of anybody else's is destroyed."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeclip import EdgeclipError, storage
+
+NEW = b"new contents"
+
+
+@pytest.fixture
+def umask() -> Iterator[int]:
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_new_file_has_the_mode_of_the_umask(tmp_path: Path, umask: int) -> None:
+    storage.write(tmp_path / "new", NEW)
+    assert (tmp_path / "new").read_bytes() == NEW
+    assert mode(tmp_path / "new") == 0o666 & ~umask
+    assert names(tmp_path) == {"new"}
+
+
+def test_text_is_utf_8(tmp_path: Path) -> None:
+    storage.write(tmp_path / "text", "café 😀")
+    assert (tmp_path / "text").read_bytes() == b"caf\xc3\xa9 \xf0\x9f\x98\x80"
+
+
+@pytest.mark.parametrize("before", [0o600, 0o640, 0o755, 0o666])
+@pytest.mark.parametrize("by_path", [False, True])
+def test_an_existing_file_keeps_its_mode(tmp_path: Path, before: int, by_path: bool) -> None:
+    path = tmp_path / "old"
+    path.write_bytes(b"old and longer than the new contents")
+    path.chmod(before)
+    if by_path:
+        with storage.draft(path) as part:
+            assert part != path
+            part.unlink()  # as a library may, which then makes the file again
+            part.write_bytes(NEW)
+    else:
+        storage.write(path, NEW)
+    assert path.read_bytes() == NEW
+    assert mode(path) == before
+    assert names(tmp_path) == {"old"}
+
+
+def test_the_successor_of_a_private_file_is_private_from_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.touch(0o600)
+    with storage.writing(path) as file:
+        file.write(NEW)
+        (part,) = names(tmp_path) - {"secret"}
+        assert mode(tmp_path / part) == 0o600
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_an_existing_file_keeps_its_owner(tmp_path: Path) -> None:
+    path = tmp_path / "old"
+    path.touch()
+    os.chown(path, 1234, 4321)
+    storage.write(path, NEW)
+    assert (path.stat().st_uid, path.stat().st_gid) == (1234, 4321)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_on_failure_the_old_file_is_whole_and_nothing_else_there(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    (tmp_path / "old").write_bytes(b"old")
+
+    def fail(name: str) -> None:
+        with storage.writing(tmp_path / name) as file:
+            file.write(NEW)
+            assert len(names(tmp_path)) == 2
+            raise error
+
+    for name in ("old", "new"):
+        with pytest.raises((error, EdgeclipError)):
+            fail(name)
+        assert (tmp_path / "old").read_bytes() == b"old"
+        assert names(tmp_path) == {"old"}
+
+
+def test_files_of_the_user_beside_it_are_not_touched(tmp_path: Path) -> None:
+    others = {f"out{suffix}" for suffix in (".part", ".tmp", ".old", "~", ".bak")}
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    storage.write(tmp_path / "out", NEW)
+    assert names(tmp_path) == others | {"out"}
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
+
+
+def test_two_writers_at_once_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with storage.writing(path) as first, storage.writing(path) as second:
+        for letter in (b"a", b"b"):
+            first.write(letter)
+            second.write(letter.upper())
+    assert path.read_bytes() in (b"ab", b"AB")
+    assert names(tmp_path) == {"out"}
+
+
+def test_links_stay_and_their_target_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "target").write_bytes(b"old")
+    (folder / "target").chmod(0o640)
+    (tmp_path / "second").symlink_to("folder/target")
+    (tmp_path / "first").symlink_to(tmp_path / "second")
+    storage.write(tmp_path / "first", NEW)
+    assert os.readlink(tmp_path / "first") == str(tmp_path / "second")
+    assert os.readlink(tmp_path / "second") == "folder/target"
+    assert (folder / "target").read_bytes() == NEW
+    assert mode(folder / "target") == 0o640
+    assert names(folder) == {"target"}
+
+
+def test_the_target_of_a_dangling_link_is_made(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder/target")
+    storage.write(tmp_path / "link", NEW)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "folder" / "target").read_bytes() == NEW
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("pool")
+    (tmp_path / "pool").symlink_to("loop")
+    (tmp_path / "file").touch()
+    (tmp_path / "link to folder").symlink_to(tmp_path)
+    for path, reason in (
+        (tmp_path / "loop", "symbolic links"),
+        (tmp_path / "loop" / "file", "symbolic links|Not a directory"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "link to folder", "Is a directory"),
+        (f"{tmp_path}/new/", "Is a directory"),
+        ("", "Is a directory"),
+        (tmp_path / "no folder" / "file", "No such file or directory"),
+        (tmp_path / "file" / "file", "Not a directory"),
+        (tmp_path / ("x" * 300), "too long"),
+        ("/proc/self/fd/9999", "Bad file descriptor"),
+        ("/proc/no process/fd/1", "No such file or directory"),
+    ):
+        with pytest.raises(EdgeclipError, match=reason) as caught, storage.writing(path):
+            pytest.fail(f"{path} was opened")
+        assert str(caught.value).startswith(f"cannot write {path}: ")
+        assert "\n" not in str(caught.value)
+    assert names(tmp_path) == {"loop", "pool", "file", "link to folder"}
+
+
+@pytest.fixture
+def as_somebody() -> Iterator[Path]:
+    """A folder of a user whom modes of files bind, as root is not bound."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        if os.geteuid() == 0:
+            os.chown(folder, 65534, 65534)
+            os.seteuid(65534)
+            yield folder
+            os.seteuid(0)
+        else:
+            yield folder
+        folder.chmod(0o777)
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_what_is_read_only_is_not_replaced(as_somebody: Path, what: str) -> None:
+    path = as_somebody / "file"
+    path.write_text("old")
+    (path if what == "file" else as_somebody).chmod(0o555)
+    with pytest.raises(EdgeclipError) as caught:
+        storage.write(path, NEW)
+    assert str(caught.value) == f"cannot write {path}: Permission denied"
+    assert path.read_text() == "old"
+    assert names(as_somebody) == {"file"}
+
+
+def test_what_is_another_user_s_is_replaced_where_it_may_be_written(as_somebody: Path) -> None:
+    """The owner cannot be kept then, the mode can."""
+    path = as_somebody / "file"
+    path.touch()
+    path.chmod(0o666)
+    if os.getuid() == 0:
+        os.seteuid(0)
+        os.chown(path, 1234, 4321)
+        os.seteuid(65534)
+    storage.write(path, NEW)
+    assert path.read_bytes() == NEW
+    assert mode(path) == 0o666
+
+
+def test_devices_are_written_into(tmp_path: Path) -> None:
+    (tmp_path / "null").symlink_to("/dev/null")
+    for path in ("/dev/null", tmp_path / "null"):
+        storage.write(path, NEW)
+        with storage.draft(path) as part:
+            part.write_bytes(NEW)
+        assert storage.is_stream(path)
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert (tmp_path / "null").is_symlink()
+    with pytest.raises(EdgeclipError, match="No space left"):
+        storage.write("/dev/full", NEW)
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+
+
+def test_a_fifo_is_written_into(tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(path.read_bytes()))
+    reader.start()
+    with storage.writing(path) as file:
+        np.savez(file, embeddings=np.arange(6).reshape(2, 3))
+    reader.join()
+    with np.load(io.BytesIO(found[0])) as arrays:
+        np.testing.assert_array_equal(arrays["embeddings"], [[0, 1, 2], [3, 4, 5]])
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert names(tmp_path) == {"fifo"}
+
+
+def test_a_socket_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the names of sockets are short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        with pytest.raises(EdgeclipError, match="cannot write socket: No such device"):
+            storage.write("socket", NEW)
+    assert stat.S_ISSOCK(os.stat("socket").st_mode)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+@pytest.mark.parametrize("form", ["/dev/fd/{}", "/proc/self/fd/{}", "link", "number"])
+def test_a_descriptor_is_written_into(tmp_path: Path, kind: str, form: str) -> None:
+    if kind == "pipe":
+        reading, fd = os.pipe()
+        read = open(reading, "rb")  # noqa: SIM115
+    else:
+        ours, theirs = socket.socketpair()
+        read, fd = ours.makefile("rb"), theirs.detach()
+        ours.close()
+    path: str | Path | int = {"number": fd, "link": tmp_path / "link"}.get(form, form.format(fd))
+    (tmp_path / "link").symlink_to(f"/dev/fd/{fd}")
+    assert storage.is_stream(path)
+    storage.write(path, b"one ") if not isinstance(path, int) else os.write(fd, b"one ")
+    with storage.writing(path) as file:
+        np.savez(file, a=np.arange(3))
+    os.close(fd)
+    with read:
+        assert read.read(4) == b"one "
+        with np.load(io.BytesIO(read.read())) as arrays:
+            assert arrays["a"].tolist() == [0, 1, 2]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_standard_output_that_is_a_file_is_not_truncated(tmp_path: Path) -> None:
+    """{ echo first; python; echo last; } > file"""
+    code = (
+        "from edgeclip import storage; print('printed'); storage.write('/dev/stdout', 'written ')"
+    )
+    path = tmp_path / "file"
+    with open(path, "wb") as file:
+        file.write(b"first ")
+        file.flush()
+        subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
+        os.write(file.fileno(), b"last")
+    assert path.read_bytes() == b"first printed\nwritten last"
+
+
+def test_a_reader_that_went_away_is_no_error_of_the_file() -> None:
+    reading, fd = os.pipe()
+    os.close(reading)
+    with pytest.raises(BrokenPipeError), storage.writing(fd) as file:
+        file.write(NEW)
+    os.close(fd)
+
+
+def test_a_finished_file_takes_its_place(tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(b"old")
+    (tmp_path / "target").chmod(0o600)
+    (tmp_path / "link").symlink_to("target")
+    (tmp_path / "finished").write_bytes(NEW)
+    storage.replace(tmp_path / "link", tmp_path / "finished")
+    assert names(tmp_path) == {"target", "link"}
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == NEW
+    assert mode(tmp_path / "target") == 0o600
+    for path in ("/dev/null", "/dev/stdout", tmp_path):
+        with pytest.raises(EdgeclipError, match="cannot write"):
+            storage.replace(path, tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == NEW
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_an_input_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = tmp_path / "given"
+    given.touch()
+    (tmp_path / "link").symlink_to("given")
+    (tmp_path / "hard link").hardlink_to(given)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "inner").touch()
+    (tmp_path / "to inner").symlink_to("folder/inner")
+    (tmp_path / "to folder").symlink_to("folder")
+    for output, inputs in (
+        ("given", ["given"]),
+        ("./given", ["no file", given]),
+        ("link", ["given"]),
+        ("given", ["link"]),
+        ("hard link", ["folder/inner", "link"]),
+        ("folder", ["folder/inner"]),
+        ("to folder", ["to inner"]),
+        (tmp_path, ["folder/inner"]),
+        ("folder", ["folder"]),
+    ):
+        with pytest.raises(EdgeclipError, match=r"destroy the input .*name another output"):
+            storage.check_output(output, inputs)
+    with open(given, "rb") as file, pytest.raises(EdgeclipError, match="the input standard input"):
+        storage.check_output("given", [file.fileno()])
+    for output, inputs in (
+        ("new", ["given", "no file", "new"]),
+        ("folder/inner", ["given", "folder", 0]),
+        ("given", []),
+        ("folder", ["given"]),
+        ("/dev/null", ["/dev/null"]),  # nothing is destroyed
+        (0, [0]),
+    ):
+        storage.check_output(output, inputs)
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EDGECLIP_CACHE", str(tmp_path))
+    assert storage.default_folder() == tmp_path
+    monkeypatch.delenv("EDGECLIP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert storage.default_folder() == tmp_path / "xdg" / "edgeclip"
