@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -63,7 +64,9 @@ class FrameAnswer:
 
 
 class Runtime:
-    """A bundle, loaded and ready to classify. One may be shared by threads.
+    """A bundle, loaded and ready to classify. One may be shared by threads, and pickled.
+
+    Unpickled, it opens the bundle's files again. In a process that was forked it goes on, in one thread.
 
     bundle: a directory, a Bundle, or None for the embedded demonstration bundle.
     device: auto (the best that works: a TensorRT engine that `edgeclip build` made, else CUDA, else
@@ -104,6 +107,16 @@ class Runtime:
                 "export a model: python -m export ViT-B-32 --pretrained openai -o vit-b-32",
                 self.bundle.manifest.description,
             )
+        self._arguments: dict[str, Any] = {
+            "bundle": self.bundle.path.resolve(),
+            "device": device,
+            "precision": precision,
+            "purify": purify,
+            "labels": labels,
+            "decode": decode,
+            "batch_size": batch_size,
+            "threads": threads,
+        }
         self.batch_size = batch_size
         self.purifier = resolve(purify, self.bundle.manifest.purification)
         usable = cores()
@@ -269,6 +282,10 @@ class Runtime:
         `load_text`. Raises LabelError.
         """
         return self._text.labels(names, templates, progress)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the arguments, by which another process opens the bundle again."""
+        return functools.partial(Runtime, **self._arguments), ()
 
     def load_text(self) -> None:
         """Keep the tokenizer and the text encoder in memory, as `embed_texts` and `tokenize` do."""
