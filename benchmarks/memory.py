@@ -87,6 +87,8 @@ def main() -> None:
         sys.exit("benchmarks.memory: needs Linux's /proc")
     folder = bundle_for(args.model)
     precisions = [p for p in edgeclip.Bundle(folder).manifest.precisions if p != "fp16"]
+    for name in precisions:
+        run(OURS, str(folder), name)  # a first start tries the precision, with both encoders
     found = {f"edgeclip {name}": run(OURS, str(folder), name) for name in precisions}
     found["open_clip fp32"] = run(PEER, args.model)
     report = {

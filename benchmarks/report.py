@@ -3,6 +3,7 @@
     python -m benchmarks.report --run     # all but the GPU's on this machine, then the documents
     python -m benchmarks.report           # the documents only
 
+A result of a processor without VNNI has a file and a table of its own, NAME-avx2: int8 is slower there.
 A document has a pair of marks for each table that it shows, `<!-- benchmarks.NAME -->` and
 `<!-- /benchmarks.NAME -->`; what is between them is replaced. NAME is that of a file in
 docs/results/performance/, which begins with the benchmark's; or `roofline`, which is worked out.
@@ -19,6 +20,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.timing import headline
+from edgeclip import host
 
 RESULTS = Path("docs/results/performance")
 PLOTS = Path("docs/plots")
@@ -37,11 +39,12 @@ MARK = re.compile(r"(<!-- benchmarks\.([\w-]+) -->\n).*?(<!-- /benchmarks\.\2 --
 
 
 def run(names: list[str]) -> None:
-    """The benchmarks, each in a process of its own; one that misses its limits goes on."""
+    """Run the benchmarks, each in a process of its own; one that misses its limits goes on."""
     RESULTS.mkdir(parents=True, exist_ok=True)
+    kind = "-avx2" if host.vector_units().endswith("no VNNI") else ""
     for name in names:
         module = f"benchmarks.{name.partition('-')[0]}"
-        out = RESULTS / f"{name}.json"
+        out = RESULTS / f"{name}{kind}.json"
         print(f"{module} {' '.join(RUNS[name])}", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", module, *RUNS[name], "--json", str(out)]
         done = subprocess.run(command, check=False)

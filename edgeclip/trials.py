@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -157,13 +156,27 @@ def _times_ms(encoders: Mapping[str, OnnxEncoder], pixels: NDArray[np.float32]) 
             start = time.perf_counter()
             encoder.embed(pixels)
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: float(np.median(values)) for name, values in times.items()}
 
 
 def folder() -> Path | None:
     """Return where trials are kept, None where there is no cache."""
     parent = default_folder()
     return None if parent is None else parent / "trials"
+
+
+def clear() -> int:
+    """Delete all cached trials; return the bytes freed. Raises EdgeclipError."""
+    freed = 0
+    _memory.clear()
+    parent = folder()
+    for file in [] if parent is None else parent.glob("*.json"):
+        try:
+            freed += file.stat().st_size
+            file.unlink(missing_ok=True)
+        except OSError as err:
+            raise EdgeclipError(f"cannot delete {file} ({err.strerror})") from err
+    return freed
 
 
 def _load(digest: str, key: Mapping[str, Any]) -> dict[str, Trial]:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from edgeclip import trials
 from edgeclip.arguments import (
     DEVICES,
     PRECISIONS,
@@ -44,7 +45,7 @@ CACHE_EXAMPLES = """examples:
 
 Embeddings of labels are kept in $EDGECLIP_CACHE, or ~/.cache/edgeclip; those that were not used for
 longest make room where they are more than $EDGECLIP_CACHE_SIZE (256M; 0: none are kept). TensorRT
-engines are kept beside them, until --clear.
+engines, and the trials of precisions on this machine, are kept beside them until --clear.
 """
 BUILD_EXAMPLES = """examples:
   edgeclip build vit-b-32/
@@ -193,7 +194,7 @@ def run_cache(args: argparse.Namespace) -> int:
     report: dict[str, Any] = {"path": "" if cache.path is None else str(cache.path)}
     engines = EngineCache()
     if args.clear:
-        report["freed bytes"] = cache.clear() + engines.remove()
+        report["freed bytes"] = cache.clear() + engines.remove() + trials.clear()
     else:
         shares = cache.shares()
         report["labels"] = sum(share.labels for share in shares)

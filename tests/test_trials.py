@@ -280,3 +280,17 @@ def test_a_person_is_told_of_a_first_trial(
     caplog.set_level(logging.INFO, "edgeclip.trials")
     Runtime()
     assert "trying fp32 and int8 on this machine, once" in caplog.text
+
+
+def test_clearing_the_cache_forgets_trials(
+    fresh: Callable[[], None],
+    runs: list[tuple[str, ...]],
+    cache: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Runtime(precision="fp32")
+    assert main(["cache", "--clear", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["freed bytes"] > 0
+    assert not list((cache / "trials").iterdir())
+    Runtime(precision="fp32")
+    assert len(runs) == 2
