@@ -81,12 +81,14 @@ def _open(bundle: Bundle, device: str, precision: str, batch_size: int, threads:
     check_known(bundle, precision)
     if device == "tensorrt":
         return _open_tensorrt(bundle, precision, threads)
+    on_our_kernels = device == "cuda" and _core.cuda_built()
+    if on_our_kernels:
+        check_cuda(device)
     chosen = choose_precision(bundle, precision, device, threads)
     path = bundle.encoder("image_encoder", chosen)
-    if device == "cuda" and _core.cuda_built():
+    if on_our_kernels:
         from edgeclip.gpu_encoders import OnnxGpuEncoder
 
-        check_cuda(device)
         on_gpu = OnnxGpuEncoder(
             path,
             shape=input_shape(manifest),

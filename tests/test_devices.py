@@ -32,7 +32,7 @@ ORDER = ["tensorrt", "cuda", "cpu"]
 
 
 def open_auto() -> devices.ImageSide:
-    return devices.open_image_side(Bundle(), "auto", "auto", batch_size=1, threads=None)
+    return devices.open_image_side(Bundle(), "auto", "auto", batch_size=1, threads=1)
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
@@ -45,7 +45,7 @@ def test_auto_goes_on_to_the_next_and_says_so(
         tried.append(device)
         if device in ORDER[:broken]:
             raise DeviceError(f"{device} is broken")
-        return real(bundle, "cpu", "fp32", 1, None)
+        return real(bundle, "cpu", "fp32", 1, 1)
 
     monkeypatch.setattr(devices, "_open", some_fail)
     monkeypatch.setattr(devices, "available_devices", lambda: ["cuda", "cpu"])
@@ -64,6 +64,18 @@ def test_where_nothing_works_the_last_error_is_raised(monkeypatch: pytest.Monkey
     monkeypatch.setattr(devices, "_open", fail)
     with pytest.raises(DeviceError, match="broken"):
         open_auto()
+
+
+def test_a_driver_that_does_not_work_is_a_device_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is tried on it."""
+
+    def broken() -> dict[str, object]:
+        raise RuntimeError("no CUDA-capable device is detected")
+
+    monkeypatch.setattr(_core, "cuda_built", lambda: True)
+    monkeypatch.setattr(_core, "cuda_device", broken, raising=False)
+    with pytest.raises(DeviceError, match="do not work here: no CUDA-capable device"):
+        devices.open_image_side(Bundle(), "cuda", "auto", batch_size=1, threads=1)
 
 
 def test_engines_are_those_of_the_bundles_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
