@@ -81,7 +81,8 @@ def label_keys(encoder: str, labels: Sequence[Label], templates: Sequence[str]) 
     keys = []
     for label in labels:
         digest = (own if label.prompts else plain).copy()
-        digest.update(json.dumps(label.prompts or label.name).encode())
+        text = label.worded(templates) if label.prompts else label.name
+        digest.update(json.dumps(text).encode())
         keys.append(digest.digest())
     return keys
 

@@ -35,7 +35,7 @@ from edgeclip.arguments import (
 from edgeclip.bundle import Bundle
 from edgeclip.errors import EdgeclipError, ImageError
 from edgeclip.images import ImageSource, expand
-from edgeclip.labels import check_labels, read_labels, read_templates
+from edgeclip.labels import STDIN, check_labels, read_labels, read_templates
 from edgeclip.output import (
     WRITERS,
     Answer,
@@ -48,13 +48,16 @@ from edgeclip.purify import MAX_SEED, MAX_STEPS, MAX_TIMESTEP, resolve
 from edgeclip.runtime import DECODINGS, MAX_BATCH, MAX_THREADS, Runtime
 from edgeclip.upkeep import add_upkeep
 
-CLASSIFY_EXAMPLES = """examples:
+CLASSIFY_EXAMPLES = r"""examples:
   edgeclip classify photo.jpg --label "a cat" --label "a dog"
   edgeclip classify photos/ --labels labels.txt --format csv > answers.csv
   edgeclip classify 'frames/*.png' --labels labels.txt --template "a sketch of a {}"
   cat photo.jpg | edgeclip classify - --labels labels.txt --bundle vit-b-32/
+  printf 'cat\ndog\n' | edgeclip classify photo.jpg --labels -
 
-labels.txt has one class per line; `class | prompt one | prompt two` words it yourself.
+labels.txt has one class per line; lines that start with # are comments. `class | prompt one | prompt
+two` gives a class prompts of its own, with {} for the class. Write \# and \| for a # or | of a name.
+A file of templates has one per line.
 exit status: 0 done; 1 some images failed, the others were answered; 2 wrong usage or bundle.
 """
 EMBED_EXAMPLES = """examples:
@@ -85,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     classify.add_argument(
         "images", nargs="+", metavar="IMAGE", help="file, directory, glob pattern, or - for stdin"
     )
-    classify.add_argument("--labels", metavar="FILE", help="classes, one per line")
+    classify.add_argument("--labels", metavar="FILE", help="label file, or - for stdin")
     classify.add_argument("--label", action="append", default=[], metavar="TEXT", help="a class")
     _add_template(classify)
     classify.add_argument(
@@ -132,7 +135,7 @@ def _add_template(parser: argparse.ArgumentParser) -> None:
         "--template",
         action="append",
         metavar="TEXT",
-        help="prompt with {} for the class, or a file of them (default: the bundle's)",
+        help="prompt with {} for the class, or a file of them, - for stdin (default: the bundle's)",
     )
 
 
@@ -183,6 +186,7 @@ def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
 def run_classify(args: argparse.Namespace) -> int:
     if args.labels is None and not args.label:
         raise EdgeclipError("no labels: add --labels FILE, or --label TEXT for each class")
+    _check_stdin(*args.images, args.labels, *(args.template or ()))
     labels = [] if args.labels is None else read_labels(args.labels)
     labels = check_labels([*labels, *args.label])
     templates = None if args.template is None else read_templates(args.template)
@@ -232,6 +236,7 @@ def run_explain(args: argparse.Namespace) -> int:
 
     if len(args.label) > 1:
         raise EdgeclipError("explain takes one --label; draw another picture for each of them")
+    _check_stdin(args.image, args.attacked, *(args.template or ()))
     kind = explain.picture_format(args.output)
     templates = None if args.template is None else read_templates(args.template)
     names = [name for name in (args.image, args.attacked) if name is not None]
@@ -272,6 +277,14 @@ def _open_runtime(args: argparse.Namespace) -> Runtime:
         batch_size=args.batch_size,
         threads=args.threads,
     )
+
+
+def _check_stdin(*given: str | None) -> None:
+    """Raise EdgeclipError where more than one argument is standard input."""
+    if given.count(STDIN) > 1:
+        raise EdgeclipError(
+            "- is given twice, but standard input can be read only once: name files"
+        )
 
 
 def _sources(names: Sequence[str]) -> list[ImageSource]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -12,17 +14,25 @@ from numpy.typing import NDArray
 
 from edgeclip.errors import LabelError
 
+STDIN = "-"
+LINE_END = re.compile("\r\n|\r|\n")
+MARK = re.compile(r"(?<!\\)(\\*)([#|])")  # with the backslashes in front of it
+CONTROL = re.compile(r"[\x00-\x08\n-\x1f\x7f-\x9f]")  # all control characters but the tab
+
 
 @dataclass(frozen=True)
 class Label:
-    """A class: its name, and its own prompts where templates shall not be used."""
+    """A class: its name, and prompts of its own, which replace the templates.
+
+    In its own prompts, as in a template, `{}` stands for the name.
+    """
 
     name: str
     prompts: tuple[str, ...] = ()
 
     def worded(self, templates: Sequence[str]) -> list[str]:
-        """The prompts whose mean embedding stands for this class."""
-        return list(self.prompts) or [template.replace("{}", self.name) for template in templates]
+        """Return the prompts whose mean embedding stands for this class."""
+        return [text.replace("{}", self.name) for text in self.prompts or templates]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,32 +58,37 @@ class LabelSet:
 
 
 def read_labels(path: str | PathLike[str]) -> list[Label]:
-    """The labels of a file: one class per line, `#` starts a comment line, blank lines are ignored.
+    """Read a label file, or standard input for `-`: one class per line.
 
-    `class | prompt one | prompt two` gives a class prompts of its own, used as they are.
-    Raises LabelError, with the line's number, for a name that is empty or there already, and
-    where the file cannot be read or holds no label.
+    `class | prompt one | prompt two` gives a class prompts of its own, where `{}` stands for its
+    name. Blank lines and comment lines, which start with `#`, are ignored. A backslash in front of
+    a `#` or `|` makes it an ordinary character; two stand for one backslash there.
+    Raises LabelError, with the line's number, for a name that is empty, no plain text or a
+    duplicate, and for a file that cannot be read or holds no label.
     """
     labels: dict[str, tuple[Label, int]] = {}
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        name, *prompts = (part.strip() for part in line.split("|"))
-        if not name or not all(prompts):
-            raise LabelError(f"{path}:{number}: empty class name or prompt; expected NAME | PROMPT")
-        if name in labels:
+    for number, line in _entries(path):
+        name, *prompts = _fields(line)
+        try:
+            label = _check_label(Label(name, tuple(prompts)))
+        except LabelError as err:
+            raise LabelError(f"{_place(path)}:{number}: {err}") from err
+        if label.name in labels:
             raise LabelError(
-                f"{path}:{number}: label {name!r} is already on line {labels[name][1]}; "
-                "remove one of them"
+                f"{_place(path)}:{number}: label {label.name!r} is already on line "
+                f"{labels[label.name][1]}; remove one of them"
             )
-        labels[name] = Label(name, tuple(prompts)), number
+        labels[label.name] = label, number
     if not labels:
-        raise LabelError(f"{path}: no labels in this file; write one class per line")
+        raise LabelError(f"{_place(path)}: no labels in this file; write one class per line")
     return [label for label, _ in labels.values()]
 
 
 def check_labels(names: Iterable[str | Label]) -> list[Label]:
-    """Labels from names. Raises LabelError for none, an empty one, or one that is there twice."""
+    """Make Labels of names.
+
+    Raises LabelError for no names, and for one that is empty, no plain text or a duplicate.
+    """
     if isinstance(names, str):
         raise TypeError("labels must be a list of names; for a label file use edgeclip.read_labels")
     labels = [_check_label(name) for name in names]
@@ -97,43 +112,35 @@ def _check_label(given: str | Label) -> Label:
     name, *prompts = (text.strip() for text in texts)
     if not (name and all(prompts)):
         raise LabelError("a label, or one of its prompts, is empty")
-    if not all(map(_is_text, texts)):
-        raise LabelError(f"label {name!r} is not valid text; write it in UTF-8")
+    _check_text("label", name)
+    for prompt in prompts:
+        _check_text(f"label {name!r}: prompt", prompt)
     return Label(name, tuple(prompts))
 
 
-def _is_text(text: str) -> bool:
-    """Not so for what the command line held in another encoding."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def read_templates(arguments: Iterable[str]) -> list[str]:
-    """Templates from arguments that are templates, or files with one template per line.
+    """Collect templates from arguments: each a template, a file of them, or `-` for standard input.
 
-    Raises LabelError for one that has no `{}` and is no file, or a file without templates.
+    A file has one template per line; blank lines, comments and backslashes are as in a label file.
+    Raises LabelError for an argument that has no `{}` and is no file, and for a file without
+    templates.
     """
     templates: list[str] = []
     for argument in arguments:
         if "{}" in argument:
-            templates.append(argument)
-            continue
-        if not os.path.isfile(argument):
+            templates += check_templates([argument])
+        elif argument == STDIN or os.path.exists(argument):  # a pipe too
+            lines = ["|".join(_fields(line)) for _, line in _entries(argument)]
+            templates += check_templates(lines, _place(argument))
+        else:
             raise LabelError(
                 f"template {argument!r} has no {{}} for the class name, and is not a file"
             )
-        lines = [line.strip() for line in _read_text(argument).splitlines()]
-        templates += check_templates(
-            [line for line in lines if line and not line.startswith("#")], argument
-        )
     return templates
 
 
 def check_templates(templates: Iterable[str], where: str = "templates") -> list[str]:
-    """Raises LabelError where there is no template, or one without `{}`."""
+    """Raise LabelError for no template, and for one without `{}` or that is no plain text."""
     if isinstance(templates, str):
         raise TypeError(f"{where} must be a list of templates, got {templates!r}")
     templates = list(templates)
@@ -142,14 +149,66 @@ def check_templates(templates: Iterable[str], where: str = "templates") -> list[
     for template in templates:
         if "{}" not in template:
             raise LabelError(f"{where}: template {template!r} has no {{}} for the class name")
+        _check_text(f"{where}: template", template)
     return templates
 
 
-def _read_text(path: str | PathLike[str]) -> str:
+def read_lines(path: str | PathLike[str]) -> list[str]:
+    """Return the lines of a UTF-8 text file that people write, without their ends.
+
+    `-` is standard input. Lines end with \\n, \\r\\n or \\r alone: str.splitlines would also split
+    at characters that belong to a text. A byte order mark is dropped. Raises LabelError.
+    """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except OSError as err:
-        raise LabelError(f"{path}: {err.strerror or err}") from err
+        if os.fspath(path) == STDIN:
+            raw = sys.stdin.buffer.read()
+        else:
+            with open(path, "rb") as file:
+                raw = file.read()
+        lines = LINE_END.split(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as err:
-        raise LabelError(f"{path}: not UTF-8 text; save it as UTF-8") from err
+        raise LabelError(f"{_place(path)}: not UTF-8 text; save it as UTF-8") from err
+    except OSError as err:
+        raise LabelError(f"{_place(path)}: {err.strerror or err}") from err
+    return lines if lines[-1] else lines[:-1]
+
+
+def _entries(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
+    """Yield the lines, with their numbers, that are neither blank nor a comment."""
+    for number, line in enumerate(map(str.strip, read_lines(path)), 1):
+        if line and not line.startswith("#"):
+            yield number, line
+
+
+def _fields(line: str) -> list[str]:
+    """Split a line at each `|` that no backslash escapes, and remove the backslashes of escapes."""
+    fields, end = [""], 0
+    for match in MARK.finditer(line):
+        backslashes, mark = match.groups()
+        fields[-1] += line[end : match.start()] + "\\" * (len(backslashes) // 2)
+        if mark == "|" and len(backslashes) % 2 == 0:
+            fields.append("")
+        else:
+            fields[-1] += mark
+        end = match.end()
+    fields[-1] += line[end:]
+    return fields
+
+
+def _place(path: str | PathLike[str]) -> str:
+    return "stdin" if os.fspath(path) == STDIN else str(path)
+
+
+def _check_text(what: str, text: str) -> None:
+    """Raise LabelError for bytes that are no text, and for control characters but the tab.
+
+    They would break a table, a list of names and a terminal, and the model cannot read them.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:  # what the command line held in another encoding
+        raise LabelError(f"{what} {text!r} is not valid text; write it in UTF-8") from err
+    if found := CONTROL.search(text):
+        raise LabelError(
+            f"{what} {text!r} has the control character U+{ord(found[0]):04X}; remove it"
+        )

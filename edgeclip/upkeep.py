@@ -122,14 +122,14 @@ def _add_build_options(build: argparse.ArgumentParser) -> None:
         help="optimization level: higher builds longer (default: TensorRT's, 3)",
     )
     build.add_argument("--images", nargs="+", metavar="IMAGE", help="to compare answers on")
-    build.add_argument("--labels", metavar="FILE", help="with --images: classes, one per line")
+    build.add_argument("--labels", metavar="FILE", help="with --images: label file, or -")
     build.add_argument("--force", action="store_true", help="build although it is there")
 
 
 def _add_bench_options(bench: argparse.ArgumentParser) -> None:
     bench.set_defaults(run=run_bench)
     bench.add_argument("--image", metavar="FILE", help="default: a frame of 640x480 made here")
-    bench.add_argument("--labels", metavar="FILE", help="classes, one per line (default: 1,000)")
+    bench.add_argument("--labels", metavar="FILE", help="label file, or - (default: 1,000)")
     bench.add_argument("--label", action="append", default=[], metavar="TEXT", help="a class")
     bench.add_argument(
         "--device", default="auto", choices=DEVICES, help="default: auto, all that are there"

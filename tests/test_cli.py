@@ -309,6 +309,41 @@ def test_one_label(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out)["predictions"] == [{"label": "anything", "score": 1.0, "index": 0}]
 
 
+def test_labels_and_templates_from_stdin(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(raw: bytes, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+        return run(capsys, *arguments)
+
+    status, out, _ = said(b"dress\nbag\n", "classify", BAG, "--labels", "-")
+    assert status == 0
+    assert json.loads(out)["predictions"][0]["label"] == "bag"
+    templates = said(b"my {}\na {}.\n", "classify", BAG, *LABELS, "--template", "-")
+    given = said(b"", "classify", BAG, *LABELS, "--template", "my {}", "--template", "a {}.")
+    assert templates == given
+    for arguments in (
+        ["classify", "-", "--labels", "-"],
+        ["classify", BAG, "--labels", "-", "--template", "-"],
+        ["explain", "-", "--label", "bag", "--template", "-", "-o", "x.png"],
+    ):
+        status, out, err = said(b"bag\ndress\n", *arguments)
+        assert (status, out) == (2, "")
+        assert errors(err) == [
+            "error: - is given twice, but standard input can be read only once: name files"
+        ]
+
+
+def test_labels_and_templates_of_another_process() -> None:
+    command = (
+        f"{sys.executable} -m edgeclip classify {BAG} --labels <(printf 'dress\\nbag\\n') "
+        "--template <(echo 'a sketch of a {}')"
+    )
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["predictions"][0]["label"] == "bag"
+
+
 def test_purification_options(capsys: pytest.CaptureFixture[str]) -> None:
     def score(*options: str) -> float:
         status, out, _ = run(capsys, "classify", BAG, *LABELS, *options)

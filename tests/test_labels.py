@@ -1,19 +1,30 @@
-"""Label files, templates, and the cache of text embeddings."""
+"""Label files, templates and other text files that people write."""
 
 from __future__ import annotations
 
+import io
+import os
+import random
+import re
+import sys
+import threading
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from edgeclip import Label, LabelError, read_labels
-from edgeclip.labels import check_labels, read_templates
+from edgeclip.labels import check_labels, check_templates, read_lines, read_templates
 
 
 def write(tmp_path: Path, text: str, encoding: str = "utf-8") -> Path:
     path = tmp_path / "labels.txt"
-    path.write_text(text, encoding=encoding)
+    path.write_bytes(text.encode(encoding))
     return path
+
+
+def feed_stdin(patch: pytest.MonkeyPatch, raw: bytes) -> None:
+    patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
 
 
 def test_label_file(tmp_path: Path) -> None:
@@ -38,13 +49,108 @@ def test_label_file_of_other_editors(tmp_path: Path) -> None:
         ("", "no labels in this file"),
         ("# only a comment\n\n", "no labels in this file"),
         ("cat\ndog\ncat\n", r":3: label 'cat' is already on line 1"),
-        ("cat | \n", ":1: empty class name or prompt"),
-        ("| a prompt\n", ":1: empty class name or prompt"),
+        ("cat | \n", ":1: a label, or one of its prompts, is empty"),
+        ("| a prompt\n", ":1: a label, or one of its prompts, is empty"),
+        ("cat\ndo\0g\n", r":2: label 'do\\x00g' has the control character U\+0000; remove it"),
+        ("cat | a \x1b[31mcat\n", ":1: label 'cat': prompt .* has the control character U.001B"),
+        ("cat\x0bdog\n", "U.000B"),
+        ("cat\x0cdog\n", "U.000C"),
+        ("cat\x85dog\n", "U.0085"),
     ],
 )
 def test_bad_label_files(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(LabelError, match=message):
         read_labels(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (r"\#1 fan", Label("#1 fan")),
+        ("C# code", Label("C# code")),
+        (r"C\# code", Label("C# code")),
+        (r"a \| b", Label("a | b")),
+        (r"a \| b | a {} c", Label("a | b", ("a {} c",))),
+        (r"a | b \| c | d", Label("a", ("b | c", "d"))),
+        (r"a \\| b", Label("a \\", ("b",))),
+        (r"a \\\| b", Label("a \\| b")),
+        (r"\\# x", Label("\\# x")),
+        (r"C:\dir \\host \n", Label(r"C:\dir \\host \n")),
+        ("a\\", Label("a\\")),
+        ("  \\# x", Label("# x")),
+    ],
+)
+def test_escapes(tmp_path: Path, line: str, expected: Label) -> None:
+    assert read_labels(write(tmp_path, f"# comment\n{line}\n  # comment\n")) == [expected]
+
+
+def test_every_name_can_be_written(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    names = sorted({"".join(rng.choices(r"\\#| a{}é", k=8)).strip() for _ in range(500)} - {""})
+
+    def escaped(text: str) -> str:
+        return re.sub(r"(\\*)([#|])", lambda found: f"{found[1] * 2}\\{found[2]}", text)
+
+    lines = [f"{escaped(name)}|{escaped(name[::-1])}" for name in names if name[-1] != "\\"]
+    expected = [Label(name, (name[::-1],)) for name in names if name[-1] != "\\"]
+    assert read_labels(write(tmp_path, "\n".join(lines))) == expected
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_ends_of_lines(tmp_path: Path, end: str, encoding: str) -> None:
+    """Only those three: the others that str.splitlines knows belong to a text."""
+    lines = ["cat\u2028dog", "", "owl\u2029ape", "a\x85b\x0bc\x0cd\x1ce\x1ef", "last"]
+    for text in (end.join(lines), end.join([*lines, ""])):
+        assert read_lines(write(tmp_path, text, encoding)) == lines
+    assert read_lines(write(tmp_path, "", encoding)) == []
+    assert read_labels(write(tmp_path, end.join(lines[:3]), encoding)) == [
+        Label("cat\u2028dog"),
+        Label("owl\u2029ape"),
+    ]
+
+
+def test_control_characters_are_refused_in_labels_and_templates() -> None:
+    for code in range(0x110000):
+        text = f"a{chr(code)}b {{}}"
+        if unicodedata.category(chr(code)) == "Cc" and text != "a\tb {}":
+            with pytest.raises(LabelError, match=f"control character U.{code:04X}; remove it"):
+                check_labels([text])
+            with pytest.raises(LabelError, match=f"control character U.{code:04X}; remove it"):
+                check_templates([text])
+    assert check_labels(["a\tb", "a\u200bb"]) == [Label("a\tb"), Label("a\u200bb")]
+    for given in (["caf\udce9"], [Label("x", ("caf\udce9",))]):
+        with pytest.raises(LabelError, match="is not valid text"):
+            check_labels(given)
+    with pytest.raises(LabelError, match="is not valid text"):
+        read_templates(["caf\udce9 {}"])
+
+
+def test_labels_and_templates_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+    feed_stdin(monkeypatch, "\ufeff猫\r\ndog".encode())
+    assert read_labels("-") == [Label("猫"), Label("dog")]
+    feed_stdin(monkeypatch, b"a {}.\nmy {}\n")
+    assert read_templates(["the {}", "-"]) == ["the {}", "a {}.", "my {}"]
+    feed_stdin(monkeypatch, b"cat\ncat")
+    with pytest.raises(LabelError, match=r"^stdin:2: label 'cat' is already on line 1"):
+        read_labels(Path("-"))
+    feed_stdin(monkeypatch, b"")
+    with pytest.raises(LabelError, match=r"^stdin: no template"):
+        read_templates(["-"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_labels_and_templates_from_pipes(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def feed(text: str) -> None:
+        threading.Thread(target=pipe.write_text, args=(text,), daemon=True).start()
+
+    feed("cat\ndog\n")
+    assert read_labels(pipe) == [Label("cat"), Label("dog")]
+    feed("a {}.\nmy {}\n")
+    assert read_templates([str(pipe)]) == ["a {}.", "my {}"]
 
 
 def test_unreadable_label_files(tmp_path: Path) -> None:
@@ -73,12 +179,17 @@ def test_wording() -> None:
     assert Label("cat").worded(["a {}.", "{} and {}"]) == ["a cat.", "cat and cat"]
     assert Label("c{0}at").worded(["a {}"]) == ["a c{0}at"]
     assert Label("cat", ("one", "two")).worded(["a {}."]) == ["one", "two"]
+    assert Label("cat", ("my {}", "{}, {}")).worded(["a {}."]) == ["my cat", "cat, cat"]
+    assert Label("{} {}", ("my {}",)).worded(["a {}."]) == ["my {} {}"]
+    assert Label("{}").worded(["a {}."]) == ["a {}."]
 
 
 def test_templates(tmp_path: Path) -> None:
     path = tmp_path / "templates.txt"
-    path.write_text("# mine\n\na {}.\nthe {}\n")
-    assert read_templates(["my {}", str(path)]) == ["my {}", "a {}.", "the {}"]
+    path.write_bytes("\ufeff# mine\r\n\r\na {}.\r\\#1 {} | x\u2028y\n".encode())
+    assert read_templates(["my {}", str(path)]) == ["my {}", "a {}.", "#1 {} | x\u2028y"]
+    with pytest.raises(LabelError, match="directory"):
+        read_templates([str(tmp_path)])
     with pytest.raises(LabelError, match=r"has no \{\} for the class name, and is not a file"):
         read_templates(["a photo"])
     path.write_text("a photo\n")

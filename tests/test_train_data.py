@@ -277,12 +277,18 @@ def test_folder_with_names_in_a_file(tmp_path: Path) -> None:
         put(tmp_path / name / "1.png")
     (tmp_path / "classes.txt").write_text("Käse\nice cream\n")
     assert data.load(f"folder:{tmp_path}", train=False).classes == ("Käse", "ice cream")
+    for text in ("\ufeffKäse\r\nice\u2028cream", "Käse\rice\u2028cream\r\r"):
+        (tmp_path / "classes.txt").write_bytes(text.encode())
+        assert data.load(f"folder:{tmp_path}", train=False).classes == ("Käse", "ice\u2028cream")
+    (tmp_path / "classes.txt").write_text("# a | b\n\\# c\n")  # every line is a name
+    assert data.load(f"folder:{tmp_path}", train=False).classes == ("# a | b", "\\# c")
     (tmp_path / "classes.txt").write_text("Käse\n")
     assert "names 1 classes in its text file and has 2 folders" in one_line(f"folder:{tmp_path}")
-    (tmp_path / "classes.txt").write_text("Käse\n\nice cream")
-    assert "has an empty line" in one_line(f"folder:{tmp_path}")
+    for text in ("Käse\n\nice cream", "\nKäse\nice cream", ""):
+        (tmp_path / "classes.txt").write_text(text)
+        assert "has an empty line" in one_line(f"folder:{tmp_path}")
     (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
-    assert "cannot be read as UTF-8" in one_line(f"folder:{tmp_path}")
+    assert "classes.txt: not UTF-8 text; save it as UTF-8" in one_line(f"folder:{tmp_path}")
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:

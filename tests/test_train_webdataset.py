@@ -119,6 +119,11 @@ def test_folder_of_clip_benchmark(tmp_path: Path, shards: dict[str, Found]) -> N
     assert contents(test) == shards["test-08"]
     assert test.classes == ("cat", "big dog")
     assert test.templates == ("a photo of a {}.", 'a "{}".')
+    templates = root / "zeroshot_classification_templates.txt"
+    templates.write_bytes("\ufeffa {c}.\ra\u2028{c}".encode())
+    assert data.load(f"webdataset:{root}", train=False).templates == ("a {}.", "a\u2028{}")
+    templates.write_bytes(b"\xe9 {c}")
+    assert "templates.txt: not UTF-8 text" in one_line(f"webdataset:{root}")
 
 
 def test_folder_of_shards_alone(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from edgeclip.errors import LabelError
+from edgeclip.labels import read_lines
 from train import class_names
 from train.samples import DataError, ImageFiles, class_files, subfolders
 
@@ -17,14 +19,20 @@ NAME_FILES = ("classes.txt", "classnames.txt")
 
 
 def read_names(folder: Path) -> list[str] | None:
-    """Class names from classes.txt or classnames.txt, one per line; None where there is neither."""
+    """Read class names from classes.txt or classnames.txt, one per line; None without such a file.
+
+    A line's number is a class index: there are no comments, escapes or blank lines as in a label
+    file. Raises DataError.
+    """
     for file in (folder / name for name in NAME_FILES):
         if file.is_file():
             try:
-                names = [line.strip() for line in file.read_text("utf-8").strip().splitlines()]
-            except (OSError, UnicodeDecodeError) as err:
-                raise DataError(f"{file} cannot be read as UTF-8 text: {err}") from err
-            if not all(names) or not names:
+                names = [line.strip() for line in read_lines(file)]
+            except LabelError as err:
+                raise DataError(str(err)) from err
+            while names and not names[-1]:
+                names.pop()
+            if not names or not all(names):
                 raise DataError(f"{file} has an empty line: expected one class name per line")
             return names
     return None
@@ -96,12 +104,12 @@ def tiny_imagenet(root: Path, train: bool) -> tuple[list[str], ImageFiles]:
     if folder is None:
         raise FileNotFoundError
     wnids = (folder / "wnids.txt").read_text().split()
-    lines = [line.split("\t") for line in (folder / "words.txt").read_text().splitlines()]
+    lines = [line.split("\t") for line in read_lines(folder / "words.txt")]
     others = {line[0]: line[1].partition(",")[0] for line in lines if len(line) > 1}
     classes = class_names.imagenet(wnids, others)
     if train:
         return classes, class_files([folder / "train" / wnid / "images" for wnid in wnids])
-    rows = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+    rows = read_lines(folder / "val" / "val_annotations.txt")
     files, labels = zip(*(row.split("\t")[:2] for row in rows), strict=True)
     paths = [str(folder / "val" / "images" / file) for file in files]
     return classes, ImageFiles.of(paths, [wnids.index(wnid) for wnid in labels])

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeclip.errors import ImageError
+from edgeclip.errors import ImageError, LabelError
 from edgeclip.images import decode
+from edgeclip.labels import read_lines
 from train.folders import NAME_FILES, SPLITS, read_names
 from train.samples import DataError
 
@@ -121,10 +122,16 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _templates(file: Path) -> tuple[str, ...]:
-    """The prompts of a set made for CLIP_benchmark, where {c} stands for the class."""
+    """Read the prompts of a set made for CLIP_benchmark, where {c} stands for the class.
+
+    Raises DataError.
+    """
     if not file.is_file():
         return ()
-    lines = [line.strip().replace("{c}", "{}") for line in file.read_text("utf-8").splitlines()]
+    try:
+        lines = [line.strip().replace("{c}", "{}") for line in read_lines(file)]
+    except LabelError as err:
+        raise DataError(str(err)) from err
     return tuple(line for line in lines if "{}" in line)
 
 
