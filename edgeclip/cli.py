@@ -57,7 +57,7 @@ CLASSIFY_EXAMPLES = r"""examples:
 
 labels.txt has one class per line; lines that start with # are comments. `class | prompt one | prompt
 two` gives a class prompts of its own, with {} for the class. Write \# and \| for a # or | of a name.
-A file of templates has one per line.
+A file of templates has one per line. Scores compare labels: one label alone always scores 100 %.
 exit status: 0 done; 1 some images failed, the others were answered; 2 wrong usage or bundle.
 """
 EMBED_EXAMPLES = """examples:
@@ -72,6 +72,11 @@ EXPLAIN_EXAMPLES = """examples:
 Bright patches speak for the label the most (TGA-ZSR, arXiv 2410.21802, section 3.2); the numbers
 are cosines of embeddings. Two images are compared: l2 is the distance of their maps.
 """
+
+ONE_LABEL = (
+    "note: one label alone always scores 100 %; add others to compare it with, such as "
+    '--label "something else"'
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -192,6 +197,8 @@ def run_classify(args: argparse.Namespace) -> int:
     templates = None if args.template is None else read_templates(args.template)
     runtime = _open_runtime(args)
     label_set = runtime.labels(labels, templates, progress=text_progress())
+    if len(label_set) == 1:
+        print(ONE_LABEL, file=sys.stderr)
     names = expand(args.images)
     results = runtime.classify_each(_sources(names), label_set, top_k=args.top_k)
     answers = (Answer(name, result) for name, result in zip(names, results, strict=True))

@@ -18,7 +18,7 @@ from conftest import EXAMPLES
 from PIL import Image
 from tqdm import tqdm
 
-from edgeclip import _core
+from edgeclip import Runtime, _core
 from edgeclip.bundle import EMBEDDED
 from edgeclip.cli import main
 from edgeclip.output import text_progress
@@ -304,9 +304,18 @@ def test_10_000_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_one_label(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, "classify", BAG, "--label", "anything")
+    status, out, err = run(capsys, "classify", BAG, "--label", "anything")
     assert status == 0
     assert json.loads(out)["predictions"] == [{"label": "anything", "score": 1.0, "index": 0}]
+    note = "note: one label alone always scores 100 %; add others to compare it with"
+    assert [line.startswith(note) for line in err.splitlines()].count(True) == 1
+    two = run(capsys, "classify", BAG, "--label", "anything", "--label", "something else")
+    assert note not in two[2]
+
+
+def test_nothing_is_said_of_one_label_in_code(capfd: pytest.CaptureFixture[str]) -> None:
+    assert Runtime(labels=["anything"]).classify(BAG)[0].score == 1
+    assert "one label" not in "".join(capfd.readouterr())
 
 
 def test_labels_and_templates_from_stdin(
