@@ -24,7 +24,8 @@ import torch
 import edgeclip
 from benchmarks.latency import bundle_for, versions_of
 from benchmarks.timing import machine, medians_ms, publish
-from edgeclip.cache import LabelCache, label_keys
+from edgeclip.cache import CachedLabel, LabelCache, embedding_identity, label_keys
+from edgeclip.label_tokens import DIGEST_SIZE, Cut, LabelTokens
 
 EPILOG = """examples:
   python -m benchmarks.text
@@ -85,8 +86,11 @@ def measure_cache(rt: edgeclip.Runtime, repeats: int) -> float:
     """Milliseconds of Runtime.labels for 1,000 labels of 80 templates that are in the cache."""
     names = [f"{name} {i}" for i, name in enumerate(open_clip.IMAGENET_CLASSNAMES[:CACHED])]
     rows = np.random.default_rng(0).standard_normal((CACHED, rt.bundle.manifest.embed_dim))
-    keys = label_keys(rt.text_identity(), [edgeclip.Label(name) for name in names], TEMPLATES)
-    LabelCache().store("benchmark", dict(zip(keys, rows.astype(np.float32), strict=True)))
+    encoder = embedding_identity(rt.text_identity(), rt.onnx_device)
+    keys = label_keys(encoder, [edgeclip.Label(name) for name in names], TEMPLATES)
+    tokens = [LabelTokens(key[:DIGEST_SIZE], Cut.NOTHING) for key in keys]
+    labels = map(CachedLabel, rows.astype(np.float32), tokens)
+    LabelCache().store("benchmark", dict(zip(keys, labels, strict=True)))
     # Each time another order, since a Runtime remembers label sets that it has seen.
     orders = iter([names[i:] + names[:i] for i in range(repeats)])
     return medians_ms({"": lambda: rt.labels(next(orders), TEMPLATES)}, repeats, 1, 0)[""]

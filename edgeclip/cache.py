@@ -4,7 +4,7 @@ One SQLite file, which processes and threads may share: every call opens it, doe
 and closes it again, so that nothing is left open across a fork. Its journal is the classic one,
 since SQLite's write-ahead log needs shared memory, which network drives have not, and a writable
 folder, which a cache that is only read has not. SQLite notices a file that is broken, but not a
-vector that is: each has a checksum of its own.
+row that is: each has a checksum of its own.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.errors import EdgeclipError
+from edgeclip.host import processor
+from edgeclip.label_tokens import DIGEST_SIZE, Cut, LabelTokens
 from edgeclip.labels import Label
 from edgeclip.storage import default_folder
 
@@ -37,13 +40,18 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Vector = NDArray[np.float32]
 
-FILE = "labels-1.sqlite"  # with the number of its schema: an older edgeclip keeps its own
+# With the number of its schema: an older edgeclip keeps its own. Raise it too where edgeclip comes
+# to clean texts or average prompts in another way, so that embeddings change.
+FILE = "labels-2.sqlite"
+OLDER_FILES = ("labels-1.sqlite",)  # which nothing but `clear` touches
 SCHEMA = """
 CREATE TABLE labels (
     key BLOB NOT NULL UNIQUE,
     encoder TEXT NOT NULL,
     used INTEGER NOT NULL,
     crc INTEGER NOT NULL,
+    tokens BLOB NOT NULL,
+    cut INTEGER NOT NULL,
     vector BLOB NOT NULL
 );
 CREATE INDEX by_use ON labels (used);
@@ -55,6 +63,15 @@ KEYS = 500  # in one query; older SQLites take 999
 USE_KEPT = 3600  # seconds: how exactly the time of the last use is known
 DEFAULT_LIMIT = "256M"
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+LIBRARIES = ("onnxruntime", "tokenizers", "ftfy")  # whose versions may change an embedding
+CUTS = frozenset(Cut)
+
+
+class CachedLabel(NamedTuple):
+    """A label's text embedding, float32 (D,), and what its prompts are to the model."""
+
+    vector: Vector
+    tokens: LabelTokens
 
 
 @dataclass(frozen=True)
@@ -71,10 +88,10 @@ class _DamagedError(EdgeclipError):
 
 
 def label_keys(encoder: str, labels: Sequence[Label], templates: Sequence[str]) -> list[bytes]:
-    """For each label a hash of all that its embedding depends on.
+    """Return for each label a hash of all that its embedding depends on.
 
-    That is `encoder` (Runtime.text_identity), and the label's own prompts, or else its name and the
-    templates: so the prompts of a label that is there already need not even be written out.
+    That is `encoder` (see embedding_identity), and the label's own prompts, or else its name and
+    the templates: so the prompts of most cached labels need not even be written out.
     """
     own = hashlib.sha256(json.dumps([encoder]).encode())
     plain = hashlib.sha256(json.dumps([encoder, list(templates)]).encode())
@@ -85,6 +102,26 @@ def label_keys(encoder: str, labels: Sequence[Label], templates: Sequence[str]) 
         digest.update(json.dumps(text).encode())
         keys.append(digest.digest())
     return keys
+
+
+def embedding_identity(encoder: str, device: str) -> str:
+    """Return what embeddings depend on besides the prompts, to the last bit.
+
+    That is the encoder (Runtime.text_identity), and the device, processor and libraries that
+    compute. A library's version is in the name of its metadata folder: importlib.metadata reads
+    the same from there, but needs 25 ms to load.
+    """
+    found = [encoder, device, processor()]
+    for library in LIBRARIES:
+        spec = PathFinder.find_spec(library)
+        if spec is not None and spec.origin is not None:
+            beside = os.listdir(Path(spec.origin).parents[1])
+            found += sorted(
+                name
+                for name in beside
+                if name.lower().startswith(library) and name.endswith((".dist-info", ".egg-info"))
+            )
+    return " ".join(found)
 
 
 class LabelCache:
@@ -101,23 +138,26 @@ class LabelCache:
         folder = (folder or default_folder()) if self.limit else None
         self.path = None if folder is None else folder / FILE
 
-    def load(self, keys: Sequence[bytes], dim: int) -> dict[bytes, Vector]:
-        """Those of the keys that are there, each with its vector, float32 (dim,)."""
+    def load(self, keys: Sequence[bytes], dim: int) -> dict[bytes, CachedLabel]:
+        """Return the labels, of vectors (dim,), of the keys that are in the cache."""
         if self.path is None or not os.path.exists(self.path):
             return {}
 
-        def work(db: sqlite3.Connection) -> dict[bytes, Vector]:
+        def work(db: sqlite3.Connection) -> dict[bytes, CachedLabel]:
             return _select(db, keys, dim) if _has_schema(db) else {}
 
         return self._try(self.path, work) or {}
 
-    def store(self, encoder: str, vectors: Mapping[bytes, Vector]) -> None:
-        """Keep vectors by key, all or none; `encoder` is for people, see `shares`."""
+    def store(self, encoder: str, labels: Mapping[bytes, CachedLabel]) -> None:
+        """Store labels by key, all or none; `encoder` is for people, see `shares`."""
         if self.path is None:
             return
         now = int(time.time())
-        arrays = {key: np.ascontiguousarray(v, "<f4").tobytes() for key, v in vectors.items()}
-        rows = [(key, encoder, now, _crc(key, data), data) for key, data in arrays.items()]
+        rows = []
+        for key, (vector, (digest, cut)) in labels.items():
+            data = np.ascontiguousarray(vector, "<f4").tobytes()
+            crc = _crc(key, digest, cut, data)
+            rows.append((key, encoder, now, crc, digest, int(cut), data))
         self._try(self.path, lambda db: _insert(db, rows, self.limit), create=True)
 
     def shares(self) -> list[Share]:
@@ -136,24 +176,16 @@ class LabelCache:
 
     def size(self) -> int:
         """Bytes on disk."""
-        with suppress(OSError):
-            return 0 if self.path is None else self.path.stat().st_size
-        return 0
+        return 0 if self.path is None else _file_size(self.path)
 
     def clear(self) -> int:
-        """Delete the file; bytes freed. Raises EdgeclipError where that is not allowed."""
-        size = self.size()
-        if self.path is not None and os.path.exists(self.path):
-            path = self.path
+        """Delete the file, and those of older versions; return the bytes freed.
 
-            def work(db: sqlite3.Connection) -> None:
-                db.execute("BEGIN IMMEDIATE")  # nobody is writing, and no journal is in use
-                _remove(path)
-
-            with suppress(EdgeclipError):
-                _with_file(path, work)
-            _remove(path)
-        return size
+        Raises EdgeclipError where that is not allowed.
+        """
+        if self.path is None:
+            return 0
+        return sum(_clear(self.path.with_name(name)) for name in (FILE, *OLDER_FILES))
 
     def _try(
         self, path: Path, work: Callable[[sqlite3.Connection], T], *, create: bool = False
@@ -193,18 +225,21 @@ def _has_schema(db: sqlite3.Connection) -> bool:
     return bool(db.execute("PRAGMA user_version").fetchone()[0])
 
 
-def _select(db: sqlite3.Connection, keys: Sequence[bytes], dim: int) -> dict[bytes, Vector]:
+def _select(db: sqlite3.Connection, keys: Sequence[bytes], dim: int) -> dict[bytes, CachedLabel]:
     now = int(time.time())
     sound: dict[bytes, bytes] = {}
+    tokens: list[LabelTokens] = []
     stale, damaged = [], 0
     for start in range(0, len(keys), KEYS):
         some = keys[start : start + KEYS]
         marks = ",".join("?" * len(some))
-        query = f"SELECT key, used, crc, vector FROM labels WHERE key IN ({marks})"
-        for key, used, crc, data in db.execute(query, some):
-            blobs = isinstance(key, bytes) and isinstance(data, bytes)
-            if blobs and len(data) == 4 * dim and _crc(key, data) == crc:
+        query = f"SELECT key, used, crc, tokens, cut, vector FROM labels WHERE key IN ({marks})"
+        for key, used, crc, digest, cut, data in db.execute(query, some):
+            blobs = all(isinstance(value, bytes) for value in (key, digest, data))
+            sizes = blobs and (len(digest), len(data)) == (DIGEST_SIZE, 4 * dim)
+            if sizes and cut in CUTS and _crc(key, digest, cut, data) == crc:
                 sound[key] = data
+                tokens.append(LabelTokens(digest, Cut(cut)))
                 if not isinstance(used, int) or abs(now - used) > USE_KEPT:
                     stale.append((now, key))
             else:
@@ -216,12 +251,13 @@ def _select(db: sqlite3.Connection, keys: Sequence[bytes], dim: int) -> dict[byt
     damaged += good.count(False)
     if damaged:
         logger.warning("label cache: %d labels in it are damaged; encoding them again", damaged)
-    return {key: row for key, row, sane in zip(sound, rows, good, strict=True) if sane}
+    labels = map(CachedLabel, rows, tokens)
+    return {key: label for key, label, sane in zip(sound, labels, good, strict=True) if sane}
 
 
-def _crc(key: bytes, data: bytes) -> int:
-    """With the key, since a broken index may lead to the vector of another label."""
-    return zlib.crc32(data, zlib.crc32(key))
+def _crc(key: bytes, digest: bytes, cut: int, data: bytes) -> int:
+    """Return the checksum of a row: with its key, since a broken index may lead to another row."""
+    return zlib.crc32(data, zlib.crc32(b"%b%b%d" % (key, digest, cut)))
 
 
 def _mark_used(db: sqlite3.Connection, marks: Sequence[tuple[int, bytes]]) -> None:
@@ -242,7 +278,7 @@ def _insert(db: sqlite3.Connection, rows: Sequence[tuple[object, ...]], limit: i
     if not _has_schema(db):
         for statement in SCHEMA.split(";"):
             db.execute(statement)
-    db.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?, ?)", rows)
+    db.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
     while _size(db) > limit and _evict(db):
         pass
     db.execute("COMMIT")
@@ -262,6 +298,27 @@ def _evict(db: sqlite3.Connection) -> int:
     oldest = "SELECT rowid FROM labels ORDER BY used, rowid LIMIT ?"
     found = db.execute(f"DELETE FROM labels WHERE rowid IN ({oldest})", (-(-count // 10),))
     return found.rowcount
+
+
+def _file_size(path: Path) -> int:
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+def _clear(path: Path) -> int:
+    """Delete a label file that no process is writing to; return the bytes freed."""
+    size = _file_size(path)
+    if os.path.exists(path):
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("BEGIN IMMEDIATE")  # nobody is writing, and no journal is in use
+            _remove(path)
+
+        with suppress(EdgeclipError):
+            _with_file(path, work)
+        _remove(path)
+    return size
 
 
 def _remove(path: Path) -> None:

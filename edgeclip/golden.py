@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from edgeclip.errors import BundleError
 from edgeclip.golden_values import GoldenValues, embedding_limit, largest_distance
-from edgeclip.labels import Label
+from edgeclip.labels import LabelSet
 from edgeclip.manifest import PriorSpec
 from edgeclip.prior import Prior
 from edgeclip.purify import DiffPurifier
@@ -64,10 +64,12 @@ def _score_distance(
     """Return how far `classify` without purification is from the softmax of its own embeddings."""
     texts = golden.prompts
     (embedding,) = runtime.encode(pixels)
-    logits = runtime.bundle.manifest.logit_scale * runtime.embed_texts(texts) @ embedding
+    rows = runtime.embed_texts(texts)
+    logits = runtime.bundle.manifest.logit_scale * rows @ embedding
     expected = np.exp(logits - logits.max())
     expected /= expected.sum()
-    labels = [Label(text, (text,)) for text in texts]
+    null_scores = rows @ runtime.bundle.null_text
+    labels = LabelSet(tuple(texts), rows, null_scores, runtime.text_identity())
     found = np.empty_like(expected)
     for prediction in runtime.classify(golden.image, labels, top_k=len(labels)):
         found[prediction.index] = prediction.score

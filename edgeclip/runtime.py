@@ -163,7 +163,8 @@ class Runtime:
         images: a path, the bytes of a file, a PIL image or a uint8 RGB array (H, W, 3) gives a list
         of predictions; a list of these gives a list of lists. Where edgeclip has its CUDA kernels,
         the array may be on the GPU (PyTorch, CuPy).
-        labels: names, or a LabelSet from `labels()`; None for the Runtime's own.
+        labels: names, or a LabelSet from `labels()`; None for the Runtime's own. Scores compare
+        labels: one label alone always scores 1, so add others, such as "something else".
         Raises ImageError for an image that cannot be read, ValueError for arguments.
         """
         check_count("top_k", top_k)
@@ -279,7 +280,8 @@ class Runtime:
 
         Each is encoded once, then cached on disk; see `embed_texts` for progress. What encodes
         them is loaded for it and let go afterwards: where new labels come often, keep it with
-        `load_text`. Raises LabelError.
+        `load_text`. Labels whose prompts are longer than the model reads are logged.
+        Raises LabelError, also for two labels that are the same tokens to the model.
         """
         return self._text.labels(names, templates, progress)
 
@@ -426,7 +428,10 @@ class Runtime:
             return self._prior
 
     def text_identity(self) -> str:
-        """What text embeddings depend on besides the prompts: two equal ones may share them."""
+        """Return the identity of the text encoder: its files, and how texts become token ids.
+
+        A LabelSet may be used with every Runtime of the same identity, on any device.
+        """
         return self._text.identity
 
 

@@ -6,13 +6,15 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.bundle import TOKENIZER, Bundle
-from edgeclip.cache import LabelCache, label_keys
+from edgeclip.cache import CachedLabel, LabelCache, embedding_identity, label_keys
 from edgeclip.encoders import Encoder, OnnxEncoder, unit
+from edgeclip.label_tokens import LabelTokens, check_tokens, read_tokens
 from edgeclip.labels import Label, LabelSet, check_labels, check_templates
 from edgeclip.tokenizer import Tokenizer
 
@@ -44,6 +46,7 @@ class TextTower:
         manifest = bundle.manifest
         files, encoder = manifest.files, manifest.precisions[precision].text_encoder
         data = files.get(encoder + ".data")
+        # Not the device: labels encoded on the CPU may be used on the GPU.
         self.identity = f"{files[encoder]} {data} {files[TOKENIZER]} {manifest.text}"
         model = manifest.source.get("model", manifest.description)
         self._called = f"{model}, {precision}, {files[encoder][:12]}"
@@ -120,31 +123,51 @@ class TextTower:
         self, labels: Sequence[Label], templates: Sequence[str], progress: Progress | None
     ) -> NDArray[np.float32]:
         """Unit embeddings (K, D), each the mean over its prompts: cached, or encoded now."""
-        dim = self._bundle.manifest.embed_dim
-        keys = label_keys(self.identity, labels, templates)
+        spec, dim = self._bundle.manifest.text, self._bundle.manifest.embed_dim
+        keys = label_keys(self._embedding_identity, labels, templates)
         found = self._cache.load(keys, dim)
         missing = {key: x for key, x in zip(keys, labels, strict=True) if key not in found}
+
+        def check(new: Mapping[bytes, LabelTokens]) -> None:
+            tokens = [new[key] if key in new else found[key].tokens for key in keys]
+            check_tokens(labels, tokens, templates, spec.context_length)
+
         if missing:
             prompts = {key: label.worded(templates) for key, label in missing.items()}
-            found |= self._encode_labels(prompts, progress)
+            with self._using() as (tokenizer, encoder):
+                tokens = {k: read_tokens(tokenizer, x, templates) for k, x in missing.items()}
+                check(tokens)  # before the encoding, which may take minutes
+                found |= self._encode_labels(tokenizer, encoder, prompts, tokens, progress)
             self._trim()
-        return np.concatenate([found[key] for key in keys]).reshape(-1, dim)  # faster than stack
+        else:
+            check({})
+        vectors = [found[key].vector for key in keys]
+        return np.concatenate(vectors).reshape(-1, dim)  # faster than stack
+
+    @cached_property
+    def _embedding_identity(self) -> str:
+        return embedding_identity(self.identity, self._device)
 
     def _encode_labels(
-        self, prompts: Mapping[bytes, list[str]], progress: Progress | None
-    ) -> dict[bytes, NDArray[np.float32]]:
-        """Unit embeddings (D,) by key. Stored block by block: an interruption keeps what is done."""
-        found: dict[bytes, NDArray[np.float32]] = {}
+        self,
+        tokenizer: Tokenizer,
+        encoder: Encoder,
+        prompts: Mapping[bytes, list[str]],
+        tokens: Mapping[bytes, LabelTokens],
+        progress: Progress | None,
+    ) -> dict[bytes, CachedLabel]:
+        """Encode labels by key and store them by block: an interruption keeps what is done."""
+        found: dict[bytes, CachedLabel] = {}
         total, done = sum(map(len, prompts.values())), 0
-        with self._using() as (tokenizer, encoder):
-            for block in _blocks(prompts):
-                texts = [text for worded in block.values() for text in worded]
-                rows = self._encode(tokenizer, encoder, texts, _part(progress, done, total))
-                starts = np.cumsum([0, *map(len, block.values())])[:-1]
-                means = dict(zip(block, unit(np.add.reduceat(rows, starts)), strict=True))
-                self._cache.store(self._called, means)
-                found |= means
-                done += len(texts)
+        for block in _blocks(prompts):
+            texts = [text for worded in block.values() for text in worded]
+            rows = self._encode(tokenizer, encoder, texts, _part(progress, done, total))
+            starts = np.cumsum([0, *map(len, block.values())])[:-1]
+            means = zip(block, unit(np.add.reduceat(rows, starts)), strict=True)
+            encoded = {key: CachedLabel(mean, tokens[key]) for key, mean in means}
+            self._cache.store(self._called, encoded)
+            found |= encoded
+            done += len(texts)
         return found
 
     def _encode(

@@ -10,8 +10,12 @@ import html
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeclip.errors import BundleError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 
 def _repair(text: str) -> str:
@@ -61,7 +65,11 @@ class Tokenizer:
         self._backend.enable_truncation(context_length)
         self._backend.no_padding()
         self._clean = CLEANERS[clean]
+        self.context_length = context_length
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._backend.encode_batch([self._clean(text) for text in texts])
-        return [encoding.ids for encoding in encodings]
+        return [encoding.ids for encoding in self.encode(texts)]
+
+    def encode(self, texts: Sequence[str]) -> list[Encoding]:
+        """Return for each text its `ids`, and `overflowing`, which is empty unless it was cut."""
+        return self._backend.encode_batch([self._clean(text) for text in texts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import sqlite3
@@ -16,22 +17,37 @@ import numpy as np
 import pytest
 
 from edgeclip import EdgeclipError, Label
-from edgeclip.cache import FILE, LabelCache, Share, label_keys
+from edgeclip.cache import (
+    FILE,
+    OLDER_FILES,
+    CachedLabel,
+    LabelCache,
+    Share,
+    embedding_identity,
+    label_keys,
+)
+from edgeclip.label_tokens import DIGEST_SIZE, Cut, LabelTokens
 
 DIM = 64
 
 
-def vectors(first: int, count: int, dim: int = DIM) -> dict[bytes, np.ndarray]:
-    """Keys and the vectors that belong to them, the same in every process."""
+def vectors(first: int, count: int, dim: int = DIM) -> dict[bytes, CachedLabel]:
+    """Keys and the labels that belong to them, the same in every process."""
     rows = {n: np.random.default_rng(n).standard_normal(dim) for n in range(first, first + count)}
-    return {n.to_bytes(32, "big"): row.astype(np.float32) for n, row in rows.items()}
+    return {
+        n.to_bytes(32, "big"): CachedLabel(
+            row.astype(np.float32), LabelTokens(n.to_bytes(DIGEST_SIZE, "little"), Cut(n % 3))
+        )
+        for n, row in rows.items()
+    }
 
 
-def assert_equal(found: dict[bytes, np.ndarray], expected: dict[bytes, np.ndarray]) -> None:
+def assert_equal(found: dict[bytes, CachedLabel], expected: dict[bytes, CachedLabel]) -> None:
     assert found.keys() == expected.keys()
-    for key, row in found.items():
-        assert row.dtype == np.float32
-        np.testing.assert_array_equal(row, expected[key])
+    for key, label in found.items():
+        assert label.vector.dtype == np.float32
+        np.testing.assert_array_equal(label.vector, expected[key].vector)
+        assert label.tokens == expected[key].tokens
 
 
 def change(cache: Path, statement: str, *values: object) -> None:
@@ -42,14 +58,14 @@ def change(cache: Path, statement: str, *values: object) -> None:
 
 
 @pytest.fixture
-def kept(cache: Path) -> dict[bytes, np.ndarray]:
+def kept(cache: Path) -> dict[bytes, CachedLabel]:
     """Some vectors, which are in the cache."""
     rows = vectors(0, 20)
     LabelCache().store("an encoder", rows)
     return rows
 
 
-def test_what_was_stored_comes_back(cache: Path, kept: dict[bytes, np.ndarray]) -> None:
+def test_what_was_stored_comes_back(cache: Path, kept: dict[bytes, CachedLabel]) -> None:
     assert_equal(LabelCache().load(list(kept), DIM), kept)
     some = vectors(15, 10)
     assert LabelCache().load(list(some), DIM).keys() == kept.keys() & some.keys()
@@ -84,14 +100,60 @@ def test_keys_tell_everything_apart() -> None:
     assert label_keys("x", labels[3:4], ["{}"]) == label_keys("x", labels[3:4], ["a {}"])
     renamed = [Label("another name", ("a", "b"))]
     assert label_keys("x", labels[3:4], ["{}"]) == label_keys("x", renamed, ["{}"])
+    # Unless they hold the name.
+    filled = [Label(name, ("a {}",)) for name in ("cat", "dog")]
+    assert len(set(label_keys("x", filled, ["{}"]))) == 2
+    assert label_keys("x", filled[:1], ["{}"]) == label_keys("x", [Label("y", ("a cat",))], ["{}"])
 
 
-def test_shares_and_clearing(cache: Path, kept: dict[bytes, np.ndarray]) -> None:
+def test_embedding_identity_has_all_that_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions as pip writes them: of whichever package of ONNX Runtime is installed."""
+    seen = {embedding_identity("x", "cpu")}
+    for name in ("onnxruntime", "tokenizers", "ftfy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for folder in (
+        "onnxruntime_gpu-1.2.0.dist-info",
+        "tokenizers-0.1.dist-info",
+        "ftfy-6.0.egg-info",
+        "numpy-9.dist-info",
+    ):
+        (tmp_path / folder).mkdir()
+        seen.add(embedding_identity("x", "cpu"))
+    assert len(seen) == 4
+    (tmp_path / "onnxruntime_gpu-1.2.0.dist-info").rename(tmp_path / "onnxruntime-1.3.0.dist-info")
+    seen.add(embedding_identity("x", "cpu"))
+    seen.add(embedding_identity("y", "cpu"))
+    seen.add(embedding_identity("x", "cuda"))
+    monkeypatch.setattr("edgeclip.cache.processor", lambda: "another processor")
+    seen.add(embedding_identity("x", "cpu"))
+    assert len(seen) == 8
+
+
+def test_embedding_identity_has_the_versions_that_are_installed() -> None:
+    import onnxruntime  # here: test_many_processes forks, which it does not survive
+
+    found = embedding_identity("x", "cpu")
+    for name in ("tokenizers", "ftfy"):
+        assert f"{name}-{importlib.metadata.version(name)}." in found
+    assert f"-{onnxruntime.__version__}." in found
+
+
+def test_shares_and_clearing(cache: Path, kept: dict[bytes, CachedLabel]) -> None:
     LabelCache().store("another", vectors(100, 5, 8))
     mine = LabelCache()
     assert mine.shares() == [Share("an encoder", 20, 20 * 4 * DIM), Share("another", 5, 5 * 4 * 8)]
     size = (cache / FILE).stat().st_size
     assert mine.size() == mine.clear() == size
+    assert list(cache.iterdir()) == []
+    older = cache / OLDER_FILES[0]
+    older.write_bytes(b"of an older edgeclip")
+    LabelCache().store("an encoder", kept)
+    assert older.read_bytes() == b"of an older edgeclip"
+    assert mine.clear() == size + len(b"of an older edgeclip")
     assert list(cache.iterdir()) == []
     LabelCache().store("an encoder", kept)
     assert_equal(LabelCache().load(list(kept), DIM), kept)
@@ -99,7 +161,7 @@ def test_shares_and_clearing(cache: Path, kept: dict[bytes, np.ndarray]) -> None
 
 @pytest.mark.parametrize("damage", ["nothing", "garbage", "truncated", "middle"])
 def test_damaged_file_is_made_anew(
-    cache: Path, kept: dict[bytes, np.ndarray], damage: str, caplog: pytest.LogCaptureFixture
+    cache: Path, kept: dict[bytes, CachedLabel], damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = cache / FILE
     data = bytearray(path.read_bytes())
@@ -123,7 +185,7 @@ def test_damaged_file_is_made_anew(
 
 
 def test_flipped_bits_never_give_another_answer(
-    cache: Path, kept: dict[bytes, np.ndarray], rng: np.random.Generator
+    cache: Path, kept: dict[bytes, CachedLabel], rng: np.random.Generator
 ) -> None:
     path = cache / FILE
     sound = path.read_bytes()
@@ -145,21 +207,50 @@ def test_flipped_bits_never_give_another_answer(
     ],
 )
 def test_vector_that_cannot_be_used(
-    cache: Path, kept: dict[bytes, np.ndarray], vector: object, caplog: pytest.LogCaptureFixture
+    cache: Path, kept: dict[bytes, CachedLabel], vector: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Though its checksum is right."""
     key = next(iter(kept))
-    crc = zlib.crc32(key + (vector if isinstance(vector, bytes) else b""))
+    digest, cut = kept[key].tokens
+    data = vector if isinstance(vector, bytes) else b""
+    crc = zlib.crc32(key + digest + str(int(cut)).encode() + data)
     change(cache, "UPDATE labels SET vector = ?, crc = ? WHERE key = ?", vector, crc, key)
+    assert_encoded_again(key, kept, caplog)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("tokens", b""), ("tokens", "a text"), ("cut", 3), ("cut", "a text"), ("cut", b"0")],
+)
+def test_tokens_that_cannot_be_used(
+    cache: Path,
+    kept: dict[bytes, CachedLabel],
+    column: str,
+    value: object,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Though its checksum is right, where there could be one."""
+    key = next(iter(kept))
+    digest, cut = kept[key].tokens
+    digest = value if column == "tokens" and isinstance(value, bytes) else digest
+    cut = value if isinstance(value, int) else int(cut)
+    crc = zlib.crc32(key + digest + str(cut).encode() + kept[key].vector.tobytes())
+    change(cache, f"UPDATE labels SET {column} = ?, crc = ? WHERE key = ?", value, crc, key)
+    assert_encoded_again(key, kept, caplog)
+
+
+def assert_encoded_again(
+    key: bytes, kept: dict[bytes, CachedLabel], caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         found = LabelCache().load(list(kept), DIM)
-    assert_equal(found, {k: row for k, row in kept.items() if k != key})
+    assert_equal(found, {k: label for k, label in kept.items() if k != key})
     assert "1 labels in it are damaged; encoding them again" in caplog.text
     LabelCache().store("an encoder", {key: kept[key]})
     assert_equal(LabelCache().load(list(kept), DIM), kept)
 
 
-def test_labels_of_another_width_are_not_used(kept: dict[bytes, np.ndarray]) -> None:
+def test_labels_of_another_width_are_not_used(kept: dict[bytes, CachedLabel]) -> None:
     assert LabelCache().load(list(kept), DIM + 1) == {}
 
 
@@ -231,7 +322,7 @@ def test_folder_that_cannot_be_made(tmp_path: Path, caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize("where", ["file", "folder"])
 def test_read_only_cache_is_read(
     cache: Path,
-    kept: dict[bytes, np.ndarray],
+    kept: dict[bytes, CachedLabel],
     where: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -252,7 +343,7 @@ def test_read_only_cache_is_read(
 
 def test_full_disk(
     cache: Path,
-    kept: dict[bytes, np.ndarray],
+    kept: dict[bytes, CachedLabel],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -272,7 +363,7 @@ def test_full_disk(
 
 def test_cache_in_use_by_a_process_that_hangs(
     cache: Path,
-    kept: dict[bytes, np.ndarray],
+    kept: dict[bytes, CachedLabel],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from edgeclip import Runtime, _core
 from edgeclip.bundle import EMBEDDED
+from edgeclip.cache import FILE
 from edgeclip.cli import main
 from edgeclip.output import text_progress
 
@@ -318,6 +319,21 @@ def test_nothing_is_said_of_one_label_in_code(capfd: pytest.CaptureFixture[str])
     assert "one label" not in "".join(capfd.readouterr())
 
 
+def test_labels_that_cannot_be_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for labels in (["Trousers", "trousers"], ["caf\u00e9", "cafe\u0301"]):
+        arguments = [word for label in labels for word in ("--label", label)]
+        status, out, err = run(capsys, "classify", BAG, *arguments)
+        assert (status, out) == (2, "")
+        (line,) = errors(err)
+        assert line.startswith(f"error: labels {labels[0]!r} and {labels[1]!r} cannot be told")
+    (tmp_path / "labels.txt").write_text("bag | a sketch of a {}\ndress | a sketch of a {}\n")
+    status, out, _ = run(capsys, "classify", BAG, "--labels", str(tmp_path / "labels.txt"))
+    assert status == 0
+    assert len({p["score"] for p in json.loads(out)["predictions"]}) == 2
+
+
 def test_labels_and_templates_from_stdin(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,7 +498,7 @@ def test_cache(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_cache_that_cannot_be_used(
     cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = cache / "labels-1.sqlite"
+    path = cache / FILE
     path.write_bytes(b"spoilt")
     status, out, err = run(capsys, "cache")
     assert (status, out) == (2, "")

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 from conftest import EXAMPLES
 
-from edgeclip import EdgeclipError, Label, Runtime, text
-from edgeclip.bundle import EMBEDDED
+from edgeclip import EdgeclipError, Label, LabelError, Runtime, text
+from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.cache import FILE, LabelCache
 
 TEMPLATES = ["a {}.", "a very long way to say that there is a {} in this picture.", "{}"]
@@ -89,6 +90,94 @@ def test_only_new_labels_are_encoded(
     monkeypatch.setenv("EDGECLIP_CACHE_SIZE", "0")
     Runtime().labels(["bag"], TEMPLATES)
     assert sum(encoded) == 1 + len(TEMPLATES)
+
+
+@pytest.fixture
+def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it, and from then on no tokenizer can be loaded."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the tokenizer was loaded")
+
+    return lambda: monkeypatch.setattr(text, "Tokenizer", refuse)
+
+
+def test_labels_that_are_the_same_tokens(
+    cache: Path, encoded: list[int], no_tokenizer: Callable[[], None]
+) -> None:
+    """New, half in the cache, in the cache: always an error, and nothing is encoded for it."""
+    rt = Runtime()
+    pairs = (("Trousers", "trousers"), ("caf\u00e9", "cafe\u0301"), ("a  b", "a b"))
+    for a, b in pairs:
+        with pytest.raises(LabelError, match=f"{a!r} and {b!r} cannot be told apart"):
+            rt.labels(["bag", a, b])
+    assert encoded == []
+    for a, _ in pairs:
+        rt.labels([a])
+    encoded.clear()
+    for a, b in pairs:
+        with pytest.raises(LabelError, match=f"{a!r} and {b!r} cannot be told apart"):
+            rt.labels([a, b])
+    assert encoded == []
+    for _, b in pairs:  # one alone is as good as ever
+        assert rt.labels([b]).names == (b,)
+    no_tokenizer()
+    for a, b in pairs:
+        with pytest.raises(LabelError, match=f"{a!r} and {b!r} cannot be told apart"):
+            Runtime().labels([a, b])
+        with pytest.raises(LabelError, match="cannot be told apart"):
+            Runtime(labels=[a, b])
+
+
+def test_own_prompts_hold_the_name(rt: Runtime) -> None:
+    own = [Label(name, ("a sketch of a {}",)) for name in ("bag", "dress")]
+    expected = rt.labels(["bag", "dress"], ["a sketch of a {}"])
+    np.testing.assert_array_equal(rt.labels(own).embeddings, expected.embeddings)
+
+
+def test_cut_prompts_are_logged_whether_cached_or_not(
+    caplog: pytest.LogCaptureFixture, no_tokenizer: Callable[[], None]
+) -> None:
+    length = Runtime().bundle.manifest.text.context_length
+    long, template = "bag " * length, "a " * length + "{}"
+    with pytest.raises(LabelError, match=f"it reads {length} tokens, and they differ only after"):
+        Runtime().labels(["dress", "bag"], [template])
+    seen = []
+    for _ in range(2):
+        rt = Runtime()
+        caplog.clear()
+        rt.labels(["dress", long], ["{}", "a {}."])
+        rt.labels(["dress"], [template])
+        rt.labels(["dress"], [template])  # in memory
+        rt.labels(["dress"])
+        seen.append(caplog.messages)
+        no_tokenizer()
+    assert seen[0] == seen[1]
+    own, of_template = seen[0]
+    assert own.startswith("label 'bag bag")
+    assert f"longer than the {length} tokens that the model reads, and its end is cut" in own
+    assert of_template.startswith("label 'dress': ")
+    assert "the label itself is cut off: shorten the template" in of_template
+
+
+def test_what_computes_has_labels_of_its_own(
+    labels: list[str], encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But a LabelSet may be used wherever the encoder is the same."""
+    first = Runtime()
+    made = first.labels(labels)
+    encoded.clear()
+    monkeypatch.setattr("edgeclip.cache.processor", lambda: "another processor")
+    other = Runtime()
+    np.testing.assert_allclose(other.labels(labels).embeddings, made.embeddings, atol=1e-6)
+    assert sum(encoded) == len(labels) * len(first.bundle.manifest.templates)
+    assert other.text_identity() == first.text_identity()
+    assert other.labels(made) is made
+    towers = [text.TextTower(Bundle(None), "int8", device=name) for name in ("cpu", "cuda")]
+    assert towers[0].identity == towers[1].identity
+    towers[0].labels(labels)
+    with pytest.raises(EdgeclipError, match="cuda"):  # which these tests have not
+        towers[1].labels(labels)
 
 
 def test_another_encoder_has_other_labels(tmp_path: Path, labels: list[str]) -> None:

@@ -1,0 +1,126 @@
+"""Labels as the model reads them: those it cannot tell apart, and those whose prompts it cuts."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+from edgeclip.errors import LabelError
+from edgeclip.labels import Label
+from edgeclip.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+DIGEST_SIZE = 16  # bytes
+NAMED = 3  # labels in a warning
+SHOWN = 60  # characters of a label in a message
+
+
+class Cut(IntEnum):
+    """The worst that the context length did to a label's prompts."""
+
+    NOTHING = 0
+    PROMPT = 1  # the end of a prompt was cut off
+    NAME = 2  # all of the label's name was cut off
+
+
+class LabelTokens(NamedTuple):
+    """The token ids of a label's prompts, as a digest, and how they were cut."""
+
+    digest: bytes  # two labels with one digest have one embedding
+    cut: Cut
+
+
+def read_tokens(tokenizer: Tokenizer, label: Label, templates: Sequence[str]) -> LabelTokens:
+    """Tokenize a label's prompts."""
+    encodings = tokenizer.encode(label.worded(templates))
+    forms = zip(label.prompts or templates, encodings, strict=True)
+    cut = [form for form, encoding in forms if encoding.overflowing]
+    kind = Cut.PROMPT if cut else Cut.NOTHING
+    if any(_cuts_name(tokenizer, form) for form in cut):
+        kind = Cut.NAME
+    return LabelTokens(_digest(encoding.ids for encoding in encodings), kind)
+
+
+def _cuts_name(tokenizer: Tokenizer, form: str) -> bool:
+    """Return whether a template's text before the name takes up the whole context."""
+    before, name, _ = form.partition("{}")
+    return bool(name) and len(tokenizer([before])[0]) == tokenizer.context_length
+
+
+def _digest(ids: Iterable[Sequence[int]]) -> bytes:
+    """Hash the ids of prompts, so that neither their order nor repeating all of them matters."""
+    counts = Counter(map(tuple, ids))
+    share = math.gcd(*counts.values())
+    text = repr(sorted((prompt, count // share) for prompt, count in counts.items()))
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST_SIZE).digest()
+
+
+def check_tokens(
+    labels: Sequence[Label], tokens: Sequence[LabelTokens], templates: Sequence[str], length: int
+) -> None:
+    """Raise LabelError for two labels that the model cannot tell apart; warn of prompts it cuts.
+
+    length: the context length, in tokens.
+    """
+    first: dict[bytes, int] = {}
+    for i, one in enumerate(tokens):
+        j = first.setdefault(one.digest, i)
+        if j != i:
+            cut = max(one.cut, tokens[j].cut)
+            why = _difference(labels[j].worded(templates), labels[i].worded(templates), cut, length)
+            raise LabelError(
+                f"labels {_shown(labels[j])} and {_shown(labels[i])} cannot be told apart: the "
+                f"model reads both as the same tokens{why}; reword or remove one of them"
+            )
+    for kind, what in (
+        (Cut.PROMPT, "its end is cut off"),
+        (Cut.NAME, "the label itself is cut off: shorten the template"),
+    ):
+        if cut_labels := [x for x, one in zip(labels, tokens, strict=True) if one.cut == kind]:
+            logger.warning(
+                "%s: a prompt is longer than the %d tokens that the model reads, and %s",
+                _list(cut_labels),
+                length,
+                what,
+            )
+
+
+def _difference(a: Sequence[str], b: Sequence[str], cut: Cut, length: int) -> str:
+    """Return what is different about the prompts of two labels, as far as one thing explains it."""
+    if sorted(a) == sorted(b):
+        return ", since their prompts are the same"
+    for what, plain in DIFFERENCES:
+        if sorted(map(plain, a)) == sorted(map(plain, b)):
+            return f", since they differ only in {what}"
+    return f", since it reads {length} tokens, and they differ only after these" if cut else ""
+
+
+def _unicode_form(text: str) -> str:
+    import unicodedata
+
+    return unicodedata.normalize("NFKC", text)
+
+
+DIFFERENCES: tuple[tuple[str, Callable[[str], str]], ...] = (
+    ("upper and lower case", str.lower),
+    ("Unicode form", _unicode_form),
+    ("white space", lambda text: " ".join(text.split())),
+    ("punctuation", lambda text: "".join(filter(str.isalnum, text))),
+)
+
+
+def _shown(label: Label) -> str:
+    name = label.name
+    return repr(name if len(name) <= SHOWN else f"{name[:SHOWN]}...")
+
+
+def _list(labels: Sequence[Label]) -> str:
+    names = ", ".join(map(_shown, labels[:NAMED]))
+    more = f" and {len(labels) - NAMED} more" if len(labels) > NAMED else ""
+    return f"label{'s' if len(labels) > 1 else ''} {names}{more}"
