@@ -7,12 +7,12 @@ seed 0). Every image goes through edgeclip.Runtime: preprocessing, encoder and c
 from __future__ import annotations
 
 import argparse
-import json
 
 import numpy as np
 import torch
 
 import edgeclip
+from edgeclip.json_output import show_json
 from train import fashion
 
 EPILOG = """examples:
@@ -53,7 +53,7 @@ def main() -> None:
         pixels = (images * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
         figures[name] = accuracy(rt, pixels, labels)
     if args.json:
-        print(json.dumps({"n": len(labels), "accuracy": figures}, indent=2))
+        show_json({"n": len(labels), "accuracy": figures}, indent=2)
         return
     for name, figure in figures.items():
         print(f"{figure:7.2%}  {len(labels)} test images, {name}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import sys
 import threading
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TextIO, TypeVar
 
 from edgeclip.errors import ImageError
+from edgeclip.json_output import as_utf8, show_json
 
 T = TypeVar("T")
 
@@ -43,18 +43,17 @@ def write_table(answers: Iterable[Answer], out: TextIO) -> None:
 
 
 def write_json(answers: Iterable[Answer], out: TextIO) -> None:
-    json.dump([answer.record() for answer in answers], out, ensure_ascii=False, indent=2)
-    print(file=out)
+    show_json([answer.record() for answer in answers], indent=2, out=out)
 
 
 def write_jsonl(answers: Iterable[Answer], out: TextIO) -> None:
     for answer in answers:
-        print(json.dumps(answer.record(), ensure_ascii=False), file=out, flush=True)
+        show_json(answer.record(), out=out)
 
 
 def write_csv(answers: Iterable[Answer], out: TextIO) -> None:
     """One row per image and rank; an image that failed has one row with its error."""
-    writer = csv.writer(out, lineterminator="\n")
+    writer = csv.writer(as_utf8(out), lineterminator="\n")
     writer.writerow(["image", "rank", "label", "score", "index", "error"])
     for answer in answers:
         if isinstance(answer.result, ImageError):
@@ -148,10 +147,13 @@ def report_format(form: str | None) -> str:
     return form or ("table" if sys.stdout.isatty() else "json")
 
 
-def show_report(report: dict[str, Any], form: str | None) -> None:
-    """Entries that are values or lists of lines; form is table, json, or None for what fits."""
+def show_report(report: dict[str, Any], form: str | None, out: TextIO | None = None) -> None:
+    """Print entries that are values or lists of lines, by default on stdout.
+
+    form: table, json, or None for what fits.
+    """
     if report_format(form) == "json":
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        show_json(report, indent=2, out=out)
         return
     width = max(map(len, report))
     for key, value in report.items():
@@ -159,4 +161,4 @@ def show_report(report: dict[str, Any], form: str | None) -> None:
         for i, line in enumerate(lines or [""]):
             if isinstance(line, dict):
                 line = ", ".join(f"{name} {entry}" for name, entry in line.items())
-            print(f"{key if i == 0 else '':{width}}  {line if line != '' else 'none'}")
+            print(f"{key if i == 0 else '':{width}}  {line if line != '' else 'none'}", file=out)

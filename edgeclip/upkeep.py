@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -26,6 +25,7 @@ from edgeclip.devices import MAX_GPU_BATCH
 from edgeclip.engine_cache import EngineCache
 from edgeclip.errors import EdgeclipError
 from edgeclip.images import expand
+from edgeclip.json_output import show_json
 from edgeclip.labels import check_labels, read_labels
 from edgeclip.output import phase_progress, report_format, show_report
 from edgeclip.runtime import MAX_BATCH, MAX_THREADS
@@ -241,6 +241,8 @@ def run_bench(args: argparse.Namespace) -> int:
         print(
             f"error: {failed['device']} {failed['precision']}: {failed['error']}", file=sys.stderr
         )
-    as_json = report_format(args.format) == "json"
-    print(json.dumps(report, indent=2, ensure_ascii=False) if as_json else bench.render(report))
+    if report_format(args.format) == "json":
+        show_json(report, indent=2)
+    else:
+        print(bench.render(report))
     return (1 if report["failed"] else 0) if report["measured"] else 2

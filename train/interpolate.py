@@ -11,7 +11,6 @@ alpha 0 is the original, 1 the robust encoder, and (1 - alpha) original + alpha 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from rich.table import Table
 
 from edgeclip import storage
+from edgeclip.json_output import to_json
 from export.bundle import wording
 from export.checkpoints import CONFIG, Source, StateDict, load
 from train import data
@@ -196,7 +196,7 @@ def main(args: argparse.Namespace) -> None:
         rows = sweep(args, original, robust)
         args.out.mkdir(parents=True, exist_ok=True)
         found = {"settings": describe(args, original, robust), "results": rows}
-        storage.write(args.out / "frontier.json", json.dumps(found, indent=2) + "\n")
+        storage.write(args.out / "frontier.json", to_json(found, indent=2) + "\n")
         attack = f"{args.norm} eps {args.eps * 255:g}/255, PGD-{args.steps}, {args.samples} images"
         plot(rows, f"{args.data}, {attack}", args.out / "frontier.png")
         table = Table("alpha", "clean", "attacked")

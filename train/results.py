@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from edgeclip import storage
+from edgeclip.json_output import to_json
 from train.distributed import all_max, all_sum
 from train.settings import SettingsError
 from train.threat import AUTOATTACK, Stage
@@ -117,7 +118,7 @@ class Results:
         return [stage.key for stage in self.stages if stage.key in wanted]
 
     def write(self, path: Path) -> None:
-        storage.write(path, json.dumps(self.figures(), indent=2) + "\n")
+        storage.write(path, to_json(self.figures(), indent=2) + "\n")
 
     def read(self, path: Path) -> None:
         """Add what the file holds. Raises SettingsError for one of other settings.
