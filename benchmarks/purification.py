@@ -8,7 +8,6 @@ through the prior and back.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from functools import partial
@@ -21,6 +20,8 @@ from safetensors.torch import save_file
 
 import edgeclip
 from benchmarks.timing import machine, medians_ms, process
+from edgeclip import storage
+from edgeclip.json_output import to_json
 from edgeclip.prior import Prior
 from edgeclip.purify import DiffPurifier
 from export.diffusion_prior import load_prior
@@ -50,7 +51,8 @@ def bundle_for(args: argparse.Namespace) -> tuple[Path, Path]:
     FOLDER.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     prior = DiffusionPrior(Shape(args.dim, args.depth, args.heads))
-    save_file({k: v.clone() for k, v in prior.state_dict().items()}, weights)
+    with storage.draft(weights) as part:
+        save_file({k: v.clone() for k, v in prior.state_dict().items()}, part)
     command = [sys.executable, "-m", "export", args.model, "--pretrained", "random", "--force"]
     command += ["--prior", str(weights), "-o", str(folder)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -164,7 +166,7 @@ def main() -> None:
         report |= {"prior": vars(prior) | {"parameters": count}, "labels": args.labels}
         report |= {"repeats": args.repeats, "classify": classified, "diff": alone}
         report["process"] = {k: {"ms": v[0], "mb": v[1]} for k, v in processes.items()}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        storage.write(args.json, to_json(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

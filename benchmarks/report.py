@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.timing import headline
-from edgeclip import host
+from edgeclip import host, storage
 
 RESULTS = Path("docs/results/performance")
 PLOTS = Path("docs/plots")
@@ -141,7 +141,8 @@ def draw() -> None:
         right.plot(pixels, [row["ms"] for row in rows], style, label=f"{what}")
     right.set(xlabel="megapixels", ylabel="ms", xscale="log", yscale="log", title="image")
     right.legend()
-    figure.savefig(PLOTS / "scaling.png", dpi=110, metadata={"Software": None})
+    with storage.writing(PLOTS / "scaling.png") as file:
+        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
 
 
 def pixels_of(size: str) -> int:
@@ -153,7 +154,7 @@ def update(document: Path) -> int:
     """Replace what is between the document's marks; how many there are."""
     text = document.read_text(encoding="utf-8")
     text, count = MARK.subn(lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text)
-    document.write_text(text, encoding="utf-8")  # not before all of its tables are there
+    storage.write(document, text)  # not before all of its tables are there
     return count
 
 

@@ -21,6 +21,9 @@ from typing import Any
 
 from open_clip import get_model_config
 
+from edgeclip import storage
+from edgeclip.json_output import to_json
+
 EPILOG = """examples:
   python -m benchmarks.roofline
   python -m benchmarks.roofline --json roofline.json
@@ -286,7 +289,7 @@ def main() -> None:
     report = compute()
     print(render(report))
     if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        storage.write(args.json, to_json(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

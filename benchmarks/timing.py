@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeclip import host
+from edgeclip import host, storage
+from edgeclip.json_output import to_json
 
 ROUNDS = 4
 WARM_UP = 3
@@ -93,7 +94,7 @@ def publish(
     """Print a report, and write it to `out` as JSON where that is asked for."""
     print(f"{headline(report)}\n\n{render(report)}", flush=True)
     if out is not None:
-        out.write_text(json.dumps(report, indent=2) + "\n")
+        storage.write(out, to_json(report, indent=2) + "\n")
 
 
 def headline(report: dict[str, Any]) -> str:

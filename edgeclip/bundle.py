@@ -98,6 +98,10 @@ class Bundle:
                 f"{path} was altered: its sha256 is not the manifest's; copy it again"
             )
 
+    def paths(self) -> list[Path]:
+        """Return every file of the bundle."""
+        return [self.path / name for name in (MANIFEST, *self.manifest.files)]
+
     def encoder(self, kind: str, precision: str) -> Path:
         """The ONNX file of the `image_encoder` or `text_encoder`."""
         return self.graph(getattr(self.manifest.precisions[precision], kind))

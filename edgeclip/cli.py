@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import sys
 import warnings
@@ -35,6 +34,7 @@ from edgeclip.arguments import (
 from edgeclip.bundle import Bundle
 from edgeclip.errors import EdgeclipError, ImageError
 from edgeclip.images import ImageSource, expand
+from edgeclip.json_output import show_json
 from edgeclip.labels import STDIN, check_labels, read_labels, read_templates
 from edgeclip.output import (
     WRITERS,
@@ -47,6 +47,8 @@ from edgeclip.output import (
 from edgeclip.purify import MAX_SEED, MAX_STEPS, MAX_TIMESTEP, resolve
 from edgeclip.runtime import DECODINGS, MAX_BATCH, MAX_THREADS, Runtime
 from edgeclip.upkeep import add_upkeep
+
+STDIN_FD, STDOUT_FD = 0, 1
 
 CLASSIFY_EXAMPLES = r"""examples:
   edgeclip classify photo.jpg --label "a cat" --label "a dog"
@@ -63,6 +65,7 @@ exit status: 0 done; 1 some images failed, the others were answered; 2 wrong usa
 EMBED_EXAMPLES = """examples:
   edgeclip embed photos/ -o embeddings.npz
   edgeclip embed --text "a red shoe" --text "a blue shoe"
+  edgeclip embed photos/ -o - | ssh host 'cat > embeddings.npz'
 """
 EXPLAIN_EXAMPLES = """examples:
   edgeclip explain photo.jpg --label "a red shoe" -o attention.png
@@ -110,7 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
     embed.set_defaults(run=run_embed)
     embed.add_argument("images", nargs="*", metavar="IMAGE", help="as for classify")
     embed.add_argument("--text", action="append", default=[], metavar="TEXT", help="embed a text")
-    embed.add_argument("-o", "--output", metavar="NPZ", help="a .npz file; default: JSON lines")
+    embed.add_argument(
+        "-o", "--output", metavar="NPZ", help="a .npz file, or - for stdout; default: JSON lines"
+    )
     _add_runtime_options(embed)
 
     explain = add_command(
@@ -126,7 +131,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_template(explain)
     explain.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="a .png, or another kind of image"
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="a .png or another kind of image, or - for a PNG on stdout",
     )
     add_format(explain)
     _add_device_options(explain)
@@ -213,6 +222,8 @@ def run_embed(args: argparse.Namespace) -> int:
         raise EdgeclipError("embed takes either images or --text TEXT")
     runtime = _open_runtime(args)
     kind, names = ("text", args.text) if args.text else ("image", expand(args.images))
+    if args.output is not None:
+        output = _check_output(args, runtime.bundle, () if args.text else names)
     results: Iterable[Any] = (
         runtime.embed_texts(names) if args.text else runtime.embed_each(_sources(names))
     )
@@ -220,7 +231,7 @@ def run_embed(args: argparse.Namespace) -> int:
     answers = (Answer(name, result) for name, result in zip(names, results, strict=True))
     rows = failures.watch(show_progress(answers, len(names), kind))
     if args.output is not None:
-        with storage.writing(args.output) as file:  # opened before the work, which may take hours
+        with storage.writing(output) as file:  # opened before the work, which may take hours
             good = [answer for answer in rows if not isinstance(answer.result, ImageError)]
             shape = (len(good), runtime.bundle.manifest.embed_dim)
             embeddings = np.array([answer.result for answer in good], np.float32).reshape(shape)
@@ -234,7 +245,7 @@ def run_embed(args: argparse.Namespace) -> int:
             record["error"] = str(answer.result)
         else:
             record["embedding"] = answer.result.tolist()
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        show_json(record)
     return failures.status
 
 
@@ -248,14 +259,18 @@ def run_explain(args: argparse.Namespace) -> int:
     templates = None if args.template is None else read_templates(args.template)
     names = [name for name in (args.image, args.attacked) if name is not None]
     runtime = _open_runtime(args)
-    with storage.writing(args.output) as file:
-        found = [runtime.explain(s, args.label[0], templates=templates) for s in _sources(names)]
-        explain.render(found).save(file, kind, quality=95)
+    output = _check_output(args, runtime.bundle, [*names, *(args.template or ())])
+    sources, picture = _sources(names), io.BytesIO()
+    with storage.writing(output) as file:
+        found = [runtime.explain(s, args.label[0], templates=templates) for s in sources]
+        explain.render(found).save(picture, kind, quality=95)  # some kinds seek, pipes do not
+        file.write(picture.getbuffer())
     report: dict[str, Any] = {"label": found[0].label, "images": names}
     report["similarities"] = [round(one.similarity, 6) for one in found]
     if len(found) == 2:
         report["map distance"] = round(explain.distance(*found), 6)
-    show_report(report | {"output": args.output}, args.format)
+    taken = storage.is_stdout(output)
+    show_report(report | {"output": args.output}, args.format, sys.stderr if taken else None)
     return 0
 
 
@@ -297,6 +312,16 @@ def _check_stdin(*given: str | None) -> None:
 def _sources(names: Sequence[str]) -> list[ImageSource]:
     """Stdin is read here: Python aborts where a thread that still reads it outlives the rest."""
     return [sys.stdin.buffer.read() if name == "-" else name for name in names]
+
+
+def _check_output(args: argparse.Namespace, bundle: Bundle, inputs: Iterable[str]) -> str | int:
+    """Return where -o writes, stdout's descriptor for -. Raises EdgeclipError for an input."""
+    output: str | int = STDOUT_FD if args.output == "-" else args.output
+    if output == STDOUT_FD and sys.stdout.isatty():
+        raise EdgeclipError("-o - would write binary data to the terminal: redirect it")
+    given = (STDIN_FD if name == STDIN else name for name in inputs)
+    storage.check_output(output, [*given, *bundle.paths()])
+    return output
 
 
 class _Failures:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from edgeclip.errors import BundleError, EdgeclipError
+from edgeclip.storage import is_stream
 
 if TYPE_CHECKING:
     from edgeclip.encoders import Encoder
@@ -192,8 +193,13 @@ def render(
 
 
 def picture_format(path: str) -> str:
-    """Pillow's name for the kind of image that a file name ends in. Raises EdgeclipError."""
+    """Return Pillow's name for the kind of image that a file name ends in.
+
+    PNG for `-` and for pipes and devices without a suffix. Raises EdgeclipError.
+    """
     suffix = os.path.splitext(path)[1].lower()
+    if path == "-" or (not suffix and path and os.path.exists(path) and is_stream(path)):
+        return "PNG"
     kind = Image.registered_extensions().get(suffix, "")
     try:
         Image.new("RGB", (1, 1)).save(io.BytesIO(), kind)  # some it only reads, or in grey only

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import logging
 import os
 import stat
@@ -66,11 +67,30 @@ def writing(path: StrPath | int) -> Iterator[IO[bytes]]:
         if isinstance(place, int):
             with suppress(OSError, ValueError):
                 sys.stdout.flush()  # what was printed before comes first
-            with open(os.dup(place), "wb") as file:  # reopened, it would be truncated
+            place = os.dup(place)  # reopened by its path, a file would be truncated
+        if isinstance(place, int) or _is_special(place):
+            with io.BufferedWriter(_Stream(place, "wb")) as file:
                 yield file
         else:
             with _draft(place) as part, open(part, "wb") as file:
                 yield file
+
+
+class _Stream(io.FileIO):
+    """A file that is written from front to back.
+
+    Zip files and others are written back and forth where that seems possible, which /dev/null and
+    files opened for appending pretend.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+    def tell(self) -> int:
+        raise io.UnsupportedOperation("tell")
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        raise io.UnsupportedOperation("seek")
 
 
 @contextmanager
@@ -104,6 +124,13 @@ def is_stream(path: StrPath | int) -> bool:
         return isinstance(place, int) or _is_special(place)
 
 
+def is_stdout(path: StrPath | int) -> bool:
+    """Return whether what is written to `path` comes out of this process's stdout."""
+    with suppress(OSError):
+        return os.path.samestat(os.stat(path), os.fstat(1))
+    return False
+
+
 def check_output(output: StrPath | int, inputs: Iterable[StrPath | int]) -> None:
     """Raise EdgeclipError where an output is one of the inputs, or a directory that holds one.
 
@@ -128,7 +155,7 @@ def check_output(output: StrPath | int, inputs: Iterable[StrPath | int]) -> None
 
 
 def _holds(folder: StrPath | int, path: StrPath | int) -> bool:
-    if isinstance(folder, int) or isinstance(path, int):
+    if isinstance(folder, int) or isinstance(path, int) or not os.path.exists(path):
         return False
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 

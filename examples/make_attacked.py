@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from edgeclip import storage
 from edgeclip.labels import read_labels
 from export.bundle import wording
 from export.checkpoints import load
@@ -49,7 +50,8 @@ def main() -> None:
     )
     pixels = (found[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     (HERE / "attacked").mkdir(exist_ok=True)
-    Image.fromarray(np.ascontiguousarray(pixels)).save(HERE / "attacked" / f"{stem}.png")
+    with storage.writing(HERE / "attacked" / f"{stem}.png") as file:
+        Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from edgeclip import storage
 from train import fashion
 
 HERE = Path(__file__).parent
@@ -24,14 +25,15 @@ def main() -> None:
         first = int((split.labels == index).nonzero()[0])
         grey = split.images[first]
         stem = name.replace(" ", "-")
-        Image.fromarray(grey.numpy()).save(HERE / f"{stem}.png")
+        with storage.writing(HERE / f"{stem}.png") as file:
+            Image.fromarray(grey.numpy()).save(file, "PNG")
         if name in COLOURED:
             rng = torch.Generator().manual_seed(COLOURED[name])
             picture = fashion.recolour(grey[None], rng)[0].permute(1, 2, 0).numpy()
             image = Image.fromarray((picture * 255).round().astype(np.uint8))
-            image.resize((336, 336), Image.Resampling.BICUBIC).save(
-                HERE / f"coloured-{stem}.jpg", quality=90
-            )
+            image = image.resize((336, 336), Image.Resampling.BICUBIC)
+            with storage.writing(HERE / f"coloured-{stem}.jpg") as file:
+                image.save(file, "JPEG", quality=90)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeclip import storage
 from edgeclip.encoders import import_onnxruntime
 from edgeclip.errors import EdgeclipError
 from edgeclip.manifest import PRECISIONS, PRIOR_GRADIENTS
@@ -104,6 +105,9 @@ def run(options: argparse.Namespace) -> None:
     except ImportError as err:
         raise ExportError(f"{err}: exporting needs pip install 'edgeclip[export]'") from err
     bundle.check_target(options.out, options.force)  # before minutes of work
+    folder = [Path(options.model)] if (Path(options.model) / checkpoints.CONFIG).is_file() else []
+    files = (options.pretrained, options.prior, *options.robustness)
+    storage.check_output(options.out, [*folder, *filter(None, files)])
     data = _load_data(options.data) if options.data else None
     source = checkpoints.load(options.model, options.pretrained, quick_gelu=options.quickgelu)
     words = bundle.wording(source, options.description, options.template, options.null_template)

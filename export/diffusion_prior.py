@@ -11,9 +11,7 @@ and three tokens are left to be computed rather than eighty.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +38,7 @@ from edgeclip.purify import DiffPurifier
 from edgeclip.storage import sha256
 from export import ExportError
 from export.checkpoints import Source, read_file
+from export.files import check_graph_target, graph_draft
 from export.progress import step
 from export.to_onnx import Shape, check_shapes, export_graph
 from export.verify import session
@@ -342,18 +341,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.text_length < 1:
             raise ExportError(f"--text-length must be 1 or more, got {options.text_length}")
-        if options.out.exists() and not options.force:
-            raise ExportError(f"{options.out} exists: add --force to replace it")
+        weights = [options.prior, options.prior / WEIGHTS]
+        check_graph_target(options.out, options.force, weights)
         prior = load_prior(options.prior).model
-        # Beside its place, and there only once it is known to be right.
-        with tempfile.TemporaryDirectory(dir=options.out.resolve().parent) as work:
-            case = Path(work) / options.out.name, None, options.gradient, options.text_length
+        with graph_draft(options.out) as path:
+            case = path, None, options.gradient, options.text_length
             with step("exporting the step"):
                 export_step(prior, *case)
             with step("comparing it with PyTorch"):
                 parity = verify_step(prior, *case)
-            for file in Path(work).iterdir():  # with a file of weights beside it if it is large
-                os.replace(file, options.out.with_name(file.name))
     except (EdgeclipError, OSError) as err:
         print(f"error: {err}", file=sys.stderr)
         return 2

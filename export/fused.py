@@ -9,9 +9,8 @@ that TensorRT, OpenVINO and ONNX Runtime all have. What is left to the caller is
 from __future__ import annotations
 
 import argparse
-import os
+import io
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeclip import LabelSet, Runtime, read_labels
+from edgeclip import LabelSet, Runtime, read_labels, storage
 from edgeclip.arguments import Parser, positive, step_size, up_to
 from edgeclip.bundle import Bundle
 from edgeclip.encoders import open_session
@@ -30,7 +29,7 @@ from edgeclip.labels import read_templates
 from edgeclip.manifest import PRECISIONS
 from edgeclip.purify import MAX_STEPS, CosPurifier, DiffPurifier, Purifier, resolve
 from export import ExportError
-from export.files import let_all_in, save
+from export.files import check_graph_target, graph_draft, save
 from export.fused_graph import TOP_K, Head, fuse
 from export.progress import step
 
@@ -177,10 +176,12 @@ def encode_labels(runtime: Runtime, path: Path, templates: list[str]) -> LabelSe
 
 def _write_classes(labels: LabelSet, path: Path) -> None:
     """As NumPy's file, or as the bytes alone, which trtexec --loadInputs takes."""
+    file = io.BytesIO()  # np.save asks a pipe for its position
     if path.suffix == ".npy":
-        np.save(path, labels.embeddings)
+        np.save(file, labels.embeddings)
     else:
-        labels.embeddings.astype("<f4").tofile(path)
+        file.write(labels.embeddings.astype("<f4").tobytes())
+    storage.write(path, file.getvalue())
 
 
 def _top_k(text: str) -> int | None:
@@ -216,11 +217,12 @@ def run(options: argparse.Namespace) -> None:
         raise ExportError(f"{options.out}: name a file that ends in {' or '.join(suffixes)}")
     if options.labels and options.classes_for:
         raise ExportError("--labels builds classes in, --classes-for writes them: name one of them")
-    if options.out.exists() and not options.force:
-        raise ExportError(f"{options.out} exists: add --force to replace it")
+    texts = [path for path in (options.labels, options.classes_for) if path]
+    check_graph_target(options.out, options.force, [*texts, *options.template])
     if options.classes_for:
         options.purify = "none"  # whatever the bundle recommends: it is nothing to texts
     runtime, purifier = open_runtime(options)
+    check_graph_target(options.out, True, runtime.bundle.paths())
     if options.classes_for:
         labels = encode_labels(runtime, options.classes_for, options.template)
         _write_classes(labels, options.out)
@@ -228,14 +230,8 @@ def run(options: argparse.Namespace) -> None:
         return
     labels = options.labels and encode_labels(runtime, options.labels, options.template)
     head = Head(purifier, options.top_k, labels)
-    # Beside its place, and there only once it is known to be right.
-    with tempfile.TemporaryDirectory(dir=options.out.resolve().parent) as work:
-        path = Path(work) / options.out.name
-        with step("writing the graph, and comparing it with the runtime"):
-            difference = write_fused(runtime, path, head, input_type=options.input_type)
-        let_all_in(Path(work))
-        for file in Path(work).iterdir():  # with a file of weights beside it if it is large
-            os.replace(file, options.out.with_name(file.name))
+    with graph_draft(options.out) as path, step("writing the graph, and comparing it"):
+        difference = write_fused(runtime, path, head, input_type=options.input_type)
     print(
         f"{options.out}: purify {purifier or 'none'}, {difference:.1e} from the runtime's answers"
     )

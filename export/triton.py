@@ -19,6 +19,7 @@ import re
 import sys
 from pathlib import Path
 
+from edgeclip import storage
 from edgeclip.arguments import Parser, up_to
 from edgeclip.encoders import open_session
 from edgeclip.errors import EdgeclipError
@@ -97,6 +98,8 @@ def run(options: argparse.Namespace) -> None:
     out = (options.out / options.name).resolve()
     check_target(out, CONFIG, "model of Triton's", options.force)
     runtime, purifier = open_runtime(options)
+    inputs = [options.labels, *options.template, *runtime.bundle.paths()]
+    storage.check_output(out, inputs)
     labels = encode_labels(runtime, options.labels, options.template)
     with workshop(out) as work:
         (work / MODEL).parent.mkdir()

@@ -90,6 +90,60 @@ def test_force_does_not_delete_what_is_no_bundle(
     assert "is a file: name a directory" in last_line(capsys)
 
 
+@pytest.mark.parametrize("kind", ["model", "pretrained", "robustness", "prior"])
+def test_force_does_not_destroy_an_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    out = tmp_path / "bundle"
+    out.mkdir()
+    (out / "manifest.json").write_text("old")
+    folder = write_folder((out if kind == "model" else tmp_path) / "run", "vit")
+    given = folder if kind == "model" else out / "given"
+    given.touch() if kind != "model" else None
+    more = [] if kind == "model" else [f"--{kind}", given]
+    (tmp_path / "link").symlink_to("bundle")
+    for name in ("bundle", "link"):
+        assert run(folder, "-o", tmp_path / name, "--force", *more) == 2
+        assert last_line(capsys) == (
+            f"error: cannot write {tmp_path / name}: that would destroy the input {given}; "
+            "name another output"
+        )
+    assert given.exists()
+    assert (out / "manifest.json").read_text() == "old"
+
+
+def test_a_bundle_replaces_the_target_of_a_link_and_keeps_its_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = exported("vit")
+    reuse_encoders(monkeypatch, made)
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.mkdir()
+    target.chmod(0o700)
+    link.symlink_to("target")
+    for name in (".target.old", "target.old", "link.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").touch()
+    bundle.export_bundle(made.source, link, bundle.wording(made.source))
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o700
+    Bundle(target).verify()
+    bundle.export_bundle(made.source, link, bundle.wording(made.source), force=True)
+    assert target.stat().st_mode & 0o777 == 0o700
+    others = {".target.old", "target.old", "link.old"}
+    assert {path.name for path in tmp_path.iterdir()} == others | {"target", "link"}
+    assert all((tmp_path / name / "mine").exists() for name in others)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    folder, out = write_folder(tmp_path / "run", "vit"), tmp_path / "file" / "bundle"
+    assert run(folder, "-o", out) == 2
+    assert last_line(capsys).startswith(f"error: cannot write {out}: ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import shutil
+import stat
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -404,6 +407,86 @@ def test_wrong_usage_is_one_line(
     assert err[-1].startswith("error: ")
     assert line in err[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["old.onnx"]
+
+
+def test_a_graph_replaces_the_target_of_a_link_and_keeps_its_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "SINGLE_FILE", 0)  # with its weights beside it
+    target, link = tmp_path / "target.onnx", tmp_path / "link.onnx"
+    target.write_text("old")
+    target.chmod(0o600)
+    link.symlink_to("target.onnx")
+    command = [str(exported("vit").bundle.path), "-o", str(link)]
+    assert main(command) == 2
+    assert target.read_text() == "old"
+    assert main([*command, "--force"]) == 0
+    assert link.is_symlink()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert locations(link) == {"target.onnx.data"}
+    open_graph(link)
+    names = {"link.onnx", "target.onnx", "target.onnx.data"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_weights_of_another_graph_are_replaced_only_with_force(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.onnx.data").write_text("mine")
+    assert main([str(exported("vit").bundle.path), "-o", str(tmp_path / "a.onnx")]) == 2
+    assert capsys.readouterr().err.endswith("a.onnx.data exists: add --force to replace it\n")
+    assert (tmp_path / "a.onnx.data").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["labels", "classes", "template", "bundle", "weights"])
+def test_inputs_are_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    source = Path(shutil.copytree(exported("vit").bundle.path, tmp_path / "bundle"))
+    text = tmp_path / ("given.npy" if kind == "classes" else "given.onnx")
+    text.write_text("a {}\n")
+    name = next(name for name in Bundle(source).manifest.files if name.startswith("image_encoder"))
+    output, more = {
+        "labels": (text, ["--labels", text]),
+        "classes": (text, ["--classes-for", text]),
+        "template": (text, ["--template", text, "--labels", EXAMPLES / "labels.txt"]),
+        "bundle": (source / name, []),
+        "weights": (tmp_path / "out.onnx", ["--labels", tmp_path / "out.onnx.data"]),
+    }[kind]
+    if kind == "weights":
+        (tmp_path / "out.onnx.data").write_text("a\n")
+    contents = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main([str(source), "-o", str(output), "--force", *map(str, more)]) == 2
+    assert "that would destroy the input" in capsys.readouterr().err
+    for path, before in contents.items():
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".npy", ".bin"])
+def test_a_fifo_takes_what_a_file_takes(tmp_path: Path, suffix: str) -> None:
+    labels = str(EXAMPLES / "labels.txt")
+    more = [] if suffix == ".onnx" else ["--classes-for", labels]
+    fifo, file = tmp_path / f"fifo{suffix}", tmp_path / f"file{suffix}"
+    os.mkfifo(fifo)
+    command = [str(exported("vit").bundle.path), *more, "-o"]
+    assert main([*command, str(file)]) == 0
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(fifo.read_bytes()), daemon=True)
+    reader.start()
+    assert main([*command, str(fifo)]) == 0
+    reader.join()
+    assert found == [file.read_bytes()]
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
+    assert {path.name for path in tmp_path.iterdir()} == {fifo.name, file.name}
+
+
+def test_a_fifo_takes_no_second_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(files, "SINGLE_FILE", 0)
+    os.mkfifo(tmp_path / "fifo.onnx")
+    assert main([str(exported("vit").bundle.path), "-o", str(tmp_path / "fifo.onnx")]) == 2
+    assert "takes one file, and these weights need a second" in capsys.readouterr().err
 
 
 def test_the_command_makes_one_and_refuses_a_diffusion_prior_early(

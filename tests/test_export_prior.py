@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -280,6 +282,30 @@ def test_command_says_how_near_it_is(
     assert "loss_max_rel_diff        1e-06" in capsys.readouterr().out
     assert main([str(weights), "-o", str(tmp_path / "a.onnx"), "--text-length", "0"]) == 2
     assert last_line(capsys) == "error: --text-length must be 1 or more, got 0"
+
+
+def test_command_destroys_nothing(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    def export(_: object, path: Path, *__: object) -> None:
+        path.write_text("graph")
+
+    monkeypatch.setattr("export.diffusion_prior.export_step", export)
+    monkeypatch.setattr("export.diffusion_prior.verify_step", lambda *_: {})
+    run = Path(shutil.copytree(weights.parent, tmp_path / "run"))
+    (run / "prior.safetensors").write_bytes(weights.read_bytes())
+    for given in (run / weights.name, run):
+        file = given if given.is_file() else run / "prior.safetensors"
+        assert main([str(given), "-o", str(file), "--force"]) == 2
+        assert "that would destroy the input" in last_line(capsys)
+        assert file.read_bytes() == weights.read_bytes()
+    assert main([str(weights), "-o", "/dev/null"]) == 0
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    (tmp_path / "link").symlink_to("target")
+    assert main([str(weights), "-o", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "graph"
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "link", "target"}
 
 
 # The step of a bundle.

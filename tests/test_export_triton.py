@@ -155,6 +155,28 @@ def test_a_model_is_replaced_only_with_force_and_only_when_it_is_good(
     assert thesis.exists()
 
 
+def test_inputs_are_not_destroyed_and_links_and_modes_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [SOURCE, "-o", str(tmp_path), "--force", "--labels"]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "edgeclip").symlink_to("elsewhere")
+    assert main([*command, str(LABELS)]) == 0
+    assert (tmp_path / "edgeclip").is_symlink()
+    assert (tmp_path / "elsewhere" / "config.pbtxt").is_file()
+
+    own = tmp_path / "edgeclip" / "mine.txt"
+    own.write_text("one\ntwo\n")
+    assert main([*command, str(own)]) == 2
+    assert f"that would destroy the input {own}" in capsys.readouterr().err
+    assert own.read_text() == "one\ntwo\n"
+
+    (tmp_path / "elsewhere").chmod(0o750)
+    assert main([*command, str(LABELS)]) == 0
+    assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o750
+    assert {path.name for path in tmp_path.iterdir()} == {"edgeclip", "elsewhere"}
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

@@ -288,6 +288,18 @@ def test_standard_output_that_is_a_file_is_not_truncated(tmp_path: Path) -> None
     assert path.read_bytes() == b"first printed\nwritten last"
 
 
+def test_a_zip_file_appended_to_a_file_is_whole(tmp_path: Path) -> None:
+    """>> file"""
+    path = tmp_path / "file"
+    path.write_bytes(b"first ")
+    with open(path, "ab") as file, storage.writing(file.fileno()) as out:
+        np.savez(out, a=np.arange(3))
+    with np.load(io.BytesIO(path.read_bytes().removeprefix(b"first "))) as arrays:
+        assert arrays["a"].tolist() == [0, 1, 2]
+    with storage.writing("/dev/null") as out:
+        np.savez(out, a=np.arange(3))
+
+
 def test_a_reader_that_went_away_is_no_error_of_the_file() -> None:
     reading, fd = os.pipe()
     os.close(reading)

@@ -212,6 +212,16 @@ def test_folders_that_are_not_this_run(settings: Settings, clip: Path, tmp_path:
         train(replace(short, out=other))
 
 
+@pytest.mark.parametrize("marker", ["manifest.json", "open_clip_config.json"])
+def test_bundle_or_model_is_not_overwritten(settings: Settings, marker: str) -> None:
+    settings.out.mkdir()
+    for name in (marker, "embeddings.safetensors"):
+        (settings.out / name).write_text("mine")
+    with pytest.raises(SettingsError, match="holds a model or a bundle: name another folder"):
+        train(settings)
+    assert (settings.out / "embeddings.safetensors").read_text() == "mine"
+
+
 def test_clip_whose_texts_are_of_another_width(settings: Settings, tmp_path: Path) -> None:
     other = write_folder(tmp_path / "other", "vit", **VISION)  # 48 wide, its text tokens 32
     with pytest.raises(SettingsError, match="a prior needs a CLIP in which these are the same"):

@@ -132,6 +132,15 @@ def test_existing_run_is_not_overwritten(fashion_folder: Path, tmp_path: Path) -
         main(chosen)
 
 
+def test_finished_model_is_not_overwritten(fashion_folder: Path, tmp_path: Path) -> None:
+    for name in ("open_clip_config.json", "open_clip_model.safetensors", "bpe.txt.gz"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(SettingsError, match="holds a finished model: name another folder"):
+        main(settings(fashion_folder, tmp_path, epochs=1, limit_batches=1))
+    assert (tmp_path / "bpe.txt.gz").read_text() == "mine"
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_missing_data_is_one_clear_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "train.pretrain", "--out", str(tmp_path / "run")]
     found = subprocess.run(

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from edgeclip import EdgeclipError
 from train.report import MARKS, main
 from train.settings import SettingsError
 
@@ -378,6 +379,13 @@ def test_document_keeps_all_else(tmp_path: Path) -> None:
     assert "old" not in text
     main([file, "--into", str(document)])
     assert document.read_text() == text
+
+
+def test_result_is_not_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    path.write_text("<!-- train.report -->\n<!-- /train.report -->\n")
+    with pytest.raises(EdgeclipError, match="that would destroy the input"):
+        main([str(path), "--into", str(path)])
 
 
 def test_unusable_files(tmp_path: Path) -> None:

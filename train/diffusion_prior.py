@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edgeclip import storage
+from edgeclip.bundle import MANIFEST
 from export.bundle import wording
-from export.checkpoints import Source, load
+from export.checkpoints import CONFIG, Source, load
 from export.diffusion_prior import WEIGHTS, text_tokens
 from train import data
 from train.augment import AUGMENTATIONS
@@ -231,6 +232,9 @@ def open_folder(settings: Settings, now: dict[str, Any]) -> dict[str, Any] | Non
         raise SettingsError(f"{out} is a file: --out names a folder")
     previous = load_checkpoint(out)
     if previous is None:
+        for name in (CONFIG, MANIFEST):  # some of whose files have the names of this run's
+            if (out / name).is_file():
+                raise SettingsError(f"{out} holds a model or a bundle: name another folder")
         return None
     if "prior" not in previous:
         raise SettingsError(f"{out} holds a run of another kind: name another folder")

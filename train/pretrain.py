@@ -10,7 +10,6 @@ since a batch holds each of ten classes many times. Stop it at any time: with --
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -23,6 +22,8 @@ from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from edgeclip.json_output import to_json
+from export.checkpoints import CONFIG
 from train import fashion
 from train.runs import load_checkpoint, save_checkpoint, save_model, write_small_bpe
 from train.settings import SettingsError, parse_settings, run, setting
@@ -174,6 +175,13 @@ def main(settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
     train_split = fashion.load_split(settings.data, train=True, download=settings.download)
     test_split = fashion.load_split(settings.data, train=False, download=settings.download)
+    previous = load_checkpoint(settings.out)
+    if previous is not None and not settings.resume:
+        raise SettingsError(
+            f"{settings.out} holds a run already: add --resume, or name another folder"
+        )
+    if previous is None and (settings.out / CONFIG).is_file():
+        raise SettingsError(f"{settings.out} holds a finished model: name another folder")
     settings.out.mkdir(parents=True, exist_ok=True)
     tokenizer = write_small_bpe(settings.out / "bpe.txt.gz", settings.bpe_merges)
     config = model_config(settings, tokenizer.vocab_size)
@@ -190,11 +198,6 @@ def main(settings: Settings) -> None:
     total = steps_per_epoch * settings.epochs
     first_epoch = 0
 
-    previous = load_checkpoint(settings.out)
-    if previous is not None and not settings.resume:
-        raise SettingsError(
-            f"{settings.out} holds a run already: add --resume, or name another folder"
-        )
     if previous is not None:
         model.load_state_dict(previous["model"])
         optimizer.load_state_dict(previous["optimizer"])
@@ -248,7 +251,7 @@ def main(settings: Settings) -> None:
                 "light_accuracy": accuracy(model, tokenizer, length, light, test_split.labels),
                 "seconds": time.monotonic() - started,
             }
-            metrics.write(json.dumps(row) + "\n")
+            metrics.write(to_json(row) + "\n")
             metrics.flush()
             progress.console.print(row)
             save_checkpoint(

@@ -433,6 +433,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     if args.samples is not None:
         check_number("samples", args.samples, 1)
+    if args.into is not None:
+        storage.check_output(args.into, args.results)
     measured = [read(path, args.samples) for path in args.results]
     text = tables(measured, brief=args.brief, checks=args.checks)
     drawn = {} if args.plots is None else plots.draw(measured, args.plots)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
 from edgeclip import storage
+from edgeclip.json_output import to_json
 from export.checkpoints import Source
 from train.settings import SettingsError
 
@@ -59,7 +59,7 @@ def copy_tokenizer(source: Source, folder: Path) -> None:
     for name in filter(None, (merges, *TOKENIZER_FILES)):
         file = source.folder / name if source.folder else None
         if file and file.is_file() and not (folder / name).exists():
-            shutil.copyfile(file, folder / name)
+            storage.write(folder / name, file.read_bytes())
 
 
 def save_model(folder: Path, model: CLIP, config: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ def save_model(folder: Path, model: CLIP, config: dict[str, Any]) -> None:
     weights = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     with storage.draft(folder / "open_clip_model.safetensors") as part:
         save_file(weights, part)
-    storage.write(folder / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
+    storage.write(folder / "open_clip_config.json", to_json(config, indent=2) + "\n")
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -100,18 +100,18 @@ class Metrics:
         if not enabled:
             return
         path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for line in whole if json.loads(line).get("step", 0) <= step]
         storage.write(path, "".join(kept))
-        self._file = open(path, "a")  # noqa: SIM115  (closed on exit)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed on exit)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add a row of figures; it names its step."""
         if not self._enabled:
             return
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(to_json(row) + "\n")
         self._file.flush()
         for name, value in row.items():
             if name != "step":
