@@ -33,7 +33,8 @@ from edgeclip.arguments import (
 )
 from edgeclip.bundle import Bundle
 from edgeclip.errors import EdgeclipError, ImageError
-from edgeclip.images import ImageSource, expand
+from edgeclip.folders import expand
+from edgeclip.images import ImageSource
 from edgeclip.json_output import show_json
 from edgeclip.labels import STDIN, check_labels, read_labels, read_templates
 from edgeclip.output import (

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard
 
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.errors import ImageError
+from edgeclip.formats import FORMATS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,8 +33,6 @@ ImageSource: TypeAlias = (
 
 # Pillow's own limit against decompression bombs, in pixels: above any camera of today.
 MAX_PIXELS = 178_956_970
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 STRIP = 64  # rows copied at a time
 
 # Of six photographs, as JPEGs of quality 75 and 95 in all three scales, the worst embedding had the
@@ -173,37 +171,3 @@ def _orientation(image: Image) -> int:
 def _turned(image: Image) -> bool:
     """Whether a viewer swaps width and height, by EXIF."""
     return _orientation(image) in (5, 6, 7, 8)
-
-
-def expand(arguments: Iterable[str]) -> list[str]:
-    """Image files named by paths, directories (recursive, sorted) and glob patterns.
-
-    An argument that names no image, and a directory that cannot be read, stays as it is, so that
-    `decode` says what is wrong with it.
-    """
-    files: list[str] = []
-    for argument in arguments:
-        found: list[str] = []
-        if os.path.isdir(argument):
-            found = _images_below(argument)
-        elif glob.has_magic(argument) and not os.path.lexists(argument):
-            found = sorted(filter(os.path.isfile, glob.glob(argument, recursive=True)))
-        files += found or [argument]
-    return files
-
-
-def _images_below(folder: str) -> list[str]:
-    found: list[str] = []
-
-    def refused(err: OSError) -> None:
-        found.append(str(err.filename))
-
-    for parent, _, names in os.walk(folder, onerror=refused):
-        paths = [os.path.join(parent, name) for name in names if _has_image_suffix(name)]
-        # A link that leads nowhere is named, a pipe or a device is not waited for.
-        found += [path for path in paths if os.path.isfile(path) or os.path.islink(path)]
-    return sorted(found)
-
-
-def _has_image_suffix(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES

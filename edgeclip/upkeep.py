@@ -24,7 +24,7 @@ from edgeclip.cache import LabelCache
 from edgeclip.devices import MAX_GPU_BATCH
 from edgeclip.engine_cache import EngineCache
 from edgeclip.errors import EdgeclipError
-from edgeclip.images import expand
+from edgeclip.folders import expand
 from edgeclip.json_output import show_json
 from edgeclip.labels import check_labels, read_labels
 from edgeclip.output import phase_progress, report_format, show_report

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from edgeclip import ImageError
-from edgeclip.images import decode, expand
+from edgeclip.images import decode
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -178,21 +178,3 @@ def test_arrays_that_are_no_pictures(array: np.ndarray) -> None:
 def test_other_types() -> None:
     with pytest.raises(TypeError, match="got int"):
         decode(3)  # type: ignore[arg-type]
-
-
-def test_expand(tmp_path: Path) -> None:
-    for name in ("b.png", "a.JPG", "deep/c.webp", "notes.txt"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    folder = str(tmp_path)
-    assert expand([folder]) == [f"{folder}/a.JPG", f"{folder}/b.png", f"{folder}/deep/c.webp"]
-    assert expand([f"{folder}/*.png", "-"]) == [f"{folder}/b.png", "-"]
-    assert expand([f"{folder}/**/*.webp"]) == [f"{folder}/deep/c.webp"]
-    assert expand([f"{folder}/none*.png"]) == [f"{folder}/none*.png"]
-
-
-def test_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
-    path = tmp_path / "shoe[1].png"
-    path.touch()
-    assert expand([str(path)]) == [str(path)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shutil
 import sys
 import types
 import urllib.error
@@ -289,6 +290,97 @@ def test_folder_with_names_in_a_file(tmp_path: Path) -> None:
         assert "has an empty line" in one_line(f"folder:{tmp_path}")
     (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
     assert "classes.txt: not UTF-8 text; save it as UTF-8" in one_line(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("train",), ("test",), ("test", "val")])
+def test_folder_with_others_beside_its_splits(splits: tuple[str, ...], tmp_path: Path) -> None:
+    for name in (*(f"{split}/cat" for split in splits), "extra/dog", ".cache/cat", "@eaDir/cat"):
+        put(tmp_path / name / "1.png")
+    for train in (True, False):
+        message = one_line(f"folder:{tmp_path}", train=train)
+        assert f"{tmp_path} has extra beside the split {' and '.join(splits)}" in message
+    for i in range(5):
+        put(tmp_path / f"more{i}" / "1.png")
+    assert "has extra, more0, more1, ... beside" in one_line(f"folder:{tmp_path}")
+    for name in ("extra", *(f"more{i}" for i in range(5))):
+        shutil.rmtree(tmp_path / name)
+    found = data.load(f"folder:{tmp_path}", train="train" in splits)
+    assert found.classes == ("cat",)
+    assert len(found) == 1
+
+
+def test_folder_of_classes_of_one_name(tmp_path: Path) -> None:
+    for name in ("a_b", "a b", "c"):
+        put(tmp_path / name / "1.png")
+    message = one_line(f"folder:{tmp_path}")
+    assert "the folders a b and a_b are one class by name, 'a b'" in message
+    (tmp_path / "classes.txt").write_text("cat\ndog\ncat\n")
+    message = one_line(f"folder:{tmp_path}")
+    assert "the folders a b and c are one class by name, 'cat'" in message
+    (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
+    assert data.load(f"folder:{tmp_path}", train=True).classes == ("cat", "dog", "bird")
+
+
+def test_folder_says_what_it_leaves_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    expected = {put(tmp_path / name): name[0] for name in ("a/1.jfif", "a/deep/2.jpe", "b/3.tif")}
+    found = data.load(f"folder:{tmp_path}", train=True)
+    assert contents(found) == expected
+    (tmp_path / "classes.txt").write_text("a\nb\n")  # is read, and not left out
+    data.load(f"folder:{tmp_path}", train=True)
+    assert not caplog.records
+    for name in ("a/._1.jpg", "b/.thumbnails/3.png", "b/@eaDir/4.png", "5.png", ".c/6.png"):
+        put(tmp_path / name)
+    (tmp_path / "a" / "7.heic").touch()
+    (tmp_path / "b" / "notes.txt").touch()
+    found = data.load(f"folder:{tmp_path}", train=True)
+    assert contents(found) == expected
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{tmp_path}: left out 6: 3 hidden or system, 1 images outside the class folders, "
+        "1 .heic (pip install 'edgeclip[formats]'), 1 not a picture (.txt)"
+    )
+    (tmp_path / "b" / "3.tif").unlink()
+    message = one_line(f"folder:{tmp_path}")
+    assert f"no images in {tmp_path}/b" in message
+    assert "1 not a picture (.txt)" in message
+
+
+def test_folder_with_links(tmp_path: Path) -> None:
+    expected = {
+        put(tmp_path / "elsewhere" / "1.png"): "cat",
+        put(tmp_path / "set" / "dog" / "2.png"): "dog",
+    }
+    (tmp_path / "set" / "cat").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(".")
+    (tmp_path / "set" / "dog" / "up").symlink_to(".")
+    found = data.load(f"folder:{tmp_path / 'set'}", train=True)
+    assert contents(found) == expected
+    assert len(found) == 2
+    (tmp_path / "set" / "dog" / "gone.png").symlink_to("nowhere")
+    found = data.load(f"folder:{tmp_path / 'set'}", train=True)
+    with pytest.raises(DataError, match=r"image 2 of folder cannot be read: .*gone\.png: no such"):
+        found[2]
+    (tmp_path / "set" / "bird").symlink_to("nowhere")
+    message = one_line(f"folder:{tmp_path / 'set'}")
+    assert f"{tmp_path}/set/bird is a link that leads nowhere" in message
+
+
+def test_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "cat" / "1.png")
+    put(tmp_path / "cat" / "secret" / "2.png")
+    scan = os.scandir
+
+    def refuse(path: str) -> object:  # as the system does, but for root
+        if os.path.basename(path) == "secret":
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    message = one_line(f"folder:{tmp_path}")
+    assert f"the folder {tmp_path}/cat/secret cannot be read" in message
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:

@@ -138,10 +138,11 @@ def test_folder_of_shards_alone(tmp_path: Path) -> None:
     ("members", "message"),
     [
         ({"a.png": b"", "b.png": b"", "b.cls": b"0"}, "sample a has no .cls"),
-        ({"x/b.cls": b"0"}, "sample x/b has no image (jpg, jpeg, png, webp)"),
+        ({"x/b.cls": b"0"}, "sample x/b has no image (jpg, png, ...)"),
         ({"a.png": b"", "a.cls": b"cat"}, "a.cls holds b'cat', not a class index"),
         ({"a.png": b"", "a.cls": b"-1"}, "a.cls holds -1"),
         ({"a.png": b"", "a.cls": b"2"}, "names 2 classes, and the shards have label 2"),
+        ({"a.png": b"", "a.jpg": b"", "a.cls": b"0"}, "the sample a has two images"),
         ({"a.txt": b"words"}, "no images in"),
         ({}, "no images in"),
     ],
@@ -169,6 +170,15 @@ def test_files_that_are_no_shards(tmp_path: Path) -> None:
     with tarfile.open(shard, "w:gz"):
         pass
     assert "no intact, uncompressed tar file" in one_line(f"webdataset:{shard}")
+
+
+@pytest.mark.parametrize("kind", ["jfif", "mpo", "tif", "GIF", "bmp", "heic"])
+def test_every_suffix_is_an_image(kind: str, tmp_path: Path) -> None:
+    write_lines(tmp_path / "classes.txt", ["cat", "dog"])
+    samples = {"a": (picture(), 1)}
+    write_shard(tmp_path / "0.tar", samples, kind)
+    found = data.load(f"webdataset:{tmp_path}", train=False)
+    assert contents(found) == {samples["a"][0].tobytes(): "dog"}
 
 
 def test_broken_images_are_named(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from edgeclip.errors import LabelError
+from edgeclip.folders import Listing
 from edgeclip.labels import read_lines
 from train import class_names
 from train.samples import DataError, ImageFiles, class_files, subfolders
@@ -39,16 +41,16 @@ def read_names(folder: Path) -> list[str] | None:
 
 
 def read_folder(folder: Path, train: bool) -> tuple[list[str], ImageFiles]:
-    """FOLDER/<class>/..., taken whole for either split, or FOLDER/<train|val|test>/<class>/....
+    """Read FOLDER/<class>/..., whole for either split, or FOLDER/<train|val|test>/<class>/....
 
     A class is named as its folder, with spaces for underscores, or by the line of
-    FOLDER/classes.txt that has its place among the sorted folder names. Raises DataError for
-    what is not laid out so.
+    FOLDER/classes.txt that has its place among the sorted folder names. What was left out is
+    logged. Raises DataError for what is not laid out so, and for classes of the same name.
     """
     if not folder.is_dir():
         raise DataError(f"no folder {folder}: name one that holds a folder of images per class")
     names, images = subfolders(folder), folder
-    if names and set(names) <= {split for splits in SPLITS.values() for split in splits}:
+    if _are_splits(folder, names):
         splits = [name for name in SPLITS[train] if name in names]
         if not splits:
             raise DataError(
@@ -58,18 +60,50 @@ def read_folder(folder: Path, train: bool) -> tuple[list[str], ImageFiles]:
         images = folder / splits[0]
         # A class keeps its index where another split has no image of it.
         names = sorted({name for split in names for name in subfolders(folder / split)})
-    if not names:
+    present = [name for name in names if (images / name).is_dir()]
+    if not present:
         raise DataError(f"no class folders in {images}: expected {images}/<class name>/<images>")
     classes = read_names(folder) or [class_names.words(name) for name in names]
+    _check_names(folder, names, classes)
+    listing = Listing()
+    listing.left_out["images outside the class folders"] = len(
+        Listing().read(str(images), recursive=False)
+    )
+    files = class_files([images / name for name in present], recursive=True, listing=listing)
+    place = [names.index(name) for name in present]
+    return classes, ImageFiles(files.paths, np.array(place)[files.labels])
+
+
+def _are_splits(folder: Path, names: Sequence[str]) -> bool:
+    """Whether folders of these names are splits, not classes. Raises DataError for both at once."""
+    known = {split for splits in SPLITS.values() for split in splits}
+    splits = [name for name in names if name in known]
+    others = [name for name in names if name not in known]
+    if not splits or not others:
+        return bool(splits)
+    first = folder / splits[0]
+    if len(splits) == 1 and (Listing().read(str(first), recursive=False) or not subfolders(first)):
+        return False  # a class that is called as a split is
+    raise DataError(
+        f"{folder} has {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} beside the split "
+        f"{' and '.join(splits)}: move it away, or make a class of it, <split>/<class>/<images>"
+    )
+
+
+def _check_names(folder: Path, names: Sequence[str], classes: Sequence[str]) -> None:
+    """Raise DataError where classes are not as many as their folders, or share a name."""
     if len(classes) != len(names):
         raise DataError(
             f"{folder} names {len(classes)} classes in its text file and has {len(names)} folders: "
             "write one name per line, in the order of the sorted folder names"
         )
-    present = [name for name in names if (images / name).is_dir()]
-    files = class_files([images / name for name in present], recursive=True)
-    place = [names.index(name) for name in present]
-    return classes, ImageFiles(files.paths, np.array(place)[files.labels])
+    shared, count = Counter(classes).most_common(1)[0]
+    if count > 1:
+        same = [name for name, known_as in zip(names, classes, strict=True) if known_as == shared]
+        raise DataError(
+            f"{folder}: the folders {' and '.join(same)} are one class by name, {shared!r}: "
+            f"put them together, or name them apart in {NAME_FILES[0]}"
+        )
 
 
 def plain_classes(

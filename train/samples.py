@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from edgeclip.errors import ImageError
-from edgeclip.images import SUFFIXES, decode
+from edgeclip.folders import Listing, is_skipped
+from edgeclip.images import decode
 
 
 class DataError(Exception):
@@ -87,38 +88,38 @@ class Loaded:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted, without hidden ones."""
-    return sorted(
-        entry.name
-        for entry in os.scandir(folder)
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
+    """Return the names of the folders in a folder, sorted, without those that are skipped.
 
-
-def images_in(folder: Path, *, recursive: bool = False) -> list[str]:
-    """The image files in a folder, sorted, without hidden ones."""
-    found = []
-    for parent, below, names in os.walk(folder, followlinks=True):
-        below[:] = [name for name in below if recursive and not name.startswith(".")]
-        found += [
-            os.path.join(parent, name)
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-        ]
-    return sorted(found)
-
-
-def class_files(folders: Sequence[Path], *, recursive: bool = False) -> ImageFiles:
-    """The images in each folder, labelled with the folder's index.
-
-    Raises DataError for a folder without images.
+    Raises DataError for a link that leads nowhere.
     """
+    entries = [entry for entry in os.scandir(folder) if not is_skipped(entry.name)]
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            raise DataError(f"{entry.path} is a link that leads nowhere: remove or repair it")
+    return sorted(entry.name for entry in entries if entry.is_dir())
+
+
+def class_files(
+    folders: Sequence[Path], *, recursive: bool = False, listing: Listing | None = None
+) -> ImageFiles:
+    """Return the images in each folder, labelled with the folder's index.
+
+    What was left out of all the folders, and already of `listing`, is logged in one line. Raises
+    DataError for a folder without images, or one that cannot be read.
+    """
+    listing = listing or Listing()
     paths: list[str] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        found = images_in(folder, recursive=recursive)
+        found = listing.read(str(folder), recursive=recursive)
+        if listing.unreadable:
+            raise DataError(f"the folder {listing.unreadable[0]} cannot be read")
         if not found:
-            raise DataError(f"no images in {folder}: remove the folder, or put its images there")
+            raise DataError(
+                f"no images in {folder}: remove the folder, or put its images there"
+                + (f" ({summary})" if (summary := listing.summary()) else "")
+            )
         paths += found
         labels += [label] * len(found)
+    listing.report(os.path.commonpath(folders))
     return ImageFiles.of(paths, labels)

@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from edgeclip.errors import ImageError, LabelError
+from edgeclip.formats import EXTRAS, SUFFIXES
 from edgeclip.images import decode
 from edgeclip.labels import read_lines
 from train.folders import NAME_FILES, SPLITS, read_names
 from train.samples import DataError
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+# Of all formats: what an image needs that is not installed is said where it is decoded.
+IMAGES = {s.lstrip(".") for s in SUFFIXES.union(*(extra.suffixes for extra in EXTRAS))}
 TEMPLATES = "zeroshot_classification_templates.txt"
 MANY_SHARDS = 20  # about as many as take longer to scan than a person likes to wait
 
@@ -167,6 +169,8 @@ def _samples(shard: str) -> Iterator[tuple[int, int, int]]:
             stem, _, kind = name.partition(".")
             key = f"{folder}/{stem}"
             if kind.lower() in IMAGES:
+                if key in images:
+                    raise DataError(f"{shard}: the sample {key.lstrip('/')} has two images")
                 images[key] = member.offset_data, member.size
                 if member.offset_data + member.size > end:
                     raise EOFError(f"it ends within {member.name}")
@@ -177,7 +181,7 @@ def _samples(shard: str) -> Iterator[tuple[int, int, int]]:
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise EOFError(f"there is no member and no end at byte {tar.offset}")
     for key in sorted(images.keys() ^ labels.keys()):
-        missing = ".cls with its class index" if key in images else f"image ({', '.join(IMAGES)})"
+        missing = ".cls with its class index" if key in images else "image (jpg, png, ...)"
         raise DataError(f"{shard}: the sample {key.lstrip('/')} has no {missing}")
     for key, (offset, size) in images.items():
         yield offset, size, labels[key]
