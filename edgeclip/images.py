@@ -1,10 +1,12 @@
-"""Anything that is a picture -> uint8 RGB (H, W, 3), as a person would see it."""
+"""Images from files, bytes, PIL and arrays as uint8 RGB (H, W, 3)."""
 
 from __future__ import annotations
 
 import io
+import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard
 
@@ -12,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.errors import ImageError
-from edgeclip.formats import FORMATS
+from edgeclip.formats import FORMATS, HEAD, extra_format
+from edgeclip.pixels import orientation, to_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,10 +33,13 @@ class CudaFrame(Protocol):
 ImageSource: TypeAlias = (
     "str | PathLike[str] | bytes | bytearray | memoryview | Image | NDArray[np.uint8] | CudaFrame"
 )
+Attempt: TypeAlias = "tuple[str | io.BytesIO, tuple[str, ...]]"  # a file, and formats of Pillow's
 
 # Pillow's own limit against decompression bombs, in pixels: above any camera of today.
 MAX_PIXELS = 178_956_970
-STRIP = 64  # rows copied at a time
+UNSUPPORTED = (
+    "broken image, or a variant of its format that cannot be decoded; save it as PNG or JPEG"
+)
 
 # Of six photographs, as JPEGs of quality 75 and 95 in all three scales, the worst embedding had the
 # cosine 0.99992 to the exact one where twice the pixels needed were left, and 0.9994 where 1.5 times
@@ -52,12 +58,13 @@ def is_on_gpu(source: ImageSource) -> TypeGuard[CudaFrame]:
 def decode(source: ImageSource, *, fast_for: ImageSpec | None = None) -> NDArray[np.uint8]:
     """Decode a path, the bytes of a file, a PIL image, or pass through a uint8 RGB array.
 
-    JPEG, PNG, WebP, BMP, TIFF and GIF; the first frame of an animation. EXIF orientation is
-    applied, transparency is laid on white, 16-bit grey is scaled to 8 bits.
+    Any of `edgeclip.formats`; the first picture of an animation. The orientation is applied,
+    transparency is laid on white, greys are scaled to 8 bits, metadata that cannot be read is ignored.
     fast_for: the encoder's input. A path or bytes of a JPEG far larger than that is decoded at 1/2,
     1/4 or 1/8 of its size, with at least twice the pixels needed left each way. None: exactly.
-    Raises ImageError where the file cannot be read or has more than MAX_PIXELS pixels, TypeError
-    and ValueError for an argument that is no picture.
+    Raises ImageError where the file cannot be read, needs a decoder that is not installed, has more
+    than MAX_PIXELS pixels or samples without an agreed range; TypeError and ValueError for an
+    argument that is no picture.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
@@ -81,19 +88,64 @@ def decode(source: ImageSource, *, fast_for: ImageSpec | None = None) -> NDArray
 def _decode_file(
     file: str | io.BytesIO, name: str, fast_for: ImageSpec | None
 ) -> NDArray[np.uint8]:
-    from PIL import Image, JpegImagePlugin
+    from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
-    def read() -> NDArray[np.uint8]:
-        with Image.open(file, formats=FORMATS) as image:
+    def read(source: str | io.BytesIO, formats: tuple[str, ...]) -> NDArray[np.uint8]:
+        with Image.open(source, formats=formats) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if fast_for is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
-                scale = _jpeg_scale(width, height, _turned(image), fast_for)
+                scale = _jpeg_scale(width, height, orientation(image) >= 5, fast_for)
                 image.draft(None, (max(width // scale, 1), max(height // scale, 1)))
             return to_rgb(image)
 
-    return _guard(read, name)
+    def read_first(attempts: Iterator[Attempt]) -> NDArray[np.uint8]:
+        source, formats = next(attempts)
+        try:
+            return read(source, formats)
+        except (ImageError, Image.DecompressionBombError, MemoryError):
+            raise
+        except Exception as err:  # decoders raise anything on a file that they do not like
+            if getattr(err, "errno", None) is not None:  # the system refuses it
+                raise
+            with suppress(StopIteration):
+                return read_first(attempts)
+            if source is not file and isinstance(err, UnidentifiedImageError):
+                raise ImageError(UNSUPPORTED) from err
+            raise
+
+    return _guard(lambda: read_first(_attempts(file)), name)
+
+
+def _attempts(file: str | io.BytesIO) -> Iterator[Attempt]:
+    """Yield the file, then the same for the decoder that it needs, then a copy without metadata."""
+    formats: tuple[str, ...] = FORMATS
+    yield file, formats
+    from edgeclip.metadata import without_metadata  # few files need it
+
+    with _contents(file) as data:
+        if extra := extra_format(data[:HEAD]):
+            extra.load()
+            formats = (extra.name,)
+            yield file, formats
+        if bare := without_metadata(data):
+            yield bare, formats
+
+
+@contextmanager
+def _contents(file: str | io.BytesIO) -> Iterator[bytes | mmap.mmap]:
+    """Yield the bytes of a file; none of a pipe, which can be read only once."""
+    if isinstance(file, io.BytesIO):
+        yield file.getvalue()
+    elif os.path.isfile(file) and os.path.getsize(file):
+        with (
+            open(file, "rb") as opened,
+            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            yield data
+    else:
+        yield b""
 
 
 def _jpeg_scale(width: int, height: int, turned: bool, spec: ImageSpec) -> int:
@@ -130,44 +182,3 @@ def _guard(read: Callable[[], NDArray[np.uint8]], name: str) -> NDArray[np.uint8
         raise ImageError(f"{name}: {err.strerror or f'broken image ({err})'}") from err
     except Exception as err:  # decoders raise anything on a broken file, struct.error included
         raise ImageError(f"{name}: broken image ({err})") from err
-
-
-def to_rgb(image: Image) -> NDArray[np.uint8]:
-    """A PIL image of any mode as uint8 RGB (H, W, 3), upright, on white where transparent."""
-    from PIL import Image as PILImage
-    from PIL import ImageOps
-
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ImageError("floating-point images have no agreed range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow may also hold as 32-bit integers
-        grey = np.asarray(image, dtype=np.int64).clip(0, 65535)
-        grey8 = ((grey + 128) // 257).astype(np.uint8)
-        return np.repeat(grey8[:, :, np.newaxis], 3, axis=2)
-    if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        white = PILImage.new("RGBA", picture.size, "white")
-        image = PILImage.alpha_composite(white, picture)
-    return _as_array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _as_array(image: Image) -> NDArray[np.uint8]:
-    """np.asarray(image) of an RGB image, which copies all of it twice, in memory that is new."""
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    for top in range(0, image.height, STRIP):
-        strip = image.crop((0, top, image.width, min(top + STRIP, image.height)))
-        pixels[top : top + STRIP] = np.asarray(strip)
-    return pixels
-
-
-def _orientation(image: Image) -> int:
-    from PIL import ExifTags
-
-    found: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return found
-
-
-def _turned(image: Image) -> bool:
-    """Whether a viewer swaps width and height, by EXIF."""
-    return _orientation(image) in (5, 6, 7, 8)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_files import encoded
 from PIL import Image
-from test_images import encoded
 
 import edgeclip
 from edgeclip import ImageError

@@ -9,18 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_files import chunk, encoded, stored
 from PIL import Image
 
 from edgeclip import ImageError
 from edgeclip.images import decode
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-def encoded(image: Image.Image, form: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -53,21 +48,10 @@ def test_sources_give_the_same_pixels(picture: Image.Image, tmp_path: Path) -> N
 def test_exif_orientation(orientation: int) -> None:
     pixels = np.zeros((20, 30, 3), np.uint8)
     pixels[:10, :15] = RED
-    upright = Image.fromarray(pixels)
-    # What a camera stores so that a viewer, undoing it, shows `upright`.
-    stored = {
-        1: lambda im: im,
-        2: lambda im: im.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-        3: lambda im: im.transpose(Image.Transpose.ROTATE_180),
-        4: lambda im: im.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
-        5: lambda im: im.transpose(Image.Transpose.TRANSPOSE),
-        6: lambda im: im.transpose(Image.Transpose.ROTATE_90),
-        7: lambda im: im.transpose(Image.Transpose.TRANSVERSE),
-        8: lambda im: im.transpose(Image.Transpose.ROTATE_270),
-    }[orientation](upright)
+    image = Image.fromarray(stored(pixels, orientation))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    np.testing.assert_array_equal(decode(encoded(stored, "PNG", exif=exif)), pixels)
+    np.testing.assert_array_equal(decode(encoded(image, "PNG", exif=exif)), pixels)
 
 
 def test_transparency_is_laid_on_white() -> None:
@@ -150,11 +134,6 @@ def test_missing_file_and_directory(tmp_path: Path) -> None:
 
 
 def test_decompression_bomb_is_refused_before_decoding() -> None:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
     bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
     with pytest.raises(ImageError, match="more than 178,956,970 pixels"):

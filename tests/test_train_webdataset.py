@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 import tarfile
 from pathlib import Path
 
@@ -179,6 +180,18 @@ def test_every_suffix_is_an_image(kind: str, tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", samples, kind)
     found = data.load(f"webdataset:{tmp_path}", train=False)
     assert contents(found) == {samples["a"][0].tobytes(): "dog"}
+
+
+def test_an_image_without_its_decoder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    heic = (Path(__file__).parent / "vectors" / "red_over_blue.heic").read_bytes()
+    write_lines(tmp_path / "classes.txt", ["cat"])
+    write_tar(tmp_path / "0.tar", {"a.heic": heic, "a.cls": b"0"})
+    found = data.load(f"webdataset:{tmp_path}", train=False)
+    with pytest.raises(DataError, match=r"pip install 'edgeclip\[formats\]'"):
+        found[0]
 
 
 def test_broken_images_are_named(tmp_path: Path) -> None:

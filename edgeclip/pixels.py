@@ -1,0 +1,150 @@
+"""Pixels of a PIL image of any kind as 8-bit RGB, as a person would see them."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeclip.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ORIENTATION = 0x0112  # the tag in EXIF
+STRIP = 64  # rows copied at a time
+
+# Tags of TIFF, and values of theirs.
+BITS, COMPRESSION, PHOTOMETRIC, PLANES, COLOURS, FORMAT, SUBSAMPLING = (
+    258, 259, 262, 284, 320, 339, 530
+)  # fmt: skip
+UNCOMPRESSED, WHITE_IS_ZERO, SEPARATE, SIGNED = 1, 0, 2, 2
+
+# PNG's greys of 2 and 4 bits are scaled to 8 by Pillow, but not the grey that is transparent.
+PNG_STEPS = {"L;2": 85, "L;4": 17}
+
+
+def to_rgb(image: Image) -> NDArray[np.uint8]:
+    """Return uint8 RGB (H, W, 3), upright, on white where the image is transparent.
+
+    Raises ImageError for samples without an agreed range, and where Pillow would decode wrongly.
+    """
+    from PIL import Image as PILImage
+
+    # What only the opened file tells: a copy of it is an image without it.
+    tags: Any = getattr(image, "tag_v2", {})
+    raw = _raw_mode(image)
+    transparent = image.info.get("transparency")
+    if problem := _problem(image, tags, raw):
+        raise ImageError(problem)
+    image.load()  # before the orientation: Pillow applies a TIFF's own, and removes it
+    image = _upright(image)
+    if image.mode.startswith("I"):
+        bits = tags.get(BITS, (16,))[0]
+        inverted = bool(tags) and tags.get(PHOTOMETRIC, WHITE_IS_ZERO) == WHITE_IS_ZERO
+        return _grey(image, 2**bits - 1, transparent, inverted)
+    if image.mode == "L" and isinstance(transparent, int):
+        return _grey(image, 255, transparent * PNG_STEPS.get(raw, 1))
+    if image.mode == "P" and tags and max(tags[COLOURS]) < 256:  # should have 16 bits, has 8
+        palette: NDArray[np.uint8] = np.array(tags[COLOURS], np.uint8).reshape(3, -1).T
+        return np.take(palette, np.asarray(image), axis=0)
+    if image.has_transparency_data:
+        if image.mode == "La":  # which Pillow converts to nothing else
+            image = image.convert("LA")
+        picture = image.convert("RGBA")
+        white = PILImage.new("RGBA", picture.size, "white")
+        image = PILImage.alpha_composite(white, picture)
+    return _as_array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def orientation(image: Image) -> int:
+    """Return EXIF's orientation, 1 to 8, or else XMP's; 1 where neither can be read."""
+    found = None
+    with suppress(Exception):  # Pillow raises anything on broken EXIF
+        found = image.getexif().get(ORIENTATION)
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _upright(image: Image) -> Image:
+    """Return the image turned by its orientation, without a look at the rest of its EXIF."""
+    turn = orientation(image)
+    if turn == 1:
+        return image
+    # A JPEG XL is upright once decoded, unless it is a repacked JPEG, and keeps its EXIF.
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return image
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[turn])
+
+
+def _raw_mode(image: Image) -> str:
+    """Return how a PNG's samples are stored; "" for another format, or once it is loaded."""
+    tiles = getattr(image, "tile", None)
+    return str(tiles[0][3]) if tiles and image.format == "PNG" else ""
+
+
+def _problem(image: Image, tags: Any, raw: str) -> str | None:
+    """Say why the samples of an image cannot be shown, or cannot be decoded rightly."""
+    transparent = image.info.get("transparency")
+    if image.mode == "F":
+        return "floating-point images have no agreed range; save it with 8 or 16 bits"
+    if SIGNED in tags.get(FORMAT, ()):
+        return "signed integers have no agreed range; save it with 8 or 16 bits, unsigned"
+    if (
+        image.mode == "I" and image.format != "PNG"
+    ):  # in which older versions of Pillow have 16 bits
+        return "32-bit integers have no agreed range; save it with 8 or 16 bits"
+    if isinstance(transparent, tuple) and (raw == "RGB;16B" or max(transparent) > 255):
+        return "a transparent colour of 16 bits is not supported; save it with an alpha channel"
+    if _pillow_is_wrong(image.mode, tags):
+        return "a layout of TIFF that is not supported; save it as PNG"
+    return None
+
+
+def _pillow_is_wrong(mode: str, tags: Any) -> bool:
+    """Whether Pillow takes the samples of a TIFF for others than they are.
+
+    It reads uncompressed planes as if they had 8 bits, planes of a grey with alpha as if they
+    alternated, and chroma that is stored for several pixels at once as if each had its own.
+    """
+    if not tags:
+        return False
+    uncompressed = tags.get(COMPRESSION, UNCOMPRESSED) == UNCOMPRESSED
+    if tags.get(PLANES) == SEPARATE:
+        if uncompressed:
+            return mode not in ("RGB", "RGBA", "CMYK") or max(tags[BITS]) != 8
+        return mode in ("LA", "La", "PA")
+    return mode == "YCbCr" and uncompressed and tags.get(SUBSAMPLING, (2, 2)) != (1, 1)
+
+
+def _grey(
+    image: Image, most: int, transparent: int | None, inverted: bool = False
+) -> NDArray[np.uint8]:
+    """Scale greys of 0 to `most` to 8 bits, white where they are the transparent one."""
+    stored = np.asarray(image).astype(np.uint32)
+    levels = most - stored if inverted else stored
+    grey = ((levels * 255 + most // 2) // most).astype(np.uint8)
+    if transparent is not None:
+        grey[stored == transparent] = 255
+    return np.repeat(grey[:, :, np.newaxis], 3, axis=2)
+
+
+def _as_array(image: Image) -> NDArray[np.uint8]:
+    """np.asarray(image) of an RGB image, which copies all of it twice, in memory that is new."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, STRIP):
+        strip = image.crop((0, top, image.width, min(top + STRIP, image.height)))
+        pixels[top : top + STRIP] = np.asarray(strip)
+    return pixels
