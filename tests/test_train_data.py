@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from data_sets import WRITERS, put
+from image_files import chunk, encoded, exif, turned, with_chunks
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 
@@ -381,6 +382,39 @@ def test_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "scandir", refuse)
     message = one_line(f"folder:{tmp_path}")
     assert f"the folder {tmp_path}/cat/secret cannot be read" in message
+
+
+FILES = {  # an image of each public set that is files
+    "food101": "food-101/images/apple_pie/test0.jpg",
+    "pets": "oxford-iiit-pet/images/Abyssinian_test.jpg",
+    "flowers102": "flowers-102/jpg/image_00005.jpg",
+    "dtd": "dtd/dtd/images/texture0/texture0_test.jpg",
+    "fgvc-aircraft": "fgvc-aircraft-2013b/data/images/test0.jpg",
+    "cars": "stanford_cars/cars_test/00001.jpg",
+    "eurosat": "eurosat/2750/AnnualCrop/AnnualCrop_1.jpg",
+    "caltech101": "caltech101/101_ObjectCategories/Faces/image_0001.jpg",
+    "tiny-imagenet": "tiny-imagenet-200/val/images/val_0.JPEG",
+    "imagenet": "imagenet/val/n01440764/n01440764_1.JPEG",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.usefixtures("unchecked")
+def test_images_of_public_sets_are_decoded_as_all_are(name: str, tmp_path: Path) -> None:
+    """Whatever their metadata, upright, on white."""
+    WRITERS[name](tmp_path)
+    image = Image.fromarray(data_sets.picture(8, 16)).convert("RGBA")
+    image.putpixel((0, 0), (9, 9, 9, 0))
+    sideways = chunk(b"eXIf", exif(turned(6)))
+    broken = chunk(b"tEXt", b"a\0b", damage=1)
+    (tmp_path / FILES[name]).write_bytes(with_chunks(encoded(image, "PNG"), broken, sideways))
+    found = data.load(f"{name}:{tmp_path}", train=False)
+    shapes = [found[i][0].shape for i in range(len(found))]
+    assert shapes.count((16, 8, 3)) == 1
+    pixels = found[shapes.index((16, 8, 3))][0]
+    upright = np.rot90(np.asarray(image.convert("RGB")), -1).copy()
+    upright[0, -1] = 255
+    np.testing.assert_array_equal(pixels, upright)
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class ImageFiles:
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A data set of torchvision, which gives PIL images."""
+    """A data set of torchvision, which gives PIL images or, by `decode` as its loader, arrays."""
 
     data: Any
 

@@ -16,9 +16,18 @@ from typing import Any
 
 import numpy as np
 
+from edgeclip.images import decode
 from train import class_names, fashion
 from train.folders import plain_classes, tiny_imagenet, wordnet_classes
-from train.samples import Arrays, DataError, Loaded, Samples, class_files, default_root
+from train.samples import (
+    Arrays,
+    DataError,
+    ImageFiles,
+    Loaded,
+    Samples,
+    class_files,
+    default_root,
+)
 
 # (root, train, download) -> class names and samples. A FileNotFoundError without a file's name
 # says that the data set is not there.
@@ -47,13 +56,13 @@ class Source:
     trains: bool = True
 
 
-def _torchvision(loader: str, root: Path, download: bool, **options: Any) -> Any:
+def _torchvision(name: str, root: Path, download: bool, **options: Any) -> Any:
     from torchvision import datasets
 
     with warnings.catch_warnings():
         # NumPy 2.4.0 to 2.4.4 warns of the old pickles that CIFAR is made of.
         warnings.filterwarnings("ignore", message=r"dtype\(\): align")
-        return getattr(datasets, loader)(str(root), download=download, **options)
+        return getattr(datasets, name)(str(root), download=download, **options)
 
 
 def _split(
@@ -94,8 +103,23 @@ def _sun397(root: Path, train: bool, download: bool) -> tuple[Sequence[str], Sam
     return classes, class_files([folder / row[1:] for row in rows])
 
 
+def _pets(root: Path, train: bool, download: bool) -> tuple[Sequence[str], Samples]:
+    """Read the list of a split here, since torchvision's takes no loader."""
+    if download:
+        _torchvision("OxfordIIITPet", root, True)
+    folder = root / "oxford-iiit-pet"
+    split = "trainval" if train else "test"
+    lines = (folder / "annotations" / f"{split}.txt").read_text().splitlines()
+    rows = [line.split() for line in lines]  # as in "great_pyrenees_36 16 2 7"
+    breeds = {int(row[1]): row[0].rpartition("_")[0] for row in rows}
+    paths = [str(folder / "images" / f"{row[0]}.jpg") for row in rows]
+    labels = [int(row[1]) - 1 for row in rows]
+    classes = [class_names.words(breeds[label]).title() for label in sorted(breeds)]
+    return classes, ImageFiles.of(paths, labels)
+
+
 def _flowers(root: Path, train: bool, download: bool) -> tuple[Sequence[str], Samples]:
-    data = _torchvision("Flowers102", root, download, split="train" if train else "test")
+    data = _torchvision("Flowers102", root, download, **(_TRAIN_FILES if train else _TEST_FILES))
     if not hasattr(data, "classes"):
         raise DataError(
             "the class names of Flowers-102 need a newer torchvision: pip install -U torchvision"
@@ -150,7 +174,11 @@ def _fashion_mnist(root: Path, train: bool, download: bool) -> tuple[Sequence[st
     return split.classes, Arrays(split.images.numpy(), split.labels.numpy())
 
 
-_TRAIN, _TEST, _TRAINVAL = {"split": "train"}, {"split": "test"}, {"split": "trainval"}
+_TRAIN, _TEST = {"split": "train"}, {"split": "test"}
+# Sets of files are decoded as all images are here; torchvision's own loader refuses some.
+_TRAIN_FILES, _TEST_FILES, _TRAINVAL_FILES = (
+    {"split": split, "loader": decode} for split in ("train", "test", "trainval")
+)
 
 SOURCES = {
     "tiny-imagenet": Source(
@@ -170,11 +198,11 @@ SOURCES = {
         "SUN397", 397, "SUN397", _sun397, ("a photo of a {}.", "a photo of the {}."), trains=False,
     ),
     "food101": Source(
-        "Food-101", 101, "food-101", _split("Food101", _TRAIN, _TEST),
+        "Food-101", 101, "food-101", _split("Food101", _TRAIN_FILES, _TEST_FILES),
         ("a photo of {}, a type of food.",),
     ),
     "pets": Source(
-        "Oxford-IIIT Pet", 37, "oxford-iiit-pet", _split("OxfordIIITPet", _TRAINVAL, _TEST),
+        "Oxford-IIIT Pet", 37, "oxford-iiit-pet", _pets,
         ("a photo of a {}, a type of pet.",),
     ),
     "flowers102": Source(
@@ -182,7 +210,7 @@ SOURCES = {
         needs="scipy",
     ),
     "dtd": Source(
-        "DTD", 47, "dtd/dtd", _split("DTD", _TRAIN, _TEST),
+        "DTD", 47, "dtd/dtd", _split("DTD", _TRAIN_FILES, _TEST_FILES),
         ("a photo of a {} texture.", "a photo of a {} pattern."),
     ),
     "eurosat": Source(
@@ -191,7 +219,7 @@ SOURCES = {
         ("a satellite photo of {}.",), trains=False,
     ),
     "fgvc-aircraft": Source(
-        "FGVC-Aircraft", 100, "fgvc-aircraft-2013b", _split("FGVCAircraft", _TRAINVAL, _TEST),
+        "FGVC-Aircraft", 100, "fgvc-aircraft-2013b", _split("FGVCAircraft", _TRAINVAL_FILES, _TEST_FILES),
         ("a photo of a {}, a type of aircraft.",),
     ),
     "imagenet": Source(
@@ -223,7 +251,7 @@ SOURCES = {
         trains=False,
     ),
     "cars": Source(
-        "Stanford Cars", 196, "stanford_cars", _split("StanfordCars", _TRAIN, _TEST),
+        "Stanford Cars", 196, "stanford_cars", _split("StanfordCars", _TRAIN_FILES, _TEST_FILES),
         ("a photo of a {}.", "a photo of a {}, a type of car."),
         web="https://github.com/pytorch/vision/issues/7545", needs="scipy",
     ),
