@@ -7,10 +7,11 @@ import gzip
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 import open_clip
@@ -33,6 +34,34 @@ MERGES = 300
 VOCABULARY = 512 + MERGES + 2
 ROOT = Path(tempfile.mkdtemp(prefix="edgeclip-export-tests-"))
 atexit.register(shutil.rmtree, ROOT, ignore_errors=True)
+Made = TypeVar("Made")
+
+
+def made_once(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Cache what `make(folder, *arguments)` returns by its arguments; each has a new folder of its own.
+
+    A failure removes the folder, and is raised again for the same arguments.
+    """
+    results: dict[tuple[Any, ...], Made | Exception] = {}
+
+    @wraps(make)
+    def made(*arguments: Any) -> Made:
+        if arguments not in results:
+            folder = Path(tempfile.mkdtemp(dir=ROOT))
+            try:
+                results[arguments] = make(folder, *arguments)
+            except BaseException as err:
+                shutil.rmtree(folder)
+                if not isinstance(err, Exception):
+                    raise
+                results[arguments] = err
+        found = results[arguments]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return made
+
 
 TEXT = {
     "context_length": 24,
@@ -200,11 +229,11 @@ class Exported:
     bundle: Bundle
 
 
-@cache
-def exported(family: str) -> Exported:
-    folder = write_folder(ROOT / family, family)
+@made_once
+def exported(root: Path, family: str) -> Exported:
+    folder = write_folder(root / family, family)
     source = load(str(folder), None)
-    out = ROOT / f"{family}-bundle"
+    out = root / f"{family}-bundle"
     export_bundle(source, out, wording(source))
     return Exported(folder, source, Bundle(out))
 

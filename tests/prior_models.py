@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
-from export_models import ROOT, write_folder
+from export_models import made_once, write_folder
 from safetensors.torch import save_file
 
 from edgeclip.bundle import Bundle
@@ -42,12 +41,12 @@ class Conditioned:
     bundle: Bundle
 
 
-@cache
-def with_prior() -> Conditioned:
-    folder = write_folder(ROOT / "conditioned", "vit", embed_dim=DIM, **VISION)
+@made_once
+def with_prior(root: Path) -> Conditioned:
+    folder = write_folder(root / "conditioned", "vit", embed_dim=DIM, **VISION)
     source = load(str(folder), None)
-    weights = write_prior(ROOT / "prior.safetensors")
+    weights = write_prior(root / "prior.safetensors")
     prior = load_prior(weights)
-    out = ROOT / "conditioned-bundle"
+    out = root / "conditioned-bundle"
     export_bundle(source, out, wording(source), prior=prior)
     return Conditioned(folder, source, weights, prior, Bundle(out))

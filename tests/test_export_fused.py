@@ -9,7 +9,6 @@ import os
 import shutil
 import stat
 import threading
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from conftest import EXAMPLES
-from export_models import ROOT, Exported, exported, reuse_encoders
+from export_models import Exported, exported, made_once, reuse_encoders
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -278,11 +277,10 @@ def test_probabilities_of_all_classes_are_in_their_order(tmp_path: Path, input_t
         np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-6)
 
 
-@cache
-def halved() -> Bundle:
+@made_once
+def halved(folder: Path) -> Bundle:
     """The embedded bundle (fp32 and int8) with an image encoder in fp16."""
-    folder = ROOT / "fashion-fp16"
-    shutil.copytree(EMBEDDED, folder)
+    shutil.copytree(EMBEDDED, folder, dirs_exist_ok=True)
     manifest = Bundle(folder).manifest
     quantize.to_fp16(folder / "image_encoder.fp32.onnx", folder / "image_encoder.fp16.onnx")
     half = Variant("image_encoder.fp16.onnx", "text_encoder.fp32.onnx")

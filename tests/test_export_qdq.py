@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import EXAMPLES
-from export_models import ROOT, exported, reuse_encoders, run_graph
+from export_models import exported, made_once, reuse_encoders, run_graph
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from test_export_quantize import folder_of_images, product
@@ -31,13 +30,13 @@ Array = NDArray[Any]
 FP32 = EMBEDDED / "image_encoder.fp32.onnx"
 
 
-@cache
-def encoder() -> Path:
+@made_once
+def encoder(folder: Path) -> Path:
     """The embedded bundle's image encoder, with ranges of 64 images of Fashion-MNIST."""
     with np.load(Path(__file__).parent / "vectors" / "fashion_200.npz") as arrays:
         images = list(np.repeat(arrays["images"][:64, ..., None], 3, axis=3))
     pixels = edgeclip.Runtime(device="cpu", purify="none").preprocess(images)
-    path = ROOT / "image_encoder.int8-qdq.onnx"
+    path = folder / "image_encoder.int8-qdq.onnx"
     quantize.to_qdq(FP32, path, [{"pixels": pixels[i : i + 16]} for i in range(0, 64, 16)])
     return path
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from export_models import ROOT, exported, run_graph
+from export_models import exported, made_once, run_graph
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -27,12 +26,11 @@ FAMILIES = ["vit", "vit-quickgelu", "resnet", "siglip"]  # the others add no kin
 PROMPTS = ["a dog", "a café", "two small red things beside a much larger blue one"]
 
 
-@cache
-def quantized(family: str) -> Bundle:
+@made_once
+def quantized(folder: Path, family: str) -> Bundle:
     """All three precisions of a tiny model."""
     made = exported(family)
-    folder = ROOT / f"{family}-quantized"
-    shutil.copytree(made.bundle.path, folder)
+    shutil.copytree(made.bundle.path, folder, dirs_exist_ok=True)
     source, manifest = made.source, made.bundle.manifest
     manifest = _write_precisions(folder, source, manifest, ["fp32", "fp16", "int8"])
     Bundle.write_manifest(folder, manifest)

@@ -1,0 +1,50 @@
+"""The tests' own cache of models: a failure leaves nothing behind, and is not hidden by a later one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from export_models import made_once
+
+
+def test_a_fixture_is_made_once_for_its_arguments() -> None:
+    @made_once
+    def numbered(folder: Path, name: str) -> Path:
+        return folder / name
+
+    assert numbered("a") == numbered("a") != numbered("b")
+    assert numbered("a").parent.is_dir()
+    assert numbered("a").parent != numbered("b").parent
+
+
+def test_a_failure_is_remembered_and_its_folder_removed() -> None:
+    folders = []
+
+    @made_once
+    def failing(folder: Path) -> None:
+        folders.append(folder)
+        (folder / "half").mkdir()
+        raise OSError("the first error")
+
+    for _ in range(2):
+        with pytest.raises(OSError, match="the first error"):
+            failing()
+    assert len(folders) == 1
+    assert not folders[0].exists()
+
+
+def test_an_interruption_is_not_remembered() -> None:
+    folders = []
+
+    @made_once
+    def slow(folder: Path) -> Path:
+        folders.append(folder)
+        if len(folders) == 1:
+            raise KeyboardInterrupt
+        return folder
+
+    with pytest.raises(KeyboardInterrupt):
+        slow()
+    assert not folders[0].exists()
+    assert slow() == folders[1]
