@@ -11,21 +11,41 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock
+from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock
 from torch import Tensor, nn
 
 
-class SelfAttention(nn.Module):
-    """The self-attention of an nn.MultiheadAttention, called as open_clip's blocks call it."""
+class PlainAttention(nn.Module):
+    """The part of an nn.MultiheadAttention behind its three projections."""
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         self.heads, self.head_dim = attention.num_heads, attention.head_dim
+        self.out_proj = attention.out_proj
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Scaled queries (B, Q, W), keys and values (B, T, W) -> (B, Q, W)."""
+        queries, width = q.shape[1:]
+        q, v = self._split(q).transpose(1, 2), self._split(v).transpose(1, 2)
+        scores = q @ self._split(k).permute(0, 2, 3, 1)
+        if mask is not None:
+            scores = scores + mask
+        mixed = (scores.softmax(dim=-1) @ v).transpose(1, 2)
+        return self.out_proj(mixed.reshape(-1, queries, width))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[1], self.heads, self.head_dim)
+
+
+class SelfAttention(PlainAttention):
+    """The self-attention of an nn.MultiheadAttention, called as open_clip's blocks call it."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__(attention)
         scale = torch.ones(3 * attention.embed_dim)
         scale[: attention.embed_dim] = self.head_dim**-0.5  # of the queries
         self.weight = nn.Parameter(attention.in_proj_weight.detach() * scale[:, None])
         self.bias = nn.Parameter(attention.in_proj_bias.detach() * scale)
-        self.out_proj = attention.out_proj
 
     def forward(
         self,
@@ -44,15 +64,38 @@ class SelfAttention(nn.Module):
         length, width = x.shape[1:]
         q, k, v = F.linear(x, self.weight, self.bias).split(width, dim=-1)
         q = q if queries is None else q[:, :queries]
-        q, v = self._split(q).transpose(1, 2), self._split(v).transpose(1, 2)
-        scores = q @ self._split(k).permute(0, 2, 3, 1)
         if attn_mask is not None:
-            scores = scores + attn_mask[:queries]
-        mixed = (scores.softmax(dim=-1) @ v).transpose(1, 2)
-        return self.out_proj(mixed.reshape(-1, queries or length, width)), None
+            if attn_mask.ndim == 3:  # CoCa's, one for each prompt and head: (B * heads, T, T)
+                attn_mask = attn_mask.reshape(-1, self.heads, length, length)
+            attn_mask = attn_mask[..., :queries, :]
+        return self.mix(q, k, v, attn_mask), None
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, x.shape[1], self.heads, self.head_dim)
+
+class PoolAttention(PlainAttention):
+    """The attention of CoCa's pooling, called as open_clip's AttentionalPooler calls it."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__(attention)
+        same = attention.in_proj_weight  # None where keys are of another width than queries
+        weights = (
+            (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+            if same is None
+            else same.chunk(3)
+        )
+        biases = attention.in_proj_bias.detach().chunk(3)
+        scale = self.head_dim**-0.5  # of the queries
+        self.query = nn.Parameter(weights[0].detach() * scale)
+        self.query_bias = nn.Parameter(biases[0] * scale)
+        self.pair = nn.Parameter(torch.cat([weight.detach() for weight in weights[1:]]))
+        self.pair_bias = nn.Parameter(torch.cat(biases[1:]))
+
+    def forward(
+        self, queries: Tensor, key: Tensor, value: Tensor, *, need_weights: bool = False
+    ) -> tuple[Tensor, None]:
+        """Queries (B, Q, W) and tokens (B, T, V), as key and as value -> (B, Q, W)."""
+        q = F.linear(queries, self.query, self.query_bias)
+        k, v = F.linear(key, self.pair, self.pair_bias).chunk(2, dim=-1)
+        return self.mix(q, k, v), None
 
 
 def is_plain(block: nn.Module) -> bool:
@@ -71,16 +114,20 @@ def is_split(block: nn.Module) -> bool:
 
 @contextmanager
 def plain_attention(module: nn.Module) -> Iterator[None]:
-    """SelfAttention in every usual block of `module`, and their own attention again afterwards."""
-    blocks = [block for block in module.modules() if is_plain(block)]
-    own = [block.attn for block in blocks]
+    """Put SelfAttention into every usual block of `module` and PoolAttention into its pooling, and
+    their own attention back afterwards."""
+    own = [
+        (part, part.attn, SelfAttention if is_plain(part) else PoolAttention)
+        for part in module.modules()
+        if is_plain(part) or isinstance(part, AttentionalPooler)
+    ]
     try:
-        for block in blocks:
-            block.attn = SelfAttention(block.attn)
+        for part, attention, plain in own:
+            part.attn = plain(attention)
         yield
     finally:
-        for block, attention in zip(blocks, own, strict=True):
-            block.attn = attention
+        for part, attention, _ in own:
+            part.attn = attention
 
 
 def first_token(block: ResidualAttentionBlock, x: Tensor) -> Tensor:

@@ -105,6 +105,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_cfg": SHORT_TEXT | {"no_causal_mask": True},
         "custom_text": True,
     },
+    "coca": {
+        "embed_dim": 48,
+        "custom_text": True,
+        "vision_cfg": VIT
+        | {"layers": 1, "attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 8}
+        | {"output_tokens": True},
+        "text_cfg": SHORT_TEXT | {"embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {
+            "context_length": 24,
+            "vocab_size": VOCABULARY,
+            "width": 48,
+            "heads": 2,
+            "layers": 1,
+            "attn_pooler_heads": 2,
+        },
+    },
     "resnet": {
         "embed_dim": 48,
         "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
