@@ -13,6 +13,7 @@ from edgeclip.errors import EdgeclipError
 from edgeclip.manifest import PRECISIONS, PRIOR_GRADIENTS
 from export import ExportError
 from export.progress import step
+from export.weight_options import add_weight_options
 
 if TYPE_CHECKING:
     from train.data import DataSet
@@ -21,6 +22,9 @@ EPILOG = """examples:
   python -m export ViT-B-32 --pretrained laion2b_s34b_b79k -o bundles/vit-b-32
   python -m export ViT-B-32-quickgelu --pretrained openai -o bundles/openai --template "a photo of a {}."
   python -m export ViT-B-16 --pretrained checkpoints/epoch_32.pt -o bundles/mine
+  python -m export ViT-B-16 --pretrained 'last.ckpt#model_ema' --no-quickgelu -o bundles/mine
+  python -m export ViT-L-14 --pretrained openai --visual fare_eps_2.pt -o bundles/fare
+  python -m export downloads/clip-vit-base-patch32 -o bundles/transformers
   python -m export ViT-B-32 --pretrained openai -o bundles/vit-b-32 --precision fp32 int8 --data cifar10
   python -m export runs/fashion-tga -o bundles/fashion --robustness fashion-tga.json
   python -m export runs/fashion-tga -o bundles/fashion --prior runs/fashion-tga-prior
@@ -35,13 +39,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="name of an open_clip model, or folder of a training run")
     add(
-        "--pretrained",
-        metavar="TAG_OR_FILE",
-        help="weights: a tag of open_clip's, a file (safetensors, state dict, TorchScript), or "
-        "random for benchmarks; a folder brings its own",
+        "model",
+        metavar="MODEL",
+        help="name of an open_clip model, or folder of a training run or of transformers' CLIP",
     )
+    add_weight_options(parser)
     add("-o", "--out", metavar="BUNDLE", type=Path, required=True, help="directory to write")
     for option, text in (
         ("--template", "prompt with {} for the label; may be given several times"),
@@ -91,7 +94,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="write fused.PRECISION.onnx too: image to answer in one graph, for trtexec, OpenVINO and "
         "others (see docs/serving.md)",
     )
-    add("--quickgelu", action="store_true", help="the weights were trained with QuickGELU")
     add("--force", action="store_true", help="replace the bundle at -o")
     return parser.parse_args(arguments)
 
@@ -101,15 +103,28 @@ def run(options: argparse.Namespace) -> None:
     # Imported late: what is wrong with the arguments is said before PyTorch has loaded.
     try:
         with step("loading PyTorch"):
-            from export import bundle, checkpoints, diffusion_prior, fused, robustness
+            from export import (
+                architectures,
+                bundle,
+                checkpoints,
+                diffusion_prior,
+                fused,
+                robustness,
+            )
     except ImportError as err:
         raise ExportError(f"{err}: exporting needs pip install 'edgeclip[export]'") from err
     bundle.check_target(options.out, options.force)  # before minutes of work
-    folder = [Path(options.model)] if (Path(options.model) / checkpoints.CONFIG).is_file() else []
-    files = (options.pretrained, options.prior, *options.robustness)
+    model = Path(options.model)
+    folder = [model] if architectures.is_model_folder(model) else []
+    files = (options.pretrained, options.visual, options.prior, *options.robustness)
     storage.check_output(options.out, [*folder, *filter(None, files)])
     data = _load_data(options.data) if options.data else None
-    source = checkpoints.load(options.model, options.pretrained, quick_gelu=options.quickgelu)
+    source = checkpoints.load(
+        options.model,
+        options.pretrained,
+        visual=options.visual,
+        quick_gelu=options.quickgelu,
+    )
     words = bundle.wording(source, options.description, options.template, options.null_template)
     prior = options.prior and diffusion_prior.load_prior(options.prior)
     measured, recommended = robustness.read(

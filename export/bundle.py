@@ -65,8 +65,8 @@ def wording(
     null = tuple(null_templates or own.get("null_templates") or chosen)
     check_templates(chosen)
     check_templates(null, "null templates")
-    default = f"{source.name}, weights {source.pretrained}"
-    return Wording(str(description or own.get("description") or default), chosen, null)
+    told = description or own.get("description") or source.title
+    return Wording(str(told), chosen, null)
 
 
 def export_bundle(
@@ -231,11 +231,7 @@ def _write_encoders(work: Path, source: Source, image: ImageSpec, words: Wording
     bias = model.logit_bias
     return Manifest(
         description=words.description,
-        source={
-            "model": source.name,
-            "pretrained": source.pretrained,
-            "weights_sha256": source.weights_sha256,
-        },
+        source=source.record,
         embed_dim=len(vector),
         image=image,
         text=TextSpec(context_length, clean_kind(source.tokenizer), cut, pad_id(source.tokenizer)),

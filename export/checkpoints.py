@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import hashlib
-import json
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +14,40 @@ import torch
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
-from open_clip.tokenizer import SimpleTokenizer
-from safetensors.torch import load_file
 
-from edgeclip.storage import sha256
 from export import ExportError
+from export.architectures import (
+    Blueprint,
+    build_model,
+    check_vocabulary,
+    find_blueprint,
+    load_tokenizer,
+)
 from export.progress import brief, quiet, say, step
+from export.weight_files import (
+    INDEX,
+    StateDict,
+    Weights,
+    join_sha256,
+    read_weights,
+    some,
+    split_key,
+)
 
-CONFIG = "open_clip_config.json"
 RANDOM = "random"
-# What a TorchScript archive of OpenAI's holds besides weights, and what its state dict keeps.
-OPENAI_MARKS = frozenset({"input_resolution", "context_length", "vocab_size"})
+# Weights in a model's folder, the preferred ones first: open_clip's, then transformers'.
+WEIGHTS = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, "model.safetensors", "pytorch_model.bin")
+# In the names of files whose weights were trained with QuickGELU, mostly.
+QUICK_GELU_NAMES = ("openai", "quickgelu", "metaclip", "dfn")
 
-StateDict = dict[str, torch.Tensor]
+
+@dataclass(frozen=True)
+class Visual:
+    """Weights of the image tower alone that were put over those of a whole model."""
+
+    label: str  # the file's name
+    sha256: str
+    base_sha256: str  # of the whole model's weights
 
 
 @dataclass(frozen=True)
@@ -40,74 +58,142 @@ class Source:
     tokenizer: Any  # open_clip's SimpleTokenizer or HFTokenizer
     name: str
     pretrained: str
-    weights_sha256: str  # of the file; of the tensors in order of their names where there is none
+    weights_sha256: str  # of file, index and shards, tensors by name, or base and image tower
     config: dict[str, Any]  # open_clip_config.json of a folder that holds this model
     wording: Mapping[str, Any] = field(default_factory=dict)  # the folder's "edgeclip" object
     folder: Path | None = None  # where it was loaded from, if from a folder
+    visual: Visual | None = None
+
+    @property
+    def quick_gelu(self) -> bool:
+        return bool(self.config["model_cfg"]["quick_gelu"])
+
+    @property
+    def title(self) -> str:
+        """The model and its weights in a few words."""
+        tower = f", image encoder {self.visual.label}" if self.visual else ""
+        return f"{self.name}, weights {self.pretrained}{tower}"
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What a manifest says of the model."""
+        record = {
+            "model": self.name,
+            "pretrained": self.pretrained,
+            "weights_sha256": self.weights_sha256,
+        }
+        if self.visual:
+            record["base_sha256"] = self.visual.base_sha256
+            record["visual"] = self.visual.label
+            record["visual_sha256"] = self.visual.sha256
+        return record
 
 
-def load(model: str, pretrained: str | None, *, quick_gelu: bool = False) -> Source:
-    """The model that the command line names.
+def load(
+    model: str,
+    pretrained: str | None,
+    *,
+    visual: str | None = None,
+    quick_gelu: bool | None = None,
+) -> Source:
+    """Load the model that the command line names.
 
-    `model` is a name of open_clip's or a folder with open_clip_config.json and weights;
-    `pretrained` is a tag of open_clip's, a file, or "random". Raises ExportError.
+    `model` is a name of open_clip's, or a folder with weights and open_clip_config.json or
+    transformers' config.json. `pretrained` is a tag of open_clip's, "random", or a file as FILE or
+    FILE#KEY (see export.weight_files). `visual` is a file of weights for the image tower that
+    replace those of `pretrained`. `quick_gelu` None builds with the activation that the weights were
+    trained with, as far as that is known, and prints what was assumed. Raises ExportError.
     """
-    folder = Path(model)
-    if (folder / CONFIG).is_file():
-        return _from_folder(folder, pretrained, quick_gelu)
-    name = model.replace("/", "-")
-    if name in open_clip.list_models():
-        return _from_name(name, pretrained, quick_gelu)
-    if folder.is_dir():
-        raise ExportError(f"{folder} holds no {CONFIG}: it is not the folder of a model")
-    close = difflib.get_close_matches(name, open_clip.list_models(), n=5)
-    hint = f"did you mean {', '.join(close)}?" if close else "see open_clip.list_models()"
-    raise ExportError(f"unknown model {model!r}: {hint}")
+    blueprint = find_blueprint(model)
+    if blueprint.config["text_cfg"].get("hf_model_name"):
+        raise ExportError(
+            f"{blueprint.name} has a text tower of Hugging Face's, which is not supported yet"
+        )
+    weights = _weights(blueprint, pretrained)
+    tower = _visual(visual) if visual else None
+    tokenizer = load_tokenizer(blueprint)
+    if quick_gelu is None:
+        quick_gelu = _activation(blueprint, weights, own=pretrained is None)
+        if tower and tower.quick_gelu not in (None, quick_gelu):
+            say(
+                f"{visual} was trained with {_gelu(not quick_gelu)}, the weights below it with "
+                f"{_gelu(quick_gelu)}: see --quickgelu, --no-quickgelu"
+            )
+    with step(f"building {blueprint.name}"):
+        network = build_model(blueprint, quick_gelu, weights.preprocess if weights else None)
+    check_vocabulary(blueprint.name, network, tokenizer)
+    if weights:
+        fit_weights(network, weights.state, weights.label)
+    digest = weights.sha256 if weights else state_sha256(network.state_dict())
+    label, over = weights.label if weights else RANDOM, None
+    if tower:
+        fit_weights(network, tower.state, tower.label, "visual.")
+        over = Visual(tower.label, tower.sha256, digest)
+        digest = join_sha256([digest, tower.sha256])
+    _check_scale(network, label)
+    config = {
+        "model_cfg": blueprint.config | {"quick_gelu": quick_gelu},
+        "preprocess_cfg": network.visual.preprocess_cfg,
+    }
+    return Source(
+        network,
+        tokenizer,
+        blueprint.name,
+        label,
+        digest,
+        config,
+        blueprint.wording,
+        blueprint.folder,
+        over,
+    )
 
 
-def _from_name(name: str, pretrained: str | None, quick_gelu: bool) -> Source:
+def _weights(blueprint: Blueprint, pretrained: str | None) -> Weights | None:
+    """Read the weights of a whole model; None leaves it random, with seed 0."""
+    if pretrained == RANDOM:
+        return None
+    if pretrained and split_key(pretrained)[0].is_file():
+        return _read(pretrained)
+    if blueprint.folder:
+        if pretrained:
+            raise ExportError(
+                f"{pretrained} does not exist: for a folder, --pretrained names a file"
+            )
+        return _read(str(_weights_in(blueprint.folder)))
+    return _tagged(blueprint.name, pretrained)
+
+
+def _tagged(name: str, pretrained: str | None) -> Weights:
     tags = open_clip.list_pretrained_tags_by_model(name)
     known = f"{name} has the tags {', '.join(tags)}" if tags else f"{name} has no tags"
     if pretrained is None:
         raise ExportError(f"--pretrained is missing: a tag, a file or {RANDOM!r}; {known}")
-    config = open_clip.get_model_config(name)
-    if pretrained == RANDOM:
-        return _assemble(name, name, config, None, RANDOM, quick_gelu)
-    if Path(pretrained).is_file():
-        return _assemble(name, name, config, Path(pretrained), Path(pretrained).name, quick_gelu)
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:
         raise ExportError(f"{pretrained!r} is neither a file nor a tag: {known}")
-    path = _download(name, pretrained, tag)
-    return _assemble(name, name, config, path, pretrained, quick_gelu, tag)
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    weights = _read(str(_download(name, pretrained, tag)))
+    return dataclasses.replace(
+        weights,
+        label=pretrained,
+        quick_gelu=weights.quick_gelu or bool(tag.get("quick_gelu")),
+        preprocess={key: tag[key] for key in keys if key in tag},
+    )
 
 
-def _from_folder(folder: Path, pretrained: str | None, quick_gelu: bool) -> Source:
-    try:
-        whole = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        config = whole["model_cfg"]
-        wording = whole.get("edgeclip", {})
-        if not all(
-            isinstance(x, dict) for x in (config["vision_cfg"], config["text_cfg"], wording)
-        ):
-            raise TypeError("vision_cfg, text_cfg and edgeclip must be objects")
-        for name in ("templates", "null_templates"):
-            if not isinstance(wording.get(name, []), list):
-                raise TypeError(f"{name} must be a list")
-    except (OSError, ValueError, TypeError, KeyError) as err:
-        raise ExportError(f"{folder / CONFIG} is no configuration of open_clip's: {err!r}") from err
-    path = Path(pretrained) if pretrained else _weights_in(folder)
-    name = folder.resolve().name
-    if pretrained == RANDOM:
-        path = None
-    elif not path.is_file():
-        raise ExportError(f"{path} does not exist: for a folder, --pretrained names a file")
-    label = RANDOM if path is None else path.name
-    return _assemble(f"local-dir:{folder}", name, config, path, label, quick_gelu, wording=wording)
+def _visual(place: str) -> Weights:
+    if not split_key(place)[0].is_file():
+        raise ExportError(f"{place} does not exist: --visual names a file")
+    return _read(place, "visual")
+
+
+def _read(place: str, part: str = "model") -> Weights:
+    with step(f"reading {split_key(place)[0].name}"):
+        return read_weights(place, part)
 
 
 def _weights_in(folder: Path) -> Path:
-    for name in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
+    for name in (*WEIGHTS, *(f"{name}{INDEX}" for name in WEIGHTS)):
         if (folder / name).is_file():
             return folder / name
     raise ExportError(f"{folder} holds no {HF_SAFE_WEIGHTS_NAME}: name a file with --pretrained")
@@ -122,159 +208,47 @@ def _download(name: str, tag: str, config: dict[str, Any]) -> Path:
         raise ExportError(f"cannot fetch the weights {tag!r} of {name}: {brief(err)}") from err
 
 
-def _assemble(
-    identifier: str,
-    name: str,
-    config: dict[str, Any],
-    path: Path | None,
-    pretrained: str,
-    quick_gelu: bool,
-    tag: Mapping[str, Any] | None = None,
-    wording: Mapping[str, Any] | None = None,
-) -> Source:
-    """Build the model of `config`, and load `path` into it; None leaves it random, with seed 0."""
-    if config["text_cfg"].get("hf_model_name"):
-        raise ExportError(f"{name} has a text tower of Hugging Face's, which is not supported yet")
-    tokenizer = _tokenizer(identifier, name, config)
-    state: StateDict = {}
-    if path is not None:
-        with step(f"reading {path.name}"):
-            state, openai = read_weights(path)
-            digest = sha256(path)
-        openai = openai or bool((tag or {}).get("quick_gelu"))
-        quick_gelu = _activation(name, config, state, openai, quick_gelu)
-    with step(f"building {name}"):
-        model = _build(identifier, name, quick_gelu, tag or {})
-    _check_vocabulary(name, model, tokenizer)
-    if path is None:
-        digest = state_sha256(model.state_dict())
-    else:
-        fit_weights(model, state, path.name)
-    settings = config | ({"quick_gelu": True} if quick_gelu else {})
-    whole = {"model_cfg": settings, "preprocess_cfg": model.visual.preprocess_cfg}
-    folder = _folder(identifier)
-    return Source(model, tokenizer, name, pretrained, digest, whole, wording or {}, folder)
+def _gelu(quick: bool) -> str:
+    return "QuickGELU" if quick else "GELU"
 
 
-def _activation(
-    name: str, config: dict[str, Any], state: StateDict, openai: bool, quick_gelu: bool
-) -> bool:
-    """Whether to build with QuickGELU, which no weights show: say so where it is not the model's."""
-    if config.get("quick_gelu") or quick_gelu:
-        return True
-    if openai:
-        say(f"the weights were trained with QuickGELU: building {name} with it")
-    elif {torch.float16, torch.float32} <= {value.dtype for value in state.values()}:
-        say(
-            "the weights are partly float16: if they are OpenAI's, export them with --quickgelu, "
-            f"or name the model {name}-quickgelu"
-        )
-    return openai
+def _activation(blueprint: Blueprint, weights: Weights | None, own: bool) -> bool:
+    """Return whether to build with QuickGELU, which no tensor shows, and print what was assumed.
 
-
-def _build(identifier: str, name: str, quick_gelu: bool, tag: Mapping[str, Any]) -> Any:
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    torch.manual_seed(0)
-    try:
-        with quiet():
-            model = open_clip.create_model(
-                identifier,
-                load_weights=False,
-                force_quick_gelu=quick_gelu,
-                force_preprocess_cfg={key: tag[key] for key in keys if key in tag},
-            )
-    except Exception as err:  # whatever a wrong entry of a configuration leads to
-        raise ExportError(f"{name} cannot be built: {brief(err)}") from err
-    return model.eval().requires_grad_(False)
-
-
-def _folder(identifier: str) -> Path | None:
-    prefix = "local-dir:"
-    return Path(identifier.removeprefix(prefix)) if identifier.startswith(prefix) else None
-
-
-def _tokenizer(identifier: str, name: str, config: dict[str, Any]) -> Any:
-    settings = {}
-    relative = (config["text_cfg"].get("tokenizer_kwargs") or {}).get("bpe_path")
-    folder = _folder(identifier)
-    if relative and folder:
-        settings["bpe_path"] = str(folder / relative)
-    try:
-        with quiet():
-            return open_clip.get_tokenizer(identifier, **settings)
-    except Exception as err:  # a file that is missing or broken, or that cannot be fetched
-        raise ExportError(f"the tokenizer of {name} cannot be loaded: {brief(err)}") from err
-
-
-def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
-    """Raises ExportError where open_clip's tokenizer has ids that the text tower does not know."""
-    rows = getattr(model, "text", model).vocab_size
-    if isinstance(tokenizer, SimpleTokenizer) and tokenizer.vocab_size > rows:
-        raise ExportError(
-            f"{name} has {rows} text tokens, its tokenizer {tokenizer.vocab_size}: name the right "
-            "one in text_cfg, as tokenizer_kwargs.bpe_path or hf_tokenizer_name"
-        )
-
-
-def read_weights(path: Path) -> tuple[StateDict, bool]:
-    """The tensors of a file by name, and whether they are known to be OpenAI's; see `read_file`."""
-    return _unwrapped(read_file(path), path)
-
-
-def read_file(path: Path) -> Any:
-    """What a file holds: safetensors, TorchScript archives and what torch.save wrote.
-
-    No Python code in them is run; a TorchScript archive may run TorchScript of its own, so open only
-    those whose origin you trust. Raises ExportError for any other file.
+    own: the weights lie in the model's folder, whose configuration is theirs.
     """
-    try:
-        with quiet():  # torch.jit.load is deprecated, and the only reader of OpenAI's archives
-            if path.suffix == ".safetensors":
-                return load_file(path)
-            if _is_torchscript(path):
-                return torch.jit.load(path, map_location="cpu").state_dict()
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as err:  # its own text says how to run the code after all
-        raise ExportError(
-            f"{path} holds pickled code, which is not run, or is no checkpoint of PyTorch's: "
-            "save the state dict alone"
-        ) from err
-    except Exception as err:  # on a broken file the readers raise anything, IndexError included
-        raise ExportError(f"{path} is not a checkpoint that can be read: {brief(err)}") from err
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    if "quick_gelu" in blueprint.config:
+        return bool(blueprint.config["quick_gelu"])
+    if weights is None:
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    if weights.quick_gelu:
+        say(f"the weights were trained with QuickGELU: building {blueprint.name} with it")
+    if weights.quick_gelu is not None or own:
+        return bool(weights.quick_gelu)
+    hint = next((name for name in QUICK_GELU_NAMES if name in weights.label.lower()), "")
+    if hint:
+        say(
+            f"assuming QuickGELU, for {hint!r} in the name of {weights.label}: --no-quickgelu if it "
+            "was trained with GELU"
+        )
+    else:
+        say(
+            f"assuming GELU, which {blueprint.name} has: --quickgelu if {weights.label} was trained "
+            "with QuickGELU, as OpenAI's weights and those fine-tuned from them"
+        )
+    return bool(hint)
 
 
-def _unwrapped(found: Any, path: Path) -> tuple[StateDict, bool]:
-    """A plain state dict out of a training checkpoint's, and whether OpenAI's marks were in it."""
-    for key in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not found:
-        raise ExportError(f"{path} holds no state dict")
-    if all(key.startswith("module.") for key in found):
-        found = {key.removeprefix("module."): value for key, value in found.items()}
-    openai = found.keys() >= OPENAI_MARKS
-    state = {key: value for key, value in found.items() if key not in OPENAI_MARKS}
-    if not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ExportError(f"{path} holds no state dict: some of its values are not tensors")
-    return state, openai
+def fit_weights(model: Any, state: StateDict, origin: str, part: str = "") -> None:
+    """Load `state` into `model`, whatever its precision; `part` is a prefix of the keys it has to hold.
 
-
-def fit_weights(model: Any, state: StateDict, origin: str) -> None:
-    """Load `state` into `model`, whatever its precision.
-
-    Raises ExportError that names some of the keys that are missing, unknown, or of another shape.
+    Raises ExportError that names some of the keys that are missing, unknown, of another shape, or
+    not finite.
     """
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
-    wanted = model.state_dict()
+    wanted = {key: value for key, value in model.state_dict().items() if key.startswith(part)}
     for key in ("logit_scale", "logit_bias"):  # a scalar in some checkpoints, (1,) in others
         if key in state and key in wanted and state[key].numel() == 1:
             state[key] = state[key].reshape(wanted[key].shape)
@@ -287,22 +261,28 @@ def fit_weights(model: Any, state: StateDict, origin: str) -> None:
         for key, shape in shapes.items()
         if shape != wanted[key].shape
     ]
-    complaints = [
-        _some("missing: ", wanted.keys() - state.keys()),
-        _some("unknown: ", state.keys() - wanted.keys()),
-        _some("of another shape: ", misshapen),
-    ]
-    if any(complaints):
+    complaints = {
+        "missing: ": wanted.keys() - state.keys(),
+        "unknown: ": state.keys() - wanted.keys(),
+        "of another shape: ": misshapen,
+    }
+    if any(complaints.values()):
+        listed = (text + some(sorted(keys)) for text, keys in complaints.items() if keys)
+        what = f"this model's {'image tower' if part else 'weights'}"
+        raise ExportError(f"{origin} does not hold {what}; {'; '.join(listed)}")
+    broken = [key for key in sorted(state) if not state[key].isfinite().all()]
+    if broken:
+        raise ExportError(f"{origin} holds infinite values or NaN, in {some(broken)}")
+    model.load_state_dict(state, strict=False)
+
+
+def _check_scale(model: Any, origin: str) -> None:
+    scale = model.logit_scale.exp().item()
+    if not 0 < scale < float("inf"):
         raise ExportError(
-            f"{origin} does not hold this model's weights; " + "; ".join(filter(None, complaints))
+            f"{origin} has the logit scale {scale:g}, exp({model.logit_scale.item():g}): no model "
+            "answers with that"
         )
-    model.load_state_dict(state)
-
-
-def _some(what: str, keys: Any, limit: int = 3) -> str:
-    names = sorted(keys)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return what + ", ".join(names[:limit]) + rest if names else ""
 
 
 def state_sha256(state: StateDict) -> str:

@@ -37,11 +37,12 @@ from edgeclip.prior import INPUTS, OUTPUTS
 from edgeclip.purify import DiffPurifier
 from edgeclip.storage import sha256
 from export import ExportError
-from export.checkpoints import Source, read_file
+from export.checkpoints import Source
 from export.files import check_graph_target, graph_draft
 from export.progress import step
 from export.to_onnx import Shape, check_shapes, export_graph
 from export.verify import session
+from export.weight_files import read_file
 from train.prior_network import Context, DiffusionPrior
 
 PRIOR_FILE = "prior.onnx"  # of a bundle
@@ -120,7 +121,7 @@ def text_tokens(source: Source, prompts: Sequence[str]) -> tuple[Tensor, Tensor]
     Raises ExportError for a tower without such tokens.
     """
     tower = getattr(source.model, "text", source.model)
-    if not hasattr(tower, "ln_final"):
+    if not hasattr(tower, "ln_final") or getattr(tower, "cls_emb", None) is not None:
         raise ExportError(f"the text tower of {source.name} gives a prior no tokens")
     found: list[Tensor] = []
     handle = tower.ln_final.register_forward_hook(lambda *args: found.append(args[2]))

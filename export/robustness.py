@@ -66,6 +66,10 @@ def _load(path: Path, source: Source, templates: Sequence[str]) -> dict[str, Any
             raise ExportError(
                 f"{path} was measured on other weights than those of {source.name}: measure these"
             )
+        if bool(settings.get("quick_gelu", source.quick_gelu)) != source.quick_gelu:
+            raise ExportError(
+                f"{path} was measured with another activation: give both the same --quickgelu"
+            )
         if settings["templates"] != list(templates):
             raise ExportError(
                 f"{path} was measured with other templates than the bundle's, "

@@ -299,6 +299,8 @@ def test_figures_of_another_model_are_refused(tmp_path: Path) -> None:
     assert "is no result of python -m train.evaluate" in message()
     result_file(path, made, weights_sha256="0")
     assert "was measured on other weights" in message()
+    result_file(path, made, quick_gelu=True)
+    assert "was measured with another activation" in message()
     result_file(path, made, templates=["other {}"])
     assert "was measured with other templates" in message()
     found = json.loads(result_file(path, made).read_text())

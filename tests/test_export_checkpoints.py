@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from export_models import WORDING, write_folder
@@ -14,7 +16,8 @@ from torch import nn
 
 from edgeclip.storage import sha256
 from export import ExportError
-from export.checkpoints import load, read_weights, state_sha256
+from export.checkpoints import Source, load, state_sha256
+from export.weight_files import join_sha256, read_weights
 
 OPENAI_BUFFERS = {"input_resolution": 32, "context_length": 24, "vocab_size": 814}
 
@@ -105,7 +108,7 @@ def test_weights_of_every_form(
     assert source.pretrained == path.name
     quick = any(type(m).__name__ == "QuickGELU" for m in source.model.modules())
     assert quick == kind.startswith("OpenAI")
-    assert ("trained with QuickGELU" in capsys.readouterr().err) == quick
+    assert ("trained with QuickGELU: building" in capsys.readouterr().err) == quick
 
 
 def test_a_folder_brings_weights_and_wording(folder: Path) -> None:
@@ -123,21 +126,192 @@ def test_random_weights_are_the_same_each_time(folder: Path) -> None:
     assert first.weights_sha256 == state_sha256(first.model.state_dict())
 
 
-def test_quick_gelu_can_be_asked_for(folder: Path) -> None:
-    source = load(str(folder), None, quick_gelu=True)
-    assert any(type(m).__name__ == "QuickGELU" for m in source.model.modules())
+def has_quick_gelu(source: Source) -> bool:
+    found = any(type(m).__name__ == "QuickGELU" for m in source.model.modules())
+    assert source.quick_gelu == found
+    return found
 
 
-def test_half_float_weights_raise_a_question(
+@pytest.mark.parametrize(
+    ("name", "quick", "told"),
+    [
+        ("epoch_9.pt", False, "assuming GELU, which vit has: --quickgelu if epoch_9.pt was"),
+        ("ViT-B-32-openai.pt", True, "assuming QuickGELU, for 'openai' in the name of"),
+        ("b32_400m_MetaCLIP.pt", True, "assuming QuickGELU, for 'metaclip' in the name of"),
+        ("vit-quickgelu.pt", True, "assuming QuickGELU, for 'quickgelu' in the name of"),
+        ("dfn2b.pt", True, "assuming QuickGELU, for 'dfn' in the name of dfn2b.pt: --no-quickgelu"),
+    ],
+)
+def test_an_activation_that_is_assumed_is_said(
     folder: Path,
     weights: dict[str, torch.Tensor],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    name: str,
+    quick: bool,
+    told: str,
 ) -> None:
-    mixed = {k: v.half() if v.ndim > 1 else v for k, v in weights.items()}
-    torch.save(mixed, tmp_path / "w.pt")
-    load(str(folder), str(tmp_path / "w.pt"))
-    assert "--quickgelu" in capsys.readouterr().err
+    torch.save(weights, tmp_path / name)
+    assert has_quick_gelu(load(str(folder), str(tmp_path / name))) == quick
+    assert told in capsys.readouterr().err
+    for asked in (True, False):
+        source = load(str(folder), str(tmp_path / name), quick_gelu=asked)
+        assert has_quick_gelu(source) == asked
+        assert "assuming" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_activation_that_a_folder_names_is_taken(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], known: bool
+) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["quick_gelu"] = known
+    (tmp_path / "run" / "open_clip_config.json").write_text(json.dumps(config))
+    other = tmp_path / "openai.safetensors"
+    shutil.copy(folder / "open_clip_model.safetensors", other)
+    for pretrained in (None, str(other)):
+        assert has_quick_gelu(load(str(tmp_path / "run"), pretrained)) == known
+    assert has_quick_gelu(load(str(tmp_path / "run"), None, quick_gelu=not known)) != known
+    assert "GELU" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tag", "quick"), [("openai", True), ("metaclip_400m", True), ("laion2b_s34b_b79k", False)]
+)
+def test_an_activation_that_a_tag_names_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tag: str,
+    quick: bool,
+) -> None:
+    """Of ViT-B-32, shrunk: nothing is fetched."""
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    del config["text_cfg"]["tokenizer_kwargs"]
+    config["text_cfg"]["vocab_size"] = 49408
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"ViT-B-32": config})
+    model = load("ViT-B-32", "random").model
+    save_file(model.state_dict(), tmp_path / "fetched")
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda _: tmp_path / "fetched")
+    source = load("ViT-B-32", tag)
+    assert has_quick_gelu(source) == quick
+    assert source.pretrained == tag
+    told = capsys.readouterr().err
+    assert "assuming" not in told
+    assert ("trained with QuickGELU" in told) == quick
+    assert not has_quick_gelu(load("ViT-B-32", tag, quick_gelu=False))
+
+
+def half(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Another image tower: FARE's files hold its keys alone."""
+    return {
+        key.removeprefix("visual."): value / 2
+        for key, value in weights.items()
+        if key.startswith("visual.")
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "visual.", "module.", "model.visual.", "module.visual."])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_image_tower_is_put_over_base_weights(
+    folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path, prefix: str, wrapped: bool
+) -> None:
+    tower = {prefix + key: value for key, value in half(weights).items()}
+    path = tmp_path / "fare.pt"
+    torch.save({"vision_encoder_state_dict": tower, "epoch": 2} if wrapped else tower, path)
+    source = load(str(folder), None, visual=str(path))
+    for key, value in source.model.state_dict().items():
+        wanted = weights[key] / 2 if key.startswith("visual.") else weights[key]
+        assert torch.equal(value, wanted)
+    base = sha256(folder / "open_clip_model.safetensors")
+    assert source.record == {
+        "model": "vit",
+        "pretrained": "open_clip_model.safetensors",
+        "weights_sha256": join_sha256([base, sha256(path)]),
+        "base_sha256": base,
+        "visual": "fare.pt",
+        "visual_sha256": sha256(path),
+    }
+    assert source.title == "vit, weights open_clip_model.safetensors, image encoder fare.pt"
+
+
+def test_an_image_tower_has_the_bases_activation(
+    folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    torch.save(half(weights), tmp_path / "w.pt")
+    torch.save(weights, tmp_path / "openai.pt")
+    base = str(tmp_path / "openai.pt")
+    assert has_quick_gelu(load(str(folder), base, visual=str(tmp_path / "w.pt")))
+    save_torchscript(weights, tmp_path / "archive.pt")
+    base = str(tmp_path / "archive.pt")
+    assert has_quick_gelu(load(str(folder), base, visual=str(tmp_path / "w.pt")))
+    assert not has_quick_gelu(load(str(folder), None, visual=str(tmp_path / "w.pt")))
+
+
+def test_image_towers_that_do_not_fit(
+    folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    tower, path = half(weights), tmp_path / "w.pt"
+    wrong = {key: value for key, value in tower.items() if key != "proj"}
+    torch.save(wrong | {"ln_pre.bias": torch.zeros(7), "extra": torch.zeros(1)}, path)
+    with pytest.raises(ExportError) as caught:
+        load(str(folder), None, visual=str(path))
+    assert str(caught.value) == (
+        "w.pt does not hold this model's image tower; missing: visual.proj; unknown: visual.extra; "
+        "of another shape: visual.ln_pre.bias is (7,), not (64,)"
+    )
+    torch.save(tower, path)
+    with pytest.raises(ExportError, match="image tower alone: name it with --visual"):
+        load(str(folder), str(path))
+    with pytest.raises(ExportError, match="whole model: name it with --pretrained"):
+        load(str(folder), None, visual=str(folder / "open_clip_model.safetensors"))
+    with pytest.raises(ExportError, match=r"nothing.pt does not exist: --visual names a file"):
+        load(str(folder), None, visual="nothing.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("logit_scale", float("nan"), "holds infinite values or NaN, in logit_scale"),
+        ("logit_scale", float("inf"), "holds infinite values or NaN, in logit_scale"),
+        ("logit_scale", 1000.0, r"has the logit scale inf, exp\(1000\)"),
+        ("logit_scale", -1000.0, r"has the logit scale 0, exp\(-1000\)"),
+        ("visual.proj", float("nan"), "holds infinite values or NaN, in visual.proj"),
+    ],
+)
+def test_weights_that_no_model_answers_with(
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    tmp_path: Path,
+    key: str,
+    value: float,
+    message: str,
+) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(weights | {key: torch.full_like(weights[key], value)}, path)
+    with pytest.raises(ExportError, match=f"w.safetensors {message}") as caught:
+        load(str(folder), str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_in_shards_of_a_folder(
+    folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "open_clip_model.safetensors").unlink()
+    table = {}
+    for i, key in enumerate(weights):
+        name = f"open_clip_model-{i % 2 + 1:05}-of-00002.safetensors"
+        table[key] = name
+    for name in set(table.values()):
+        save_file({k: weights[k] for k in weights if table[k] == name}, tmp_path / "run" / name)
+    index = tmp_path / "run" / "open_clip_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": table}))
+    source = load(str(tmp_path / "run"), None)
+    assert source.pretrained == index.name
+    assert all(torch.equal(v, weights[k]) for k, v in source.model.state_dict().items())
 
 
 def test_scalars_of_another_shape_fit(
@@ -211,7 +385,7 @@ def test_files_without_a_state_dict(tmp_path: Path, value: object) -> None:
         ("ViT-B/32", "no_such_tag", "neither a file nor a tag.*laion2b_s34b_b79k"),
         ("ViT-S-16", "no_such_tag", "ViT-S-16 has no tags"),
         ("roberta-ViT-B-32", "random", "text tower of Hugging Face's"),
-        ("tests", None, "no open_clip_config.json"),
+        ("tests", None, "no open_clip_config.json or config.json"),
     ],
 )
 def test_models_that_are_not_there(model: str, pretrained: str | None, message: str) -> None:
@@ -222,8 +396,6 @@ def test_models_that_are_not_there(model: str, pretrained: str | None, message: 
 
 
 def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import open_clip
-
     def offline(config: object) -> str:
         raise OSError("no network\nand a long story")
 

@@ -150,6 +150,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(
         (["ViT-B-23", "--pretrained", "openai"], "error: unknown model 'ViT-B-23': did you mean"),
         (["ViT-B-32"], "error: --pretrained is missing"),
         (["ViT-B-32", "--pretrained", "nothing.pt"], "error: 'nothing.pt' is neither a file nor"),
+        (["ViT-B-32", "--pretrained", "a.pt#ema"], "error: 'a.pt#ema' is neither a file nor"),
+        (["ViT-B-32", "--pretrained", "random", "--visual", "a.pt"], "error: a.pt does not exist"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -168,7 +170,9 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         run("--help")
     assert caught.value.code == 0
-    assert "TAG_OR_FILE" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    for told in ("TAG_OR_FILE", "--visual fare_eps_2.pt", "#model_ema", "--no-quickgelu"):
+        assert told in shown
 
 
 def test_a_step_says_how_long_it_took(

@@ -18,7 +18,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from export_models import exported
+from export_models import exported, write_folder
 from packaging import version
 from prior_models import DIM, with_prior, write_prior
 from safetensors.torch import load_file, save_file
@@ -29,6 +29,7 @@ from edgeclip.bundle import Bundle
 from edgeclip.manifest import Manifest, PriorSpec
 from export import ExportError
 from export.bundle import wording
+from export.checkpoints import load
 from export.diffusion_prior import (
     PRIOR_FILE,
     Step,
@@ -157,7 +158,7 @@ def test_other_code_is_refused_and_not_run(
 ) -> None:
     path, mark = tmp_path / "best.pth", tmp_path / "ran"
     torch.save(released(state, Trap(mark)), path)
-    with pytest.raises(ExportError, match="holds pickled code, which is not run"):
+    with pytest.raises(ExportError, match=r"holds pickled code \(\w+\), which is not run"):
         load_prior(path)
     assert not mark.exists()
     assert main([str(path), "-o", str(tmp_path / "a.onnx")]) == 2
@@ -408,6 +409,12 @@ def test_prior_of_another_width_is_refused(tmp_path: Path) -> None:
 def changed(own: Any, **entries: Any) -> str:
     data = json.loads(own.bundle.manifest.to_json())
     return json.dumps(data | entries)
+
+
+def test_a_text_tower_that_pools_before_its_last_norm(own: Any, tmp_path: Path) -> None:
+    source = load(str(write_folder(tmp_path / "coca", "coca")), None)
+    with pytest.raises(ExportError, match="text tower of coca gives a prior no tokens"):
+        null_context(own.prior.model, source, ["a {}."])
 
 
 def test_manifest_round_trip(own: Any) -> None:

@@ -17,11 +17,14 @@ import pytest
 import torch
 from data_sets import cifar10
 from export_models import exported, write_folder
+from safetensors.torch import load_file
 
 from edgeclip import LabelError
+from edgeclip.storage import sha256
 from export import ExportError
 from export.checkpoints import load
-from train import data, evaluate, subjects
+from export.weight_files import join_sha256
+from train import data, evaluate, report, subjects
 from train.checks import CHECKS
 from train.evaluate import build_parser
 from train.measurement import Measurement
@@ -319,6 +322,47 @@ def test_bundle_needs_its_own_weights(bundled: list[str], subject: Path, tmp_pat
     assert open_subject(str(made.bundle.path)).source.weights_sha256 == made.source.weights_sha256
     shutil.copytree(made.folder, alone.parent, dirs_exist_ok=True)
     assert open_subject(str(alone)).source.weights_sha256 == made.source.weights_sha256
+
+
+def write_tower(folder: Path, path: Path) -> Path:
+    """A file of another image tower alone, as FARE's are."""
+    state = load_file(folder / "open_clip_model.safetensors")
+    tower = {k.removeprefix("visual."): v / 2 for k, v in state.items() if k.startswith("visual.")}
+    torch.save(tower, path)
+    return path
+
+
+def test_an_image_tower_is_measured_over_the_models_weights(
+    words: list[str], subject: Path, tmp_path: Path
+) -> None:
+    tower = write_tower(subject, tmp_path / "fare.pt")
+    few = ["--attack", "pgd", "-n", "8"]
+    plain = run(words, *few)
+    with pytest.raises(SettingsError, match=r"other settings \(visual, weights_sha256\)"):
+        run(words, *few, "--visual", str(tower))
+    Path(words[-1]).unlink()
+    found = run(words, *few, "--visual", str(tower))
+    base = plain["settings"]["weights_sha256"]
+    assert found["settings"]["weights_sha256"] == join_sha256([base, sha256(tower)])
+    assert found["settings"]["visual"] == str(tower)
+    assert report.read(Path(words[-1])).model == f"{subject} {tower}"
+    with pytest.raises(SettingsError, match=r"other settings \(quick_gelu\)"):
+        run(words, *few, "--visual", str(tower), "--quickgelu")
+
+
+def test_a_bundle_with_an_image_tower_of_its_own_needs_its_file(tmp_path: Path) -> None:
+    made, folder = exported("vit"), tmp_path / "bundle"
+    tower = write_tower(made.folder, tmp_path / "fare.pt")
+    source = load(str(made.folder), None, visual=str(tower))
+    shutil.copytree(made.bundle.path, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"source": source.record}))
+    with pytest.raises(SettingsError, match=r"image tower fare\.pt: name its file with --visual"):
+        open_subject(str(folder), checkpoint=str(made.folder))
+    opened = open_subject(str(folder), checkpoint=str(made.folder), visual=str(tower))
+    assert opened.source.weights_sha256 == source.weights_sha256
+    half = opened.source.model.visual.proj
+    assert torch.equal(2 * half, made.source.model.visual.proj)
 
 
 def test_another_model_is_tried(words: list[str], tmp_path: Path) -> None:

@@ -33,6 +33,14 @@ def pair(tmp_path: Path) -> list[str]:
     return [str(folder) for folder in folders]
 
 
+def half_tower(folder: str, path: Path) -> Path:
+    """A file of another image tower alone, as FARE's are."""
+    state = load_file(Path(folder) / "open_clip_model.safetensors")
+    tower = {k.removeprefix("visual."): v / 2 for k, v in state.items() if k.startswith("visual.")}
+    torch.save(tower, path)
+    return path
+
+
 def run(words: list[str]) -> None:
     interpolate.main(build_parser().parse_args(words))
 
@@ -92,3 +100,16 @@ def test_bad_settings(pair: list[str], tmp_path: Path) -> None:
     other = write_folder(tmp_path / "other", "vit", **SMALL | {"layers": 2})
     with pytest.raises(SettingsError, match="of different architectures: see visual"):
         run([pair[0], str(other), "--alpha", "0.5", *out])
+
+
+def test_the_original_may_have_another_image_tower(pair: list[str], tmp_path: Path) -> None:
+    tower, out = half_tower(pair[0], tmp_path / "fare.pt"), tmp_path / "out"
+    run([*pair, "--visual", str(tower), "--alpha", "0", "--out", str(out)])
+    found, original = load(str(out), None).model.state_dict(), load(pair[0], None).model
+    for key, value in original.state_dict().items():
+        assert torch.equal(found[key], value / 2 if key.startswith("visual.") else value)
+
+
+def test_two_activations_are_not_mixed(pair: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="one of the two models has QuickGELU"):
+        run([*pair, "--quickgelu", "--alpha", "0", "--out", str(tmp_path / "out")])

@@ -17,12 +17,14 @@ import torch
 from export_models import write_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from edgeclip.storage import sha256
 from export import ExportError
 from export.checkpoints import load
+from export.weight_files import join_sha256
 from train import data, tgazsr
 from train.attacks import pgd
 from train.model import Classifier, Pictures, class_embeddings, draw, generators
-from train.settings import SettingsError
+from train.settings import SettingsError, parse_settings
 from train.settings import run as run_command
 from train.tgazsr import Settings, checked, epoch_keys, learning_rate
 from train.variants import WEIGHTS, attack, loss_terms
@@ -470,3 +472,30 @@ def test_mistakes_on_the_command_line_are_one_line(settings: Settings) -> None:
     assert found.returncode == 2
     wanted = "error: --eps is in units of [0, 1], got 8: for 8 of 255 give --eps 8/255\n"
     assert found.stderr == wanted
+
+
+def test_a_robust_image_tower_over_the_models_weights_is_trained_further(
+    settings: Settings, model: Path, tmp_path: Path
+) -> None:
+    base = load(str(model), None).model.state_dict()
+    tower = {k.removeprefix("visual."): v / 2 for k, v in base.items() if "visual." in k}
+    torch.save({"vision_encoder_state_dict": tower}, tmp_path / "tecoa.pt")
+    changes = {"visual": str(tmp_path / "tecoa.pt"), "quickgelu": True, "learning_rate": 0.0}
+    run(replace(settings, epochs=1, limit_batches=3, validate=0, **changes))
+    made = load(str(settings.out), None)
+    assert made.quick_gelu
+    for key, value in made.model.state_dict().items():
+        assert torch.equal(value, base[key] / 2 if key.startswith("visual.") else base[key])
+    training = json.loads((settings.out / "open_clip_config.json").read_text())["training"]
+    files = (model / "open_clip_model.safetensors", tmp_path / "tecoa.pt")
+    assert training["weights_sha256"] == join_sha256([sha256(path) for path in files])
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"), [([], None), (["--quickgelu"], True), (["--no-quickgelu"], False)]
+)
+def test_an_activation_on_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], wanted: bool | None
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tgazsr", "--data", "x", "--out", "y", *words])
+    assert parse_settings(Settings, "tgazsr", "", "").quickgelu is wanted

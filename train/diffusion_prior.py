@@ -25,8 +25,9 @@ from torch import Tensor
 
 from edgeclip import storage
 from edgeclip.bundle import MANIFEST
+from export.architectures import CONFIG
 from export.bundle import wording
-from export.checkpoints import CONFIG, Source, load
+from export.checkpoints import Source, load
 from export.diffusion_prior import WEIGHTS, text_tokens
 from train import data
 from train.augment import AUGMENTATIONS
@@ -67,6 +68,14 @@ class Settings:
     out: Path = setting(help="folder of the run", type=Path)
     pretrained: str | None = setting(
         None, help="tag of open_clip's or a file of weights; a folder has its own", type=str
+    )
+    visual: str | None = setting(
+        None,
+        help="file with weights of the image tower alone, over those of --pretrained",
+        type=str,
+    )
+    quickgelu: bool | None = setting(
+        None, help="build with QuickGELU or GELU (default: as the weights were trained)", type=bool
     )
     depth: int = setting(3, help="layers")
     heads: int = setting(2, help="attention heads, each 64 wide")
@@ -255,7 +264,12 @@ def train(settings: Settings) -> None:
     out = settings.out
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    source = load(settings.bundle_checkpoint, settings.pretrained)
+    source = load(
+        settings.bundle_checkpoint,
+        settings.pretrained,
+        visual=settings.visual,
+        quick_gelu=settings.quickgelu,
+    )
     told = {key: str(value) if isinstance(value, Path) else value
             for key, value in asdict(settings).items()}  # fmt: skip
     told["weights_sha256"] = source.weights_sha256

@@ -23,6 +23,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 
 from edgeclip.purify import from_dict
+from export.weight_options import add_weight_options
 from train.defence import GRADIENTS
 from train.distributed import choose_device, processes
 from train.measurement import Measurement
@@ -36,6 +37,8 @@ EPILOG = """examples:
       --eps 1/255 -n 1000 --out openai.json
   python -m train.evaluate bundles/vit --checkpoint runs/vit --data cifar10 --eps 4/255 \\
       --purify cos --gradient exact identity encoder released --out purified.json
+  python -m train.evaluate ViT-L-14 --pretrained openai --visual fare_eps_2.pt --data imagenet \\
+      --eps 2/255 --out fare.json
   python -m train.evaluate ViT-B-32 --pretrained openai --protocol tga-zsr-16 --out results/openai
   torchrun --nproc-per-node 4 -m train.evaluate runs/fashion --data fashion-mnist --eps 8/255 \\
       --attack autoattack --out plain.json
@@ -58,9 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser("python -m train.evaluate", "SUBJECT", description, EPILOG)
     add = parser.add_argument
     add(
-        "subject", metavar="SUBJECT", help="bundle, folder of a run, or open_clip's name of a model"
+        "subject",
+        metavar="SUBJECT",
+        help="bundle, folder of a run or of transformers' CLIP, or open_clip's name of a model",
     )
-    add("--pretrained", metavar="TAG", help="of a model's name: tag of open_clip's or a file")
+    add_weight_options(parser)
     add("--checkpoint", metavar="RUN", help="of a bundle: its weights (default: beside it)")
     add("--template", action="append", metavar="TEXT", help="prompt (default: as exported)")
     add("--attack", nargs="+", metavar="NAME", choices=("autoattack", *ATTACKS),

@@ -22,8 +22,11 @@ from rich.table import Table
 
 from edgeclip import storage
 from edgeclip.json_output import to_json
+from export.architectures import CONFIG
 from export.bundle import wording
-from export.checkpoints import CONFIG, Source, StateDict, load
+from export.checkpoints import Source, load
+from export.weight_files import StateDict
+from export.weight_options import add_weight_options
 from train import data
 from train.attacks import pgd
 from train.distributed import choose_device
@@ -146,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("original", metavar="ORIGINAL", help="folder of a run, or open_clip's name of a model")
     add("robust", metavar="ROBUST", help="folder of the run that was fine-tuned from it")
-    add("--pretrained", metavar="TAG", help="weights of the original: a tag or a file")
+    add_weight_options(parser, "the original's ")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--alpha", type=fraction, help="write the run of this alpha, 0 to 1")
     what.add_argument(
@@ -191,7 +194,13 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    original, robust = load(args.original, args.pretrained), load(args.robust, None)
+    original = load(args.original, args.pretrained, visual=args.visual, quick_gelu=args.quickgelu)
+    robust = load(args.robust, None)
+    if original.quick_gelu != robust.quick_gelu:
+        raise SettingsError(
+            "one of the two models has QuickGELU: say with --quickgelu or --no-quickgelu what the "
+            "original was trained with"
+        )
     if args.sweep:
         rows = sweep(args, original, robust)
         args.out.mkdir(parents=True, exist_ok=True)

@@ -64,10 +64,11 @@ def describe(
     names = ("torch", "torchattacks", "open_clip_torch")
     versions = {name: version(name) for name in names}
     versions |= {"edgeclip": edgeclip.__version__, "python": platform.python_version()}
-    given = ("subject", "pretrained", "checkpoint", "data", "norm", "eps", "steps", "restarts",
-             "queries", "eot", "seed", "batch_size", "transfer_from")  # fmt: skip
+    given = ("subject", "pretrained", "visual", "checkpoint", "data", "norm", "eps", "steps",
+             "restarts", "queries", "eot", "seed", "batch_size", "transfer_from")  # fmt: skip
     return {name: getattr(args, name) for name in given} | {
         "weights_sha256": subject.source.weights_sha256,
+        "quick_gelu": subject.source.quick_gelu or None,  # older files lack the key
         "templates": list(subject.templates),
         "null_templates": list(subject.null_templates),
         "purification": _purification(subject, defence.purifier),
@@ -97,7 +98,13 @@ class Measurement:
             self.test_set = data.load(args.data, train=False, download=args.download)
         classes = self.test_set.classes
         self.subject = open_subject(
-            args.subject, args.pretrained, args.checkpoint, args.template, args.prior
+            args.subject,
+            args.pretrained,
+            args.checkpoint,
+            args.template,
+            args.prior,
+            args.visual,
+            args.quickgelu,
         )
         purifier = choose_purifier(args, self.subject)
         self.defence = self.subject.defence(classes, purifier).to(device)

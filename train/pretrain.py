@@ -23,7 +23,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from edgeclip.json_output import to_json
-from export.checkpoints import CONFIG
+from export.architectures import CONFIG
 from train import fashion
 from train.runs import load_checkpoint, save_checkpoint, save_model, write_small_bpe
 from train.settings import SettingsError, parse_settings, run, setting

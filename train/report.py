@@ -58,7 +58,9 @@ class Result:
     def model(self) -> str:
         """As the settings name it, with what tells its weights."""
         settings = self.settings
-        name = " ".join(filter(None, (settings["subject"], settings.get("pretrained"))))
+        name = " ".join(
+            filter(None, (settings["subject"], settings.get("pretrained"), settings.get("visual")))
+        )
         return f"{name} ({settings['checkpoint']})" if settings.get("checkpoint") else name
 
     @property

@@ -99,6 +99,8 @@ def parse_settings(cls: type[Settings], prog: str, description: str, epilog: str
         text = field.metadata["help"]
         if isinstance(field.default, bool):
             parser.add_argument(option, action="store_true", help=text)
+        elif field.metadata.get("type") is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
         else:
             needed = field.default is dataclasses.MISSING
             choices = field.metadata.get("choices")

@@ -14,8 +14,9 @@ from edgeclip.labels import check_templates
 from edgeclip.purify import DiffPurifier, Purifier, check_prior
 from edgeclip.runtime import Runtime
 from export import ExportError
+from export.architectures import is_model_folder
 from export.bundle import null_text, wording
-from export.checkpoints import CONFIG, Source, load
+from export.checkpoints import Source, load
 from export.diffusion_prior import TrainedPrior, load_prior, null_context
 from train.defence import Defence
 from train.model import Classifier, class_embeddings
@@ -67,24 +68,30 @@ def open_subject(
     checkpoint: str | None = None,
     templates: Sequence[str] | None = None,
     prior: str | None = None,
+    visual: str | None = None,
+    quick_gelu: bool | None = None,
 ) -> Subject:
     """A bundle's folder, a run's folder, or open_clip's name of a model with `pretrained` weights.
 
     checkpoint: the weights of a bundle, a run's folder or a file; None looks for them beside it.
-    templates: instead of the model's own. prior: a run of train.diffusion_prior, or a file. Raises
-    ExportError, BundleError and LabelError, and SettingsError for weights that are not the bundle's.
+    templates: instead of the model's own. prior: a run of train.diffusion_prior, or a file. visual,
+    quick_gelu: as for `load`. Raises ExportError, BundleError and LabelError, and SettingsError for
+    weights that are not the bundle's.
     """
     folder = Path(subject)
     trained = load_prior(Path(prior)) if prior else None
     if not (folder / MANIFEST).is_file():
         if checkpoint:
             raise SettingsError(f"--checkpoint goes with a bundle, and {subject} is none")
-        source = load(subject, pretrained)
+        source = load(subject, pretrained, visual=visual, quick_gelu=quick_gelu)
         words = wording(source, templates=templates)
         return Subject(source, words.templates, words.null_templates, prior=trained)
     bundle = Bundle(folder)
     manifest = bundle.manifest
-    source = _weights(bundle, checkpoint)
+    tower = manifest.source.get("visual")
+    if tower and not visual:
+        raise SettingsError(f"{subject} has the image tower {tower}: name its file with --visual")
+    source = _weights(bundle, checkpoint, visual, quick_gelu)
     if source.weights_sha256 != manifest.source.get("weights_sha256"):
         raise SettingsError(
             f"{subject} was exported from other weights than those of {source.name}: name its "
@@ -98,16 +105,21 @@ def open_subject(
     return Subject(source, chosen, manifest.null_templates, bundle, trained)
 
 
-def _weights(bundle: Bundle, checkpoint: str | None) -> Source:
+def _weights(
+    bundle: Bundle, checkpoint: str | None, visual: str | None, quick_gelu: bool | None
+) -> Source:
+    def load_with(model: str, pretrained: str | None = None) -> Source:
+        return load(model, pretrained, visual=visual, quick_gelu=quick_gelu)
+
     name = bundle.manifest.source.get("model", "")
     if checkpoint:
-        return load(checkpoint, None) if Path(checkpoint).is_dir() else load(name, checkpoint)
+        return load_with(checkpoint) if Path(checkpoint).is_dir() else load_with(name, checkpoint)
     parent = bundle.path.resolve().parent
     for folder in (parent, parent / name):
-        if (folder / CONFIG).is_file():
-            return load(str(folder), None)
+        if is_model_folder(folder):
+            return load_with(str(folder))
     try:
-        return load(name, bundle.manifest.source.get("pretrained"))
+        return load_with(name, bundle.manifest.source.get("pretrained"))
     except ExportError as err:
         raise SettingsError(
             f"the weights of {bundle.path} are not beside it: white-box attacks need them, name "

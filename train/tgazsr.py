@@ -25,7 +25,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from export.checkpoints import CONFIG, Source, load
+from export.architectures import CONFIG
+from export.checkpoints import Source, load
 from train import data
 from train.augment import AUGMENTATIONS
 from train.distributed import all_sum, choose_device, main_first, processes
@@ -80,6 +81,14 @@ class Settings:
     model: str = setting("ViT-B-32", help="open_clip's name of a model, or the folder of a run")
     pretrained: str | None = setting(
         None, help="tag of open_clip's or a file of weights; a folder has its own", type=str
+    )
+    visual: str | None = setting(
+        None,
+        help="file with weights of the image tower alone, over those of --pretrained",
+        type=str,
+    )
+    quickgelu: bool | None = setting(
+        None, help="build with QuickGELU or GELU (default: as the weights were trained)", type=bool
     )
     variant: str = setting("tga", help="which loss", choices=WEIGHTS)
     alpha: float | None = setting(
@@ -236,7 +245,7 @@ def validate(
 def run_config(settings: Settings, source: Source, train_set: data.DataSet) -> dict[str, Any]:
     """The run's open_clip_config.json: the model's own, with what was done to it."""
     wording = dict(source.wording)
-    told = wording.get("description") or f"{source.name}, weights {source.pretrained}"
+    told = wording.get("description") or source.title
     eps = f"{settings.eps * 255:.3g}/255" if settings.norm == "linf" else f"{settings.eps:.3g}"
     attack = f"{settings.norm} eps {eps}"
     wording.setdefault("templates", [settings.template])
@@ -314,7 +323,12 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
         train_set = data.load(settings.data, train=True, download=settings.download)
         if settings.validate:
             test_set = load_test_set(settings)
-        source = load(settings.model, settings.pretrained)
+        source = load(
+            settings.model,
+            settings.pretrained,
+            visual=settings.visual,
+            quick_gelu=settings.quickgelu,
+        )
     texts = class_embeddings(source, train_set.classes, [settings.template])
     negations = texts  # only Comp-TGA has others
     if settings.variant == "comp":
