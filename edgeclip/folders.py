@@ -39,14 +39,12 @@ def expand(arguments: Iterable[str]) -> list[str]:
     files: list[str] = []
     folders: list[str] = []
     for argument in arguments:
-        found: list[str] = []
-        for path in _matching(argument):
+        for path in _matching(argument) or [argument]:
             if os.path.isdir(path):
                 folders.append(path)
-                found += listing.read(path)
+                files += listing.read(path) or [path]
             else:
-                found.append(path)
-        files += found or [argument]
+                files.append(path)
     listing.report(folders[0] if len(folders) == 1 else f"{len(folders)} folders")
     return files
 
@@ -97,13 +95,13 @@ class Listing:
                     continue
                 seen.add((status.st_dev, status.st_ino))
                 found += filter(self._is_image, (os.path.join(parent, name) for name in names))
-                below[:] = self._entered(below, recursive)
+                below[:] = self._to_enter(below, recursive)
                 paths = (os.path.join(parent, name) for name in below)
                 waiting += filter(os.path.islink, paths)
         self.unreadable += unreadable
         return sorted(found + unreadable)
 
-    def _entered(self, below: list[str], recursive: bool) -> list[str]:
+    def _to_enter(self, below: list[str], recursive: bool) -> list[str]:
         """Return the folders to read of those in a folder, in an order that is always the same."""
         entered = sorted(name for name in below if not is_skipped(name))
         self.left_out[HIDDEN] += len(below) - len(entered)

@@ -21,7 +21,8 @@ class Extra:
     name: str  # in Pillow
     title: str
     suffixes: tuple[str, ...]
-    decoder: str  # the module to look for
+    decoder: str  # the package or module to look for
+    plugin: str  # the module that registers it with Pillow
     install: str
 
     @property
@@ -32,16 +33,18 @@ class Extra:
         """Register the format with Pillow. Raises ImageError where its decoder is not installed."""
         if not self.installed:
             raise ImageError(f"the decoder of {self.title} files is not installed: {self.install}")
-        if self.name == "HEIF":
-            importlib.import_module(self.decoder).register_heif_opener()
-        else:
-            importlib.import_module("PIL.AvifImagePlugin" if self.name == "AVIF" else self.decoder)
+        importlib.import_module(self.plugin)
 
 
 PLUGINS = "pip install 'edgeclip[formats]'"
-AVIF = Extra("AVIF", "AVIF", (".avif", ".avifs"), "PIL._avif", "pip install --upgrade pillow")
-HEIF = Extra("HEIF", "HEIC", (".heic", ".heif", ".hif"), "pi_heif", PLUGINS)
-JPEG_XL = Extra("JXL", "JPEG XL", (".jxl",), "pillow_jxl", PLUGINS)
+AVIF = Extra(
+    "AVIF", "AVIF", (".avif", ".avifs"), "PIL._avif", "PIL.AvifImagePlugin",
+    "pip install --upgrade pillow",
+)  # fmt: skip
+HEIF = Extra(
+    "HEIF", "HEIC", (".heic", ".heif", ".hif"), "pi_heif", "pi_heif.HeifImagePlugin", PLUGINS
+)
+JPEG_XL = Extra("JXL", "JPEG XL", (".jxl",), "pillow_jxl", "pillow_jxl", PLUGINS)
 EXTRAS = (AVIF, HEIF, JPEG_XL)
 
 HEAD = 64  # bytes that tell an extra format

@@ -43,7 +43,7 @@ def to_rgb(image: Image) -> NDArray[np.uint8]:
     image = _upright(image)
     if image.mode.startswith("I"):
         bits = tags.get(BITS, (16,))[0]
-        inverted = bool(tags) and tags.get(PHOTOMETRIC, WHITE_IS_ZERO) == WHITE_IS_ZERO
+        inverted = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
         return _grey(image, 2**bits - 1, transparent, inverted)
     if image.mode == "L" and isinstance(transparent, int):
         return _grey(image, 255, transparent * PNG_STEPS.get(raw, 1))
@@ -102,9 +102,8 @@ def _problem(image: Image, tags: Any, raw: str) -> str | None:
         return "floating-point images have no agreed range; save it with 8 or 16 bits"
     if SIGNED in tags.get(FORMAT, ()):
         return "signed integers have no agreed range; save it with 8 or 16 bits, unsigned"
-    if (
-        image.mode == "I" and image.format != "PNG"
-    ):  # in which older versions of Pillow have 16 bits
+    # Older versions of Pillow hold a PNG's 16 bits so.
+    if image.mode == "I" and image.format != "PNG":
         return "32-bit integers have no agreed range; save it with 8 or 16 bits"
     if isinstance(transparent, tuple) and (raw == "RGB;16B" or max(transparent) > 255):
         return "a transparent colour of 16 bits is not supported; save it with an alpha channel"

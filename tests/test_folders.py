@@ -58,6 +58,8 @@ def test_patterns_stand_for_what_a_shell_makes_of_them(tmp_path: Path) -> None:
     assert expand([f"{folder}/**"]) == [
         f"{folder}/{n}" for n in ("3.png", "a/1.png", "b/2.png", "b/notes.txt")
     ]
+    (tmp_path / "empty").mkdir()
+    assert expand([f"{folder}/empt[y]"]) == [f"{folder}/empty"]
     (tmp_path / "gone.png").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.png")
     assert expand([f"{folder}/*.png"]) == [f"{folder}/3.png", f"{folder}/gone.png"]

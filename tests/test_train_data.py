@@ -340,7 +340,7 @@ def test_folder_says_what_it_leaves_out(
     assert contents(found) == expected
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"{tmp_path}: left out 6: 3 hidden or system, 1 images outside the class folders, "
+        f"{tmp_path}: left out 6: 3 hidden or system, 1 outside the class folders, "
         "1 .heic (pip install 'edgeclip[formats]'), 1 not a picture (.txt)"
     )
     (tmp_path / "b" / "3.tif").unlink()

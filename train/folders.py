@@ -66,8 +66,8 @@ def read_folder(folder: Path, train: bool) -> tuple[list[str], ImageFiles]:
     classes = read_names(folder) or [class_names.words(name) for name in names]
     _check_names(folder, names, classes)
     listing = Listing()
-    listing.left_out["images outside the class folders"] = len(
-        Listing().read(str(images), recursive=False)
+    listing.left_out["outside the class folders"] = sum(
+        len(Listing().read(str(level), recursive=False)) for level in {folder, images}
     )
     files = class_files([images / name for name in present], recursive=True, listing=listing)
     place = [names.index(name) for name in present]

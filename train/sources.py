@@ -219,7 +219,8 @@ SOURCES = {
         ("a satellite photo of {}.",), trains=False,
     ),
     "fgvc-aircraft": Source(
-        "FGVC-Aircraft", 100, "fgvc-aircraft-2013b", _split("FGVCAircraft", _TRAINVAL_FILES, _TEST_FILES),
+        "FGVC-Aircraft", 100, "fgvc-aircraft-2013b",
+        _split("FGVCAircraft", _TRAINVAL_FILES, _TEST_FILES),
         ("a photo of a {}, a type of aircraft.",),
     ),
     "imagenet": Source(
