@@ -202,7 +202,7 @@ def _place(path: str | PathLike[str]) -> str:
 def _check_text(what: str, text: str) -> None:
     """Raise LabelError for bytes that are no text, and for control characters but the tab.
 
-    They would break a table, a list of names and a terminal, and the model cannot read them.
+    Control characters break tables, lists of names and terminals.
     """
     try:
         text.encode()
