@@ -9,14 +9,14 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from edgeclip.captions import LINE, draw_captions, own_font
 from edgeclip.errors import BundleError, EdgeclipError
 from edgeclip.storage import is_stream
 
@@ -27,16 +27,10 @@ if TYPE_CHECKING:
     from edgeclip.manifest import ImageSpec
     from edgeclip.runtime import Runtime
 
-Font: TypeAlias = "ImageFont.FreeTypeFont | ImageFont.ImageFont"
-
 # Scores are about 1 at most; of smaller differences float32 tokens tell nothing.
 FLAT = 1e-7
 TILE = 320  # pixels of a tile's longer side, at least
 GAP = 16
-FONT_SIZE = 18
-LINE = 26  # of text
-LONGEST = 200  # characters of a caption that are looked at
-FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")  # of the system, for what is not ASCII
 # Black to pale yellow, evenly lighter: stops of matplotlib's inferno.
 COLOURS = np.array(
     [(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32
@@ -225,35 +219,18 @@ def _sheet(tiles: Sequence[_Tile]) -> Image.Image:
     columns = 1 + max(tile.column for tile in tiles)
     rows = 1 + max(int(tile.row) for tile in tiles)
     sheet = Image.new("RGB", (GAP + columns * right, 2 * GAP + rows * down + LINE), "white")
-    draw, font = ImageDraw.Draw(sheet), _font("".join(tile.caption for tile in tiles))
-    for tile in tiles:
+    captions = draw_captions([tile.caption for tile in tiles], width)
+    for tile, caption in zip(tiles, captions, strict=True):
         left, top = GAP + tile.column * right, GAP + round(tile.row * down)
-        draw.text((left, top), _cut(tile.caption, width, font), "black", font)
+        sheet.paste(caption, (left, top))
         sheet.paste(tile.image, (left, top + LINE))
+    draw, font = ImageDraw.Draw(sheet), own_font()
     left, top = GAP + 2 * right, GAP + rows * down - 4
     draw.text((left, top), "0", "black", font)
     draw.text((left + width, top), "1", "black", font, anchor="ra")
     scale = np.linspace(0, 1, max(width - 2 * GAP, 1), dtype=np.float32)
     sheet.paste(Image.fromarray(_colours(np.tile(scale, (12, 1)))), (left + GAP, top + 4))
     return sheet
-
-
-def _font(text: str) -> Font:
-    """Pillow's own font knows hardly more than ASCII."""
-    for name in () if text.isascii() else FONTS:
-        with suppress(OSError):
-            return ImageFont.truetype(name, FONT_SIZE)
-    return ImageFont.load_default(FONT_SIZE)
-
-
-def _cut(text: str, width: int, font: Font) -> str:
-    """The text in one line of `width` pixels at most."""
-    line = " ".join(text.split())[:LONGEST]
-    if font.getlength(line) <= width:
-        return line
-    while line and font.getlength(f"{line}...") > width:
-        line = line[:-1]
-    return f"{line}..."
 
 
 def _enlarge(attention: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
