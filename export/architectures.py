@@ -40,14 +40,16 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def find_blueprint(model: str) -> Blueprint:
-    """Raises ExportError for what is neither a name of open_clip's nor a folder of a model."""
+    """Find a folder's model, or open_clip's model of a name. Raises ExportError for anything else."""
     folder, name = Path(model), model.replace("/", "-")
     if (folder / CONFIG).is_file():
         return _from_folder(folder)
-    if (folder / transformers_clip.CONFIG).is_file():
+    if transformers_clip.is_folder(folder):
         return _from_transformers(folder)
     if name in open_clip.list_models():
         return Blueprint(name, open_clip.get_model_config(name), name)
+    if (folder / transformers_clip.CONFIG).is_file():
+        return _from_transformers(folder)  # which raises
     if folder.is_dir():
         raise ExportError(
             f"{folder} holds no {CONFIG} or {transformers_clip.CONFIG}: it is not the folder of a model"
@@ -111,7 +113,7 @@ def build_model(
 
 
 def load_tokenizer(blueprint: Blueprint) -> Any:
-    """Raises ExportError."""
+    """Load the tokenizer in open_clip's form. Raises ExportError."""
     text, folder, settings = blueprint.config["text_cfg"], blueprint.folder, {}
     relative = (text.get("tokenizer_kwargs") or {}).get("bpe_path")
     if relative and folder:
@@ -131,7 +133,7 @@ def load_tokenizer(blueprint: Blueprint) -> Any:
 
 
 def check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
-    """Raises ExportError where open_clip's tokenizer has ids that the text tower does not know."""
+    """Raise ExportError where open_clip's tokenizer has ids that the text tower does not know."""
     rows = getattr(model, "text", model).vocab_size
     if isinstance(tokenizer, SimpleTokenizer) and tokenizer.vocab_size > rows:
         raise ExportError(

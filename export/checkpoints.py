@@ -58,7 +58,7 @@ class Source:
     tokenizer: Any  # open_clip's SimpleTokenizer or HFTokenizer
     name: str
     pretrained: str
-    weights_sha256: str  # of file, index and shards, tensors by name, or base and image tower
+    weights_sha256: str  # of the file, or of several hashes: see docs/checkpoints.md
     config: dict[str, Any]  # open_clip_config.json of a folder that holds this model
     wording: Mapping[str, Any] = field(default_factory=dict)  # the folder's "edgeclip" object
     folder: Path | None = None  # where it was loaded from, if from a folder
@@ -70,13 +70,13 @@ class Source:
 
     @property
     def title(self) -> str:
-        """The model and its weights in a few words."""
+        """The model's name and weights, as a description."""
         tower = f", image encoder {self.visual.label}" if self.visual else ""
         return f"{self.name}, weights {self.pretrained}{tower}"
 
     @property
     def record(self) -> dict[str, str]:
-        """What a manifest says of the model."""
+        """The "source" of a bundle's manifest."""
         record = {
             "model": self.name,
             "pretrained": self.pretrained,
@@ -116,35 +116,32 @@ def load(
         quick_gelu = _activation(blueprint, weights, own=pretrained is None)
         if tower and tower.quick_gelu not in (None, quick_gelu):
             say(
-                f"{visual} was trained with {_gelu(not quick_gelu)}, the weights below it with "
-                f"{_gelu(quick_gelu)}: see --quickgelu, --no-quickgelu"
+                f"{tower.label} was trained with {_gelu(not quick_gelu)}, the base weights with "
+                f"{_gelu(quick_gelu)}: building {blueprint.name} with the latter; see --quickgelu"
             )
     with step(f"building {blueprint.name}"):
         network = build_model(blueprint, quick_gelu, weights.preprocess if weights else None)
     check_vocabulary(blueprint.name, network, tokenizer)
     if weights:
         fit_weights(network, weights.state, weights.label)
-    digest = weights.sha256 if weights else state_sha256(network.state_dict())
-    label, over = weights.label if weights else RANDOM, None
+    label = weights.label if weights else RANDOM
+    _check_scale(network, label)
+    base = weights.sha256 if weights else state_sha256(network.state_dict())
     if tower:
         fit_weights(network, tower.state, tower.label, "visual.")
-        over = Visual(tower.label, tower.sha256, digest)
-        digest = join_sha256([digest, tower.sha256])
-    _check_scale(network, label)
-    config = {
-        "model_cfg": blueprint.config | {"quick_gelu": quick_gelu},
-        "preprocess_cfg": network.visual.preprocess_cfg,
-    }
     return Source(
         network,
         tokenizer,
         blueprint.name,
-        label,
-        digest,
-        config,
-        blueprint.wording,
-        blueprint.folder,
-        over,
+        pretrained=label,
+        weights_sha256=join_sha256([base, tower.sha256]) if tower else base,
+        config={
+            "model_cfg": blueprint.config | {"quick_gelu": quick_gelu},
+            "preprocess_cfg": network.visual.preprocess_cfg,
+        },
+        wording=blueprint.wording,
+        folder=blueprint.folder,
+        visual=Visual(tower.label, tower.sha256, base) if tower else None,
     )
 
 
@@ -277,6 +274,7 @@ def fit_weights(model: Any, state: StateDict, origin: str, part: str = "") -> No
 
 
 def _check_scale(model: Any, origin: str) -> None:
+    """Raise ExportError where the logit scale is zero or infinite in float32."""
     scale = model.logit_scale.exp().item()
     if not 0 < scale < float("inf"):
         raise ExportError(
@@ -286,7 +284,7 @@ def _check_scale(model: Any, origin: str) -> None:
 
 
 def state_sha256(state: StateDict) -> str:
-    """The SHA-256 of the tensors' bytes, in order of their names."""
+    """Return the SHA-256 of the tensors' bytes, in order of their names."""
     digest = hashlib.sha256()
     for key in sorted(state):
         digest.update(state[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -73,7 +73,11 @@ def to_open_clip(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def is_folder(folder: Path) -> bool:
     """Tell whether a folder holds a model of transformers' CLIP, or its image tower."""
-    return str(_model_type(folder)).startswith("clip")
+    try:
+        kind = _read_json(folder / CONFIG).get("model_type")
+    except ExportError:
+        return False
+    return str(kind).startswith("clip")
 
 
 def quick_gelu_beside(path: Path) -> bool | None:
@@ -91,7 +95,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     from transformers import CLIPConfig
 
     path = folder / CONFIG
-    kind = _model_type(folder)
+    whole = _read_json(path)
+    kind = whole.get("model_type")
     if kind == "clip_vision_model":
         raise ExportError(
             f"{folder} holds an image tower alone: name its weights with --visual, and the model and "
@@ -101,7 +106,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ExportError(f"{path} has the model_type {kind!r}: only clip is supported")
     try:
         with quiet():
-            config = CLIPConfig.from_dict(_read_json(path))
+            config = CLIPConfig.from_dict(whole)
         text, vision = config.text_config, config.vision_config
         if vision.num_channels != 3 or not isinstance(vision.image_size, int):
             raise ValueError("its images are not square, or not of three channels")
@@ -204,11 +209,6 @@ def _preprocessing(found: Mapping[str, Any], size: int) -> dict[str, Any]:
         "interpolation": INTERPOLATION[interpolation],
         "resize_mode": "squash" if squash else "shortest",
     }
-
-
-def _model_type(folder: Path) -> Any:
-    path = folder / CONFIG
-    return _read_json(path).get("model_type") if path.is_file() else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def read_file(path: Path) -> Any:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Raises ExportError for a file that is only called safetensors, or not fetched yet."""
+    """Tell by content. Raises ExportError for a file called so that is none, or not fetched yet."""
     with path.open("rb") as file:
         start = file.read(len(LFS))
     if start == LFS:
@@ -213,16 +213,20 @@ def _any_starts(keys: Any, prefixes: tuple[str, ...]) -> bool:
 def _candidates(
     found: Any, trail: tuple[str, ...] = (), beside: tuple[str, ...] = ()
 ) -> Iterator[Candidate]:
-    """Find state dicts below wrappers and behind prefixes, the innermost first."""
+    """Find state dicts below wrappers and behind prefixes, the preferred ones first."""
     if not isinstance(found, Mapping) or not found or len(trail) > DEEPEST:
         return
     found = {INSERTED.sub("", key): v for key, v in found.items() if isinstance(key, str)}
     tensors = {key: v for key, v in found.items() if isinstance(v, torch.Tensor)}
-    plain = tuple(key for key in tensors if key.split(".")[0] not in WRAPPERS)
+    plain = {key: v for key, v in tensors.items() if key.split(".")[0] not in WRAPPERS}
+    own = Candidate(trail, plain, beside + tuple(tensors.keys() - plain.keys()))
+    if own.part:
+        yield own
+    rest = beside if own.part else beside + tuple(plain)
     for name in WRAPPERS:
         yield from _candidates(found.get(name), (*trail, name))
-        yield from _candidates(_behind(tensors, name), (*trail, f"{name}."), beside + plain)
-    if tensors:
+        yield from _candidates(_behind(tensors, name), (*trail, f"{name}."), rest)
+    if tensors and not own.part:
         yield Candidate(trail, tensors, beside)
 
 
@@ -256,7 +260,7 @@ def _choose(found: Any, path: Path, key: str, part: str) -> Candidate:
         names = sorted({_telling(other, chosen) for other in others})
         notes.append(f"not {', '.join(names)} (chosen by {path.name}#{names[0]})")
     if chosen.beside:
-        notes.append(f"leaving {some(chosen.beside)}")
+        notes.append(f"leaving {some(sorted(chosen.beside))}")
     if notes:
         say(f"{path.name}: {', '.join(notes)}")
     return chosen

@@ -95,6 +95,7 @@ def test_tensors_beside_a_prefix_are_left_and_named(
         ({"model": MODEL, "ema": EMA}, "ema"),
         ({"model_ema": prefixed("module.", EMA), "model": prefixed("module.", MODEL)}, "model_ema"),
         ({"state_dict": prefixed("model.", MODEL) | prefixed("ema_model.", EMA)}, "ema_model"),
+        (MODEL | prefixed("ema.", EMA), "ema"),
         ({"state_dict": MODEL, "teacher": EMA}, "teacher"),
         (prefixed("model.", MODEL) | prefixed("student.", EMA), "student"),
     ],
