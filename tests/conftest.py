@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import signal
+import stat
 import struct
 import sys
 
@@ -79,6 +80,22 @@ def fashion() -> tuple[np.ndarray, np.ndarray]:
     with np.load(Path(__file__).parent / "vectors" / "fashion_200.npz") as arrays:
         grey, labels = arrays["images"], arrays["labels"]
     return np.repeat(grey[..., None], 3, axis=3), labels
+
+
+@pytest.fixture(scope="session")
+def devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Devices null and full, which a faulty test may destroy: root, who could, gets copies."""
+    if os.geteuid() != 0:
+        return {name: Path("/dev", name) for name in ("null", "full")}
+    folder = tmp_path_factory.mktemp("devices")
+    found = {name: folder / name for name in ("null", "full")}
+    try:
+        for name, path in found.items():
+            os.mknod(path, stat.S_IFCHR | 0o666, os.stat(f"/dev/{name}").st_rdev)
+            path.open("wb").close()
+    except OSError as err:
+        pytest.skip(f"devices cannot be made or used here: {err}")
+    return found
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
+from benchmarks.timing import publish
 
 SHOWN = [
     (document, match[2], match[0])
@@ -53,3 +54,16 @@ def test_a_document_keeps_what_is_beside_its_marks(
         assert report.update(document) == 1
         expected = "a\n<!-- benchmarks.x -->\ntable of x\n<!-- /benchmarks.x -->\nb\n"
         assert document.read_text() == expected
+
+
+def test_published_figures_are_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, link = tmp_path / "out.json", tmp_path / "link.json"
+    path.touch(0o600)
+    link.symlink_to("out.json")
+    figures = {"machine": "é", "versions": {"torch": "2"}, "ms": [1.5, float("nan")]}
+    publish(figures, lambda report: f"{len(report)} entries", link)
+    assert capsys.readouterr().out == "é; torch 2.\n\n3 entries\n"
+    found = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert found == figures | {"ms": [1.5, None]}
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o600

@@ -159,11 +159,14 @@ def test_a_fifo_gets_the_picture_and_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["explain", "embed"])
-def test_devices_stay(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, *outputs(command, BAG), "/dev/null")[0] == 0
-    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
-    status, _, errors = run(capsys, *outputs(command, BAG), "/dev/full")
-    assert (status, errors) == (2, ["error: cannot write /dev/full: No space left on device"])
+def test_devices_stay(
+    command: str, devices: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, *outputs(command, BAG), devices["null"])[0] == 0
+    status, _, errors = run(capsys, *outputs(command, BAG), devices["full"])
+    reason = "No space left on device"
+    assert (status, errors) == (2, [f"error: cannot write {devices['full']}: {reason}"])
+    assert all(stat.S_ISCHR(path.stat().st_mode) for path in devices.values())
 
 
 @pytest.mark.parametrize("command", ["explain", "embed"])

@@ -212,18 +212,19 @@ def test_what_is_another_user_s_is_replaced_where_it_may_be_written(as_somebody:
     assert mode(path) == 0o666
 
 
-def test_devices_are_written_into(tmp_path: Path) -> None:
-    (tmp_path / "null").symlink_to("/dev/null")
-    for path in ("/dev/null", tmp_path / "null"):
+def test_devices_are_written_into(tmp_path: Path, devices: dict[str, Path]) -> None:
+    null, full = devices["null"], devices["full"]
+    (tmp_path / "null").symlink_to(null)
+    for path in (null, tmp_path / "null"):
         storage.write(path, NEW)
         with storage.draft(path) as part:
             part.write_bytes(NEW)
         assert storage.is_stream(path)
-    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert stat.S_ISCHR(null.stat().st_mode)
     assert (tmp_path / "null").is_symlink()
     with pytest.raises(EdgeclipError, match="No space left"):
-        storage.write("/dev/full", NEW)
-    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+        storage.write(full, NEW)
+    assert stat.S_ISCHR(full.stat().st_mode)
 
 
 def test_a_fifo_is_written_into(tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_standard_output_that_is_a_file_is_not_truncated(tmp_path: Path) -> None
     assert path.read_bytes() == b"first printed\nwritten last"
 
 
-def test_a_zip_file_appended_to_a_file_is_whole(tmp_path: Path) -> None:
+def test_a_zip_file_appended_to_a_file_is_whole(tmp_path: Path, devices: dict[str, Path]) -> None:
     """>> file"""
     path = tmp_path / "file"
     path.write_bytes(b"first ")
@@ -296,7 +297,7 @@ def test_a_zip_file_appended_to_a_file_is_whole(tmp_path: Path) -> None:
         np.savez(out, a=np.arange(3))
     with np.load(io.BytesIO(path.read_bytes().removeprefix(b"first "))) as arrays:
         assert arrays["a"].tolist() == [0, 1, 2]
-    with storage.writing("/dev/null") as out:
+    with storage.writing(devices["null"]) as out:
         np.savez(out, a=np.arange(3))
 
 
@@ -308,7 +309,7 @@ def test_a_reader_that_went_away_is_no_error_of_the_file() -> None:
     os.close(fd)
 
 
-def test_a_finished_file_takes_its_place(tmp_path: Path) -> None:
+def test_a_finished_file_takes_its_place(tmp_path: Path, devices: dict[str, Path]) -> None:
     (tmp_path / "target").write_bytes(b"old")
     (tmp_path / "target").chmod(0o600)
     (tmp_path / "link").symlink_to("target")
@@ -318,11 +319,11 @@ def test_a_finished_file_takes_its_place(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_bytes() == NEW
     assert mode(tmp_path / "target") == 0o600
-    for path in ("/dev/null", "/dev/stdout", tmp_path):
+    for path in (devices["null"], "/dev/fd/1", tmp_path):
         with pytest.raises(EdgeclipError, match="cannot write"):
             storage.replace(path, tmp_path / "target")
     assert (tmp_path / "target").read_bytes() == NEW
-    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert stat.S_ISCHR(devices["null"].stat().st_mode)
 
 
 def test_an_input_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

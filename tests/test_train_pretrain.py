@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from train import fashion
 from train.pretrain import Settings, contrastive_loss, draw_prompts, learning_rate, main
-from train.runs import write_small_bpe
+from train.runs import Metrics, save_checkpoint, write_small_bpe
 from train.settings import SettingsError
 
 TINY = {"width": 32, "layers": 1, "text_layers": 1, "batch_size": 10, "bpe_merges": 100}
@@ -139,6 +140,30 @@ def test_finished_model_is_not_overwritten(fashion_folder: Path, tmp_path: Path)
         main(settings(fashion_folder, tmp_path, epochs=1, limit_batches=1))
     assert (tmp_path / "bpe.txt.gz").read_text() == "mine"
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_files_of_a_run_are_replaced_whole(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt.part").write_text("mine")
+    path = tmp_path / "checkpoint.pt"
+    for _ in range(2):
+        save_checkpoint(tmp_path, {"weights": torch.ones(3)})
+        path.chmod(0o600)
+    first = path.read_bytes()
+    with pytest.raises(AttributeError):  # of what cannot be pickled
+        save_checkpoint(tmp_path, {"weights": lambda: None})
+    assert path.read_bytes() == first
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "checkpoint.pt.part").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2
+    save_checkpoint(tmp_path, {"weights": torch.ones(3)})
+    assert path.read_bytes() == first  # no name of a temporary file in it
+
+
+def test_figures_that_are_not_finite_are_json(tmp_path: Path) -> None:
+    with closing(Metrics(tmp_path, 0)) as metrics:
+        metrics.write({"step": 1, "loss": math.nan})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None}
 
 
 def test_missing_data_is_one_clear_line(tmp_path: Path) -> None:
