@@ -201,7 +201,7 @@ KERNELS = {
 
 def compare() -> dict[str, dict[str, float]]:
     """Milliseconds of the core's kernels on an H100: bound, expected, and measured."""
-    measured = json.loads((RESULTS / "kernels-h100.json").read_text())["ms"]
+    measured = json.loads((RESULTS / "kernels-h100.json").read_text(encoding="utf-8"))["ms"]
     return {
         name: milliseconds(work, DEVICES["H100 SXM"], "fp32")
         | {"measured": measured[name]["edgeclip in a graph"]}

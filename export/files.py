@@ -89,7 +89,7 @@ def _data(out: Path) -> Path:
 
 @contextmanager
 def workshop(out: Path) -> Iterator[Path]:
-    """A directory beside `out` to work in, gone afterwards whatever happens. Raises ExportError."""
+    """Yield a temporary directory beside `out`, removed whatever happens. Raises ExportError."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
