@@ -1,9 +1,9 @@
 """The tables and pictures of docs/PERFORMANCE.md, docs/jetson.md and README.md, from the benchmarks' JSON files.
 
-    python -m benchmarks.report --run     # all but the GPU's on this machine, then the documents
+    python -m benchmarks.report --run     # all that is shown of such a processor, then the documents
     python -m benchmarks.report           # the documents only
 
-A result of a processor without VNNI has a file and a table of its own, NAME-avx2: int8 is slower there.
+A result of a processor without VNNI, where int8 is slower, has a file and a table of its own: NAME-avx2.
 A document has a pair of marks for each table that it shows, `<!-- benchmarks.NAME -->` and
 `<!-- /benchmarks.NAME -->`; what is between them is replaced. NAME is that of a file in
 docs/results/performance/, which begins with the benchmark's; or `roofline`, which is worked out.
@@ -35,14 +35,16 @@ RUNS = {
     "throughput": [],
     "scaling": [],
 }
+# Of processors without VNNI what has int8 in it, as NAME-avx2.
+WITHOUT_VNNI = ("coldstart", "memory", "latency", "text")
 MARK = re.compile(r"(<!-- benchmarks\.([\w-]+) -->\n).*?(<!-- /benchmarks\.\2 -->)", re.DOTALL)
 
 
 def run(names: list[str]) -> None:
-    """Run the benchmarks, each in a process of its own; one that misses its limits goes on."""
+    """Run benchmarks, all by default, each in a process of its own; missed limits end none."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    kind = "-avx2" if host.vector_units().endswith("no VNNI") else ""
-    for name in names:
+    kind, every = ("-avx2", WITHOUT_VNNI) if host.vector_units().endswith("no VNNI") else ("", RUNS)
+    for name in names or every:
         module = f"benchmarks.{name.partition('-')[0]}"
         out = RESULTS / f"{name}{kind}.json"
         print(f"{module} {' '.join(RUNS[name])}", file=sys.stderr, flush=True)
@@ -165,7 +167,7 @@ def main() -> None:
     parser.add_argument("--run", nargs="*", choices=RUNS, metavar="NAME", help="all without a NAME")
     args = parser.parse_args()
     if args.run is not None:
-        run(args.run or list(RUNS))
+        run(args.run)
     for document in DOCUMENTS:
         print(f"{document}: {update(document)} tables")
     draw()
