@@ -305,6 +305,17 @@ def test_an_image_tower_over_base_weights(
         load(str(path.parent), None)
 
 
+@pytest.mark.parametrize("text", ["{}", "not json", '{"model_type": "bert"}'])
+def test_another_configuration_in_a_folder_called_as_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ViT-S-16").mkdir()
+    (tmp_path / "ViT-S-16" / "config.json").write_text(text)
+    with pytest.raises(ExportError, match="'some' is neither a file nor a tag: ViT-S-16 has no"):
+        load("ViT-S-16", "some")
+
+
 def test_queries_without_their_keys_are_named(folder: Path) -> None:
     path = folder / "model.safetensors"
     state = load_file(path)
