@@ -6,8 +6,10 @@ cannot be had is left out. `root` stands for `/` in the tests.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,12 @@ def memory_mb(root: Path = ROOT) -> dict[str, int]:
         for name, key in (("resident", "VmRSS"), ("peak", "VmHWM"))
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def trim_memory() -> None:
+    """Return freed memory to the system, which glibc keeps; nothing with another C library."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def gpu() -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from edgeclip.bundle import TOKENIZER, Bundle
 from edgeclip.cache import CachedLabel, LabelCache, embedding_identity, label_keys
 from edgeclip.encoders import Encoder, OnnxEncoder, unit
+from edgeclip.host import trim_memory
 from edgeclip.label_tokens import LabelTokens, check_tokens, read_tokens
 from edgeclip.labels import Label, LabelSet, check_labels, check_templates
 from edgeclip.tokenizer import Tokenizer
@@ -133,12 +133,8 @@ class TextTower:
             check_tokens(labels, tokens, templates, spec.context_length)
 
         if missing:
-            prompts = {key: label.worded(templates) for key, label in missing.items()}
-            with self._using() as (tokenizer, encoder):
-                tokens = {k: read_tokens(tokenizer, x, templates) for k, x in missing.items()}
-                check(tokens)  # before the encoding, which may take minutes
-                found |= self._encode_labels(tokenizer, encoder, prompts, tokens, progress)
-            self._trim()
+            found |= self._encode_labels(missing, templates, check, progress)
+            self._trim()  # here, where no frame holds the encoder any more
         else:
             check({})
         vectors = [found[key].vector for key in keys]
@@ -150,24 +146,30 @@ class TextTower:
 
     def _encode_labels(
         self,
-        tokenizer: Tokenizer,
-        encoder: Encoder,
-        prompts: Mapping[bytes, list[str]],
-        tokens: Mapping[bytes, LabelTokens],
+        labels: Mapping[bytes, Label],
+        templates: Sequence[str],
+        check: Callable[[Mapping[bytes, LabelTokens]], None],
         progress: Progress | None,
     ) -> dict[bytes, CachedLabel]:
-        """Encode labels by key and store them by block: an interruption keeps what is done."""
+        """Encode labels by key and store them by block: an interruption keeps what is done.
+
+        check: called with the tokens of all of them before the encoding, which may take minutes.
+        """
         found: dict[bytes, CachedLabel] = {}
+        prompts = {key: label.worded(templates) for key, label in labels.items()}
         total, done = sum(map(len, prompts.values())), 0
-        for block in _blocks(prompts):
-            texts = [text for worded in block.values() for text in worded]
-            rows = self._encode(tokenizer, encoder, texts, _part(progress, done, total))
-            starts = np.cumsum([0, *map(len, block.values())])[:-1]
-            means = zip(block, unit(np.add.reduceat(rows, starts)), strict=True)
-            encoded = {key: CachedLabel(mean, tokens[key]) for key, mean in means}
-            self._cache.store(self._called, encoded)
-            found |= encoded
-            done += len(texts)
+        with self._using() as (tokenizer, encoder):
+            tokens = {key: read_tokens(tokenizer, x, templates) for key, x in labels.items()}
+            check(tokens)
+            for block in _blocks(prompts):
+                texts = [text for worded in block.values() for text in worded]
+                rows = self._encode(tokenizer, encoder, texts, _part(progress, done, total))
+                starts = np.cumsum([0, *map(len, block.values())])[:-1]
+                means = zip(block, unit(np.add.reduceat(rows, starts)), strict=True)
+                encoded = {key: CachedLabel(mean, tokens[key]) for key, mean in means}
+                self._cache.store(self._called, encoded)
+                found |= encoded
+                done += len(texts)
         return found
 
     def _encode(
@@ -229,10 +231,9 @@ class TextTower:
             self._loaded = None
 
     def _trim(self) -> None:
-        """Let the system have the encoder's memory: glibc keeps it, 275 MB of a ViT-B/32."""
+        """Return a released encoder's memory to the system, 275 MB of a ViT-B/32."""
         if self._loaded is None:
-            with suppress(AttributeError, OSError, TypeError):  # no glibc, which others need not
-                ctypes.CDLL(None).malloc_trim(0)
+            trim_memory()
 
     @contextmanager
     def _using(self) -> Iterator[tuple[Tokenizer, Encoder]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import signal
 import stat
 import struct
@@ -40,10 +41,22 @@ def _interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(scope="session")
+def embedded_trials(_no_user_cache: None) -> Path:
+    """The folder of the embedded bundle's trials on this processor, made once for the session."""
+    edgeclip.Runtime(device="cpu", purify="none")
+    return Path(os.environ["EDGECLIP_CACHE"]) / "trials"
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty label cache for each test."""
+def cache(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    embedded_trials: Path,
+) -> Path:
+    """A cache for each test that holds nothing but the embedded bundle's trials."""
     folder = tmp_path_factory.mktemp("cache")
+    shutil.copytree(embedded_trials, folder / "trials")
     monkeypatch.setenv("EDGECLIP_CACHE", str(folder))
     return folder
 

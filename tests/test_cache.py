@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -29,6 +30,13 @@ from edgeclip.cache import (
 from edgeclip.label_tokens import DIGEST_SIZE, Cut, LabelTokens
 
 DIM = 64
+
+
+@pytest.fixture(autouse=True)
+def cache(cache: Path) -> Path:
+    """A cache that is empty: all that is in it is the label cache's."""
+    shutil.rmtree(cache / "trials")
+    return cache
 
 
 def vectors(first: int, count: int, dim: int = DIM) -> dict[bytes, CachedLabel]:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from export_models import exported, made_once, run_graph
+from export_models import exported, made_once, reuse_encoders, run_graph
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -213,6 +213,7 @@ def test_a_bundle_of_int8_alone_and_a_bar_that_is_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = exported("vit")
+    reuse_encoders(monkeypatch, made)
     manifest = made.bundle.manifest
     wording = Wording(manifest.description, manifest.templates, manifest.null_templates)
     manifest = export_bundle(made.source, tmp_path / "int8", wording, precisions=["int8"])

@@ -270,6 +270,16 @@ def test_labels_let_go_of_the_encoder(alive: list[weakref.ref[object]]) -> None:
     assert rt.labels(["shirt", "gown"]).names == ("shirt", "gown")
 
 
+def test_memory_is_returned_when_nothing_holds_the_encoder(
+    alive: list[weakref.ref[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rt = Runtime()
+    seen: list[object] = []
+    monkeypatch.setattr(text, "trim_memory", lambda: seen.append(alive[0]()))
+    rt.labels(["bag"])
+    assert seen == [None]
+
+
 def test_encoder_is_let_go_after_a_failure(alive: list[weakref.ref[object]]) -> None:
     rt = Runtime()
 

@@ -223,7 +223,7 @@ def test_finished_run_is_left_as_it_is(settings: Settings) -> None:
     assert all(torch.equal(before[key], value) for key, value in weights(settings.out).items())
 
 
-@pytest.mark.parametrize("variant", ["tga", "at"])
+@pytest.mark.parametrize("variant", ["tga", pytest.param("at", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(settings: Settings, variant: str) -> None:
     one = replace(settings, variant=variant, optimizer="sgd", learning_rate=0.02, workers=1)
     two = replace(one, out=settings.out.parent / "two")

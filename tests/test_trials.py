@@ -26,8 +26,9 @@ BAG = str(Path(__file__).parent.parent / "examples" / "bag.png")
 
 
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Forget what this process knows, as another process would not know it."""
+def fresh(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Forget what this process knows, as another process would not know it; the cache is empty."""
+    shutil.rmtree(cache / "trials")
 
     def forget() -> None:
         monkeypatch.setattr(trials, "_memory", {})

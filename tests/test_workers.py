@@ -48,7 +48,7 @@ def test_a_pickled_runtime_answers_alike(runtime: Runtime) -> None:
 def test_its_arguments_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").symlink_to(EMBEDDED)
     monkeypatch.chdir(tmp_path)
-    labels = Runtime().labels(["bag", "boot"])
+    labels = Runtime(precision="int8").labels(["bag", "boot"])
     asked: dict[str, Any] = {
         "device": "cpu",
         "precision": "int8",
@@ -101,7 +101,7 @@ def test_a_loader_of_pytorch(runtime: Runtime, method: str) -> None:
     loader = torch.utils.data.DataLoader(
         Embeddings(runtime),
         batch_size=2,
-        num_workers=2,
+        num_workers=1 if method == "spawn" else 2,  # each loads PyTorch anew
         multiprocessing_context=method,
         timeout=100,
     )
