@@ -113,6 +113,8 @@ $(VENV)/.dev: $(BUILD_FILES) | $(BIN)/python
 	  --editable '.[cpu,dev,export,tensorrt-rtx,train]'
 # Alone, for the schema in it: the urllib3 that it asks for is too new for torchattacks.
 	$(BIN)/python -m pip install --quiet --no-deps tritonclient
+# The plug-ins of [formats], where there are wheels of them: without, their tests are skipped.
+	-$(BIN)/python -m pip install --quiet --only-binary :all: pi-heif pillow-jxl-plugin
 # nvcc where there is none, by itself: pip would rather take another PyTorch than the version of its CUDA.
 	command -v nvcc > /dev/null || $(BIN)/python -m pip install --quiet \
 	  "cuda-toolkit[cccl,nvcc]>=13.0; sys_platform == 'linux' and platform_machine == 'x86_64'"
