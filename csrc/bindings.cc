@@ -221,7 +221,8 @@ PYBIND11_MODULE(_core, m) {
         set_usable_cores(cores);
       },
       py::arg("cores"),
-      "Sets, for the process, the cores that operations use at most: a quota is not known to them.");
+      "Sets, for the process, the cores that operations use at most: a quota is not known to "
+      "them.");
   m.def("cuda_built", &cuda_built, "Whether edgeclip was built with its CUDA kernels.");
   m.def("simd", &simd, kSimdDoc);
   bind_device(m);

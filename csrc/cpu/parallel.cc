@@ -104,9 +104,7 @@ int64_t usable_cores() {
   return chosen > 0 ? chosen : affinity_cores();
 }
 
-void set_usable_cores(int64_t cores) {
-  chosen_cores.store(cores, std::memory_order_relaxed);
-}
+void set_usable_cores(int64_t cores) { chosen_cores.store(cores, std::memory_order_relaxed); }
 
 void run_parts(int64_t parts, const std::function<void(int64_t)>& run) {
   Job job{run, parts};
