@@ -110,13 +110,15 @@ def run(options: argparse.Namespace) -> None:
                 diffusion_prior,
                 fused,
                 robustness,
+                weight_files,
             )
     except ImportError as err:
         raise ExportError(f"{err}: exporting needs pip install 'edgeclip[export]'") from err
     bundle.check_target(options.out, options.force)  # before minutes of work
     model = Path(options.model)
     folder = [model] if architectures.is_model_folder(model) else []
-    files = (options.pretrained, options.visual, options.prior, *options.robustness)
+    weights = [weight_files.split_key(p)[0] for p in (options.pretrained, options.visual) if p]
+    files = (*weights, options.prior, *options.robustness)
     storage.check_output(options.out, [*folder, *filter(None, files)])
     data = _load_data(options.data) if options.data else None
     source = checkpoints.load(
