@@ -84,8 +84,7 @@ def load_prior(path: Path) -> TrainedPrior:
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise ExportError(f"{file} does not exist: name a run of train.diffusion_prior, or a file")
-    with torch.serialization.safe_globals([(_Ignored, name) for name in _VERSION]):
-        state = read_file(file)
+    state = read_file(file)
     if not isinstance(state, Mapping):
         raise ExportError(f"{file} holds no state dict")
     try:
@@ -93,24 +92,6 @@ def load_prior(path: Path) -> TrainedPrior:
     except ExportError as err:
         raise ExportError(f"{file}: {err}") from err
     return TrainedPrior(model, sha256(file))
-
-
-class _Ignored:
-    """Stands for the version object that dalle2-pytorch pickles into its checkpoints."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-_VERSION = (
-    "packaging.version.Version",
-    "packaging.version._Version",
-    "packaging._structures.InfinityType",
-    "packaging._structures.NegativeInfinityType",
-)
 
 
 @torch.no_grad()

@@ -6,10 +6,8 @@ those whose origin you trust.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import pathlib
 import pickle
 import re
 import zipfile
@@ -44,23 +42,41 @@ DEEPEST = 6  # wrappers and prefixes around a state dict; a pickle may hold itse
 LARGEST_HEADER = 100_000_000  # bytes, a limit of the safetensors library
 PICKLE, ZIP, LFS = b"\x80", b"PK\x03\x04", b"version https://git-lfs"
 
-# Classes and functions that rebuild plain data, under every name that a pickle may have for them.
-DATA: list[Any] = [
-    argparse.Namespace,
-    np.ndarray,
-    np.dtype,
-    *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
+
+class Ignored:
+    """Placeholder for an object beside the weights, in place of its class and its state.
+
+    NumPy and pathlib trust the state in a pickle: a forged one corrupts memory. None of it is used.
+    """
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+# Names of plain data in pickles, whichever version of Python and NumPy wrote them.
+IGNORED = (
+    "argparse.Namespace",
+    "numpy.ndarray",
+    "numpy.dtype",
+    *(f"numpy.dtypes.{name}" for name in np.dtypes.__all__),
     *(
-        (array.__reduce__()[0], f"numpy.{core}.multiarray.{name}")
-        for array, name in ((np.float64(0), "scalar"), (np.zeros(1), "_reconstruct"))
+        f"numpy.{core}.multiarray.{name}"
         for core in ("core", "_core")
+        for name in ("scalar", "_reconstruct")
     ),
     *(
-        (pathlib.PurePosixPath, f"{module}.{name}")
+        f"{module}.{name}"
         for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "PurePosixPath")
+        for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
     ),
-]
+    "packaging.version.Version",  # in checkpoints of dalle2-pytorch, with the three below
+    "packaging.version._Version",
+    "packaging._structures.InfinityType",
+    "packaging._structures.NegativeInfinityType",
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +158,7 @@ def read_file(path: Path) -> Any:
             merged |= found
         return merged
     try:
-        with quiet(), torch.serialization.safe_globals(DATA):
+        with quiet(), torch.serialization.safe_globals([(Ignored, name) for name in IGNORED]):
             if _is_safetensors(path):
                 return load_file(path)
             if _is_torchscript(path):  # torch.jit.load is deprecated, and the only reader of these

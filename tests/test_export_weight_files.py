@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from edgeclip.storage import sha256
 from export import ExportError
-from export.weight_files import join_sha256, read_weights
+from export.weight_files import Ignored, join_sha256, read_file, read_weights
 
 # The least that tells a whole model from an image tower.
 MODEL = {
@@ -157,7 +157,7 @@ def test_without_a_state_dict_the_keys_are_listed(tmp_path: Path) -> None:
     with pytest.raises(ExportError) as caught:
         read_weights(saved(tmp_path, many))
     assert str(caught.value) == (
-        f"{tmp_path / 'w.pt'} holds no state dict: its keys are epoch (int), args (Namespace), "
+        f"{tmp_path / 'w.pt'} holds no state dict: its keys are epoch (int), args (Ignored), "
         "losses (list), optimizer (dict), more0 (int), more1 (int) and 3 more; FILE#KEY chooses one"
     )
     for other, told in (({}, "it is empty"), ([1, 2], "it is a list")):
@@ -192,11 +192,56 @@ def test_numpy_beside_the_weights(tmp_path: Path, value: Any, core: bytes) -> No
     assert re.search(rb"numpy\._?core", data)
     path.write_bytes(re.sub(rb"numpy\._?core", core, data))
     check_same(read_weights(path).state, MODEL)
+    assert type(read_file(path)["best_acc"]) is Ignored
 
 
 def test_arguments_beside_the_weights(tmp_path: Path) -> None:
     args = argparse.Namespace(lr=1e-4, best=np.float64(3), out=Path("runs"), nested={"a": [None]})
     check_same(read_weights(saved(tmp_path, {"model": MODEL, "args": args})).state, MODEL)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("name", ["PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"])
+def test_paths_of_any_system_beside_the_weights(tmp_path: Path, module: str, name: str) -> None:
+    path = tmp_path / "w.pt"
+    value = {"model": MODEL, "out": PurePosixPath("runs")}
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    written = f"{PurePosixPath.__module__}\nPurePosixPath\n".encode()
+    assert written in data
+    path.write_bytes(data.replace(written, f"{module}\n{name}\n".encode()))
+    check_same(read_weights(path).state, MODEL)
+    assert type(read_file(path)["out"]) is Ignored
+
+
+class Forged:
+    """Pickles as a call of `function`, and a state that is set on what it returns."""
+
+    def __init__(self, function: Any, arguments: tuple, state: Any) -> None:
+        self.reduced = function, arguments, state
+
+    def __reduce__(self) -> tuple:
+        return self.reduced
+
+
+def test_a_forged_state_reaches_no_class(tmp_path: Path) -> None:
+    """NumPy takes the bytes for addresses of objects: with other flags the process crashes."""
+    fields, flags = {"a": (np.dtype("O"), 0)}, 0
+    dtype = Forged(np.dtype, ("V8", 0, 1), (3, "|", None, ("a",), fields, 8, 1, flags))
+    rebuild = np.zeros(1).__reduce__()[0]
+    array = Forged(rebuild, (np.ndarray, (0,), b"b"), (1, (1,), dtype, False, b"A" * 8))
+    slots = (None, {"__class__": OrderedDict, "_str": 1})  # set one by one, without __setstate__
+    values = {
+        "array": array,
+        "dtype": dtype,
+        "arguments": Forged(argparse.Namespace, (), slots),
+        "path": Forged(PurePosixPath, ("a",), slots),
+    }
+    path = saved(tmp_path, {"model": MODEL} | values)
+    found = read_file(path)
+    assert {key: type(found[key]) for key in values} == dict.fromkeys(values, Ignored)
+    assert not any(vars(found[key]) for key in values)
+    check_same(read_weights(path).state, MODEL)
 
 
 class Command:
