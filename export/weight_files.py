@@ -227,9 +227,13 @@ def _any_starts(keys: Any, prefixes: tuple[str, ...]) -> bool:
 
 
 def _candidates(
-    found: Any, trail: tuple[str, ...] = (), beside: tuple[str, ...] = ()
+    found: Any, seen: set[int], trail: tuple[str, ...] = (), beside: tuple[str, ...] = ()
 ) -> Iterator[Candidate]:
-    """Find state dicts below wrappers and behind prefixes, the preferred ones first."""
+    """Find state dicts below wrappers and behind prefixes, the preferred ones first.
+
+    seen: ids of the mappings entered, of which none is entered again. They are the file's own, which
+    outlive the search.
+    """
     if not isinstance(found, Mapping) or not found or len(trail) > DEEPEST:
         return
     found = {INSERTED.sub("", key): v for key, v in found.items() if isinstance(key, str)}
@@ -240,8 +244,11 @@ def _candidates(
         yield own
     rest = beside if own.part else beside + tuple(plain)
     for name in WRAPPERS:
-        yield from _candidates(found.get(name), (*trail, name))
-        yield from _candidates(_behind(tensors, name), (*trail, f"{name}."), rest)
+        inner = found.get(name)
+        if id(inner) not in seen:
+            seen.add(id(inner))
+            yield from _candidates(inner, seen, (*trail, name))
+        yield from _candidates(_behind(tensors, name), seen, (*trail, f"{name}."), rest)
     if tensors and not own.part:
         yield Candidate(trail, tensors, beside)
 
@@ -253,7 +260,7 @@ def _behind(found: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _choose(found: Any, path: Path, key: str, part: str) -> Candidate:
     """Return the state dict of `part`, and print where it was found. Raises ExportError."""
-    candidates = list(_candidates(found))
+    candidates = list(_candidates(found, {id(found)}))
     if key:
         candidates = [c for c in candidates if key in c.names] or _below(found, key)
     if not candidates:
@@ -291,7 +298,7 @@ def _below(found: Any, key: str) -> list[Candidate]:
     if not isinstance(found, Mapping):
         return []
     named = {name: value for name, value in found.items() if isinstance(name, str)}
-    return list(_candidates(named.get(key, _behind(named, key)), (key,)))
+    return list(_candidates(named.get(key, _behind(named, key)), set(), (key,)))
 
 
 def _contents(found: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from edgeclip.storage import sha256
-from export import ExportError
+from export import ExportError, weight_files
 from export.weight_files import Ignored, join_sha256, read_file, read_weights
 
 # The least that tells a whole model from an image tower.
@@ -170,6 +171,40 @@ def test_a_dictionary_that_holds_itself(tmp_path: Path) -> None:
     value["state_dict"] = value
     with pytest.raises(ExportError, match="holds no state dict"):
         read_weights(saved(tmp_path, value))
+
+
+def nested(levels: int) -> dict[str, Any]:
+    """Dictionaries that hold the next one under every name of a wrapper."""
+    value: dict[str, Any] = {"epoch": 1}
+    for _ in range(levels):
+        value = dict.fromkeys(weight_files.WRAPPERS, value)
+    return value
+
+
+@pytest.mark.parametrize("levels", [0, 6])
+def test_each_dictionary_is_searched_once(
+    tmp_path: Path, levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dictionary that holds itself under every name, and a tree whose branches are shared."""
+    value = nested(levels)
+    if not levels:
+        value |= dict.fromkeys(weight_files.WRAPPERS, value)
+    search, calls = weight_files._candidates, itertools.count(1)
+
+    def counted(*arguments: Any) -> Any:
+        assert next(calls) < 1000
+        return search(*arguments)
+
+    monkeypatch.setattr(weight_files, "_candidates", counted)
+    for key in ("", "#model"):
+        with pytest.raises(ExportError, match="holds no state dict"):
+            read_weights(f"{saved(tmp_path, value)}{key}")
+
+
+def test_a_state_dict_under_two_names_is_found_by_either(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"model": MODEL, "ema": MODEL})
+    for key in ("", "#model", "#ema"):
+        check_same(read_weights(f"{path}{key}").state, MODEL)
 
 
 @pytest.mark.parametrize("core", [b"numpy.core", b"numpy._core"])  # of NumPy 1 and 2
