@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ from export.weight_files import (
 RANDOM = "random"
 # Weights in a model's folder, the preferred ones first: open_clip's, then transformers'.
 WEIGHTS = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, "model.safetensors", "pytorch_model.bin")
-# In the names of files whose weights were trained with QuickGELU, mostly.
+# Words (runs of letters) in the names of files whose weights were mostly trained with QuickGELU.
 QUICK_GELU_NAMES = ("openai", "quickgelu", "metaclip", "dfn")
 
 
@@ -222,7 +223,8 @@ def _activation(blueprint: Blueprint, weights: Weights | None, own: bool) -> boo
         say(f"the weights were trained with QuickGELU: building {blueprint.name} with it")
     if weights.quick_gelu is not None or own:
         return bool(weights.quick_gelu)
-    hint = next((name for name in QUICK_GELU_NAMES if name in weights.label.lower()), "")
+    words = re.findall("[a-z]+", weights.label.lower())
+    hint = next((name for name in QUICK_GELU_NAMES if name in words), "")
     if hint:
         say(
             f"assuming QuickGELU, for {hint!r} in the name of {weights.label}: --no-quickgelu if it "

@@ -140,6 +140,9 @@ def has_quick_gelu(source: Source) -> bool:
         ("b32_400m_MetaCLIP.pt", True, "assuming QuickGELU, for 'metaclip' in the name of"),
         ("vit-quickgelu.pt", True, "assuming QuickGELU, for 'quickgelu' in the name of"),
         ("dfn2b.pt", True, "assuming QuickGELU, for 'dfn' in the name of dfn2b.pt: --no-quickgelu"),
+        ("DFN5B_H14.pt", True, "assuming QuickGELU, for 'dfn' in the name of DFN5B_H14.pt"),
+        ("sdfnet.pt", False, "assuming GELU, which vit has: --quickgelu if sdfnet.pt was"),
+        ("notopenai.pt", False, "assuming GELU, which vit has: --quickgelu if notopenai.pt was"),
     ],
 )
 def test_an_activation_that_is_assumed_is_said(
