@@ -38,7 +38,7 @@ WRAPPERS = (
 INSERTED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 SHARD = re.compile(r"^(.*)-\d{5}-of-(\d{5})(\.\w+)$")
 INDEX = ".index.json"
-DEEPEST = 6  # wrappers and prefixes around a state dict; a pickle may hold itself
+DEEPEST = 6  # wrappers and prefixes around a state dict
 LARGEST_HEADER = 100_000_000  # bytes, a limit of the safetensors library
 PICKLE, ZIP, LFS = b"\x80", b"PK\x03\x04", b"version https://git-lfs"
 
@@ -46,7 +46,7 @@ PICKLE, ZIP, LFS = b"\x80", b"PK\x03\x04", b"version https://git-lfs"
 class Ignored:
     """Placeholder for an object beside the weights, in place of its class and its state.
 
-    NumPy and pathlib trust the state in a pickle: a forged one corrupts memory. None of it is used.
+    NumPy trusts the state in a pickle, and a forged one corrupts memory. None of it is used.
     """
 
     def __init__(self, *_: object) -> None:
