@@ -89,11 +89,13 @@ def run(
     for name, precision in pairs:
         place = {"device": name, "precision": precision}
         try:
-            found = _apart(measure, str(bundle.path), name, precision, settings)
+            which = str(bundle.path), name, precision
+            problem = _apart(check, *which, settings.threads)
+            found = _apart(measure, *which, settings)
         except EdgeclipError as err:
             report["failed"].append(place | {"error": str(err)})
         else:
-            report["measured"].append(place | found)
+            report["measured"].append(place | {"problem": problem} | found)
     report["warnings"] += host.hot()  # now, after the work
     return report
 
@@ -144,6 +146,16 @@ def _quiet() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
 
 
+def check(bundle: str, device: str, precision: str, threads: int | None) -> str:
+    """Return why a precision is not right here, or "". It is tried, too, which slows a first start."""
+    runtime = Runtime(bundle, device=device, precision=precision, purify="none", threads=threads)
+    try:
+        golden.check(runtime)
+    except EdgeclipError as err:
+        return str(err)
+    return ""
+
+
 def measure(bundle: str, device: str, precision: str, settings: Settings) -> dict[str, Any]:
     """One device and precision. Raises EdgeclipError."""
     gpu_before = None if device == "cpu" else host.gpu_memory_mb()
@@ -157,11 +169,6 @@ def measure(bundle: str, device: str, precision: str, settings: Settings) -> dic
         threads=settings.threads,
     )
     opened = time.perf_counter() - start
-    try:
-        golden.check(rt)
-        problem = ""
-    except EdgeclipError as err:
-        problem = str(err)
     labels = _label_set(rt, settings.labels)
     start = time.perf_counter()
     rt.classify(settings.image, labels)
@@ -189,7 +196,6 @@ def measure(bundle: str, device: str, precision: str, settings: Settings) -> dic
     on_gpu = {} if rt.gpu is None else _gpu_stages(rt, settings, labels)
     return {
         "purification": str(rt.purifier or "none"),
-        "problem": problem,
         "opened ms": 1e3 * opened,
         "first answer ms": 1e3 * first,
         "stages ms": found,

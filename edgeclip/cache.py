@@ -115,7 +115,9 @@ def embedding_identity(encoder: str, device: str) -> str:
     for library in LIBRARIES:
         spec = PathFinder.find_spec(library)
         if spec is not None and spec.origin is not None:
-            beside = os.listdir(Path(spec.origin).parents[1])
+            beside: list[str] = []
+            with suppress(OSError):  # within a zip file, say
+                beside = os.listdir(Path(spec.origin).parents[1])
             found += sorted(
                 name
                 for name in beside
@@ -221,7 +223,7 @@ def _with_file(path: Path, work: Callable[[sqlite3.Connection], T], *, create: b
 
 
 def _has_schema(db: sqlite3.Connection) -> bool:
-    """Not so for the moment between the making of the file and its first labels."""
+    """Return whether the file has its table: not before its first insert."""
     return bool(db.execute("PRAGMA user_version").fetchone()[0])
 
 

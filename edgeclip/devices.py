@@ -33,7 +33,7 @@ PREFERRED = {
     "tensorrt": (("fp16", "fp32"), ("int8-qdq", "int8")),
 }
 PLAINEST = "fp32"
-MARGIN = 0.75  # of fp32's time, which a faster precision has to stay below: it is less exact
+MARGIN = 0.7  # of fp32's time, which a faster precision has to stay below: it is less exact
 MAX_GPU_BATCH = 64  # images whose pixels have memory of their own
 
 
@@ -223,7 +223,7 @@ def choose_precision(bundle: Bundle, precision: str, device: str, threads: int) 
     Raises DeviceError where the bundle has no such precision, or auto finds none that is right.
     """
     if precision != "auto":
-        trial = trials(bundle, [precision], device, threads, timed=False)[precision]
+        (trial,) = trials(bundle, [precision], device, threads, timed=False).values()
         if trial.problem:
             logger.warning(
                 "%s: %s is not right on this %s (%s): use precision auto",
@@ -238,6 +238,8 @@ def choose_precision(bundle: Bundle, precision: str, device: str, threads: int) 
     try:
         return best(found, PLAINEST, MARGIN)
     except DeviceError as err:
+        if any(trial.error for trial in found.values()):
+            raise
         raise DeviceError(
             f"{bundle.path} cannot be used on {device}: {err}; name a precision to use it all the same"
         ) from err

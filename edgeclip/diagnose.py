@@ -128,13 +128,12 @@ def _used(bundle: Bundle, device: str, problems: Mapping[tuple[str, str], str]) 
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    logger = logging.getLogger("edgeclip")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)
 
 
 def _gpu() -> str:

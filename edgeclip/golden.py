@@ -41,8 +41,8 @@ def check(runtime: Runtime) -> dict[str, float]:
     if manifest.prior is not None:
         found["prior"] = _prior_distance(runtime, manifest.prior, golden)
     limits = {
-        "image": embedding_limit(manifest, runtime.precision),
-        "text": embedding_limit(manifest, runtime.text_precision),
+        "image": embedding_limit(manifest, runtime.precision, "image"),
+        "text": embedding_limit(manifest, runtime.text_precision, "text"),
         "pixels": PIXEL_TOLERANCE,
         "scores": SCORE_TOLERANCE,
         "prior": PRIOR_TOLERANCE,

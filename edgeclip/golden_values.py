@@ -63,6 +63,12 @@ class GoldenValues:
     def prior_gradient(self) -> NDArray[np.float32]:
         return self._array("prior_gradient", 1, (self._manifest.embed_dim,))
 
+    def encoder(self, kind: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """Return inputs of the image or text encoder (N, ...), and their embeddings (N, D)."""
+        if kind == "image":
+            return self.pixels[None], self.embedding[None]
+        return self.ids, self.text_embeddings
+
     def _array(self, name: str, ndim: int, ending: tuple[int, ...] = ()) -> NDArray[Any]:
         """Return an array whose last sizes are `ending`."""
         array = self._arrays.get(name)
@@ -71,12 +77,14 @@ class GoldenValues:
         return array
 
 
-def embedding_limit(manifest: Manifest, precision: str) -> float:
-    """Return the largest distance of a unit embedding from its golden one in a precision.
+def embedding_limit(manifest: Manifest, precision: str, kind: str) -> float:
+    """Return the largest distance of a unit embedding, image or text, from its golden one.
 
     Where export measured the distance, a device may be somewhat further off, within TOLERANCE.
     """
-    cosine = manifest.precisions[precision].parity.get("golden_min_cosine")
+    parity = manifest.precisions[precision].parity
+    # Older bundles have the worst of both kinds only.
+    cosine = parity.get(f"golden_{kind}_min_cosine", parity.get("golden_min_cosine"))
     if precision == "fp32" or cosine is None:
         return TOLERANCE[precision]
     exported = math.sqrt(max(2 - 2 * cosine, 0))

@@ -75,7 +75,7 @@ def check_tokens(
             cut = max(one.cut, tokens[j].cut)
             why = _difference(labels[j].worded(templates), labels[i].worded(templates), cut, length)
             raise LabelError(
-                f"labels {_shown(labels[j])} and {_shown(labels[i])} cannot be told apart: the "
+                f"labels {_shown(labels[j].name)} and {_shown(labels[i].name)} cannot be told apart: the "
                 f"model reads both as the same tokens{why}; reword or remove one of them"
             )
     for kind, what in (
@@ -89,6 +89,19 @@ def check_tokens(
                 length,
                 what,
             )
+
+
+def check_texts(texts: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Warn of texts that are cut at the context length."""
+    pairs = zip(texts, tokenizer.encode(texts), strict=True)
+    if cut := [text for text, encoding in pairs if encoding.overflowing]:
+        logger.warning(
+            "%d of %d texts are longer than the %d tokens that the model reads, and cut there: %s",
+            len(cut),
+            len(texts),
+            tokenizer.context_length,
+            _names(cut),
+        )
 
 
 def _difference(a: Sequence[str], b: Sequence[str], cut: Cut, length: int) -> str:
@@ -115,12 +128,14 @@ DIFFERENCES: tuple[tuple[str, Callable[[str], str]], ...] = (
 )
 
 
-def _shown(label: Label) -> str:
-    name = label.name
-    return repr(name if len(name) <= SHOWN else f"{name[:SHOWN]}...")
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
 
 
 def _list(labels: Sequence[Label]) -> str:
-    names = ", ".join(map(_shown, labels[:NAMED]))
-    more = f" and {len(labels) - NAMED} more" if len(labels) > NAMED else ""
-    return f"label{'s' if len(labels) > 1 else ''} {names}{more}"
+    return f"label{'s' if len(labels) > 1 else ''} {_names([label.name for label in labels])}"
+
+
+def _names(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - NAMED} more" if len(texts) > NAMED else ""
+    return ", ".join(map(_shown, texts[:NAMED])) + more

@@ -131,6 +131,8 @@ class Runtime:
             self.bundle, device, precision, batch_size=batch_size, threads=self._threads
         )
         self._image_encoder, self.device, self.precision = side.encoder, side.device, side.precision
+        if self.device != "tensorrt":  # so that a worker chooses alike
+            self._arguments |= {"device": self.device, "precision": self.precision}
         # Where the GPU does all of `classify`. A prior is run by ONNX Runtime, through the host.
         self.gpu = None if isinstance(self.purifier, DiffPurifier) else side.gpu
         spec = manifest.prior
@@ -287,7 +289,7 @@ class Runtime:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the arguments, by which another process opens the bundle again."""
-        return functools.partial(Runtime, **self._arguments), ()
+        return functools.partial(type(self), **self._arguments), ()
 
     def load_text(self) -> None:
         """Keep the tokenizer and the text encoder in memory, as `embed_texts` and `tokenize` do."""

@@ -14,7 +14,7 @@ from edgeclip.bundle import TOKENIZER, Bundle
 from edgeclip.cache import CachedLabel, LabelCache, embedding_identity, label_keys
 from edgeclip.encoders import Encoder, OnnxEncoder, unit
 from edgeclip.host import trim_memory
-from edgeclip.label_tokens import LabelTokens, check_tokens, read_tokens
+from edgeclip.label_tokens import LabelTokens, check_texts, check_tokens, read_tokens
 from edgeclip.labels import Label, LabelSet, check_labels, check_templates
 from edgeclip.tokenizer import Tokenizer
 
@@ -78,9 +78,10 @@ class TextTower:
             return self._pad(tokenizer(texts))
 
     def embed(self, texts: Sequence[str], progress: Progress | None = None) -> NDArray[np.float32]:
-        """Unit embeddings of texts, float32 (N, D), as they are."""
+        """Unit embeddings of texts, float32 (N, D), as they are; a warning where some are cut."""
         self.load()
         with self._using() as (tokenizer, encoder):
+            check_texts(texts, tokenizer)
             return self._encode(tokenizer, encoder, texts, progress)
 
     def labels(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,9 +29,10 @@ from edgeclip.storage import default_folder, write
 
 logger = logging.getLogger(__name__)
 
-RECIPE = 1  # raised whenever an older trial says nothing about this version
-ROUNDS, MIN_ROUNDS = 5, 2
-BUDGET = 2.0  # seconds, after which no further round of timing begins
+RECIPE = 2  # raised whenever an older trial says nothing about this version
+MIN_RUNS, SECONDS = 5, 0.2  # of timing
+
+_lock = threading.Lock()  # trials at once would slow each other down
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Trial:
     """The result for one precision."""
 
     problem: str  # why it must not be used here, or ""
-    ms: float | None  # median time of one image, None where it was not timed
-    lasting: bool = True  # False for a failure of the device, which may work another time
+    ms: float | None  # of one image, undisturbed; None where it was not timed
+    error: EdgeclipError | None = None  # a failure, which may not come again
 
     def answers(self, timed: bool) -> bool:
         """Return whether this is enough of a trial: one that is right may have to be timed, too."""
@@ -54,25 +56,36 @@ def trials(
 ) -> dict[str, Trial]:
     """Return the trial of each precision in ONNX Runtime on `device`, cpu or cuda, with `threads`.
 
-    A trial is made once for each bundle, ONNX Runtime, processor and number of threads, and kept in
-    the cache folder. Raises DeviceError where the device does not work, BundleError.
+    A trial is made once for each bundle, ONNX Runtime, processor and number of threads, and cached.
     """
     key = _key(bundle, device, threads)
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    if digest not in _memory:
-        _memory[digest] = _load(digest, key)
-    known = _memory[digest]
-    if not all(name in known and known[name].answers(timed) for name in precisions):
-        found = _run(bundle, precisions, device, threads, timed)
-        host.trim_memory()  # of the encoders, all of which are released
-        known.update({name: trial for name, trial in found.items() if trial.lasting})
-        _store(digest, key, known)
-        return found
-    return {name: known[name] for name in precisions}
+    with _lock:
+        known = _memory.setdefault(digest, {})
+        if _missing(known, precisions, timed):
+            known |= _load(digest, key) | known
+        missing = _missing(known, precisions, timed)
+        found = {name: known[name] for name in precisions if name not in missing}
+        if missing:
+            logger.info("trying %s on this machine, once ...", " and ".join(missing))
+        for name in missing:
+            found[name] = trial = _try(bundle, name, device, threads, timed)
+            host.trim_memory()  # of the encoders, which are released
+            if trial.problem and timed:  # not asked for by its name, and not chosen
+                reason = trial.problem
+                logger.warning("%s: not using %s on this %s: %s", bundle.path, name, device, reason)
+            if trial.error is None:
+                known[name] = trial
+                _store(digest, key, known)  # each as it comes: the next may not fit into memory
+    return {name: found[name] for name in precisions}
+
+
+def _missing(known: Mapping[str, Trial], precisions: Sequence[str], timed: bool) -> list[str]:
+    return [n for n in precisions if n not in known or not known[n].answers(timed)]
 
 
 def _key(bundle: Bundle, device: str, threads: int) -> dict[str, Any]:
-    """Everything that a trial's result depends on."""
+    """Return everything that a trial's result depends on."""
     return {
         "recipe": RECIPE,
         "bundle": bundle.digest,
@@ -90,74 +103,43 @@ def _gpu() -> str:
     return host.gpu()
 
 
-def _run(
-    bundle: Bundle, precisions: Sequence[str], device: str, threads: int, timed: bool
-) -> dict[str, Trial]:
-    logger.info("trying %s on this machine, once ...", " and ".join(precisions))
-    golden = GoldenValues(bundle)
-    encoders, problems, failed = {}, {}, set()
-    for name in precisions:
-        encoders[name] = _open(bundle, name, "image_encoder", device, threads)
-        texts = _open(bundle, name, "text_encoder", device, threads)
-        try:
-            problems[name] = _problem(bundle, name, golden, encoders[name], texts)
-        except DeviceError as err:
-            problems[name] = str(err)
-            failed.add(name)
-        if problems[name] and timed:  # it was not asked for by its name, and is not chosen
-            logger.warning(
-                "%s: not using %s on this %s: %s", bundle.path, name, device, problems[name]
-            )
-    good = {name: encoders[name] for name in precisions if not problems[name]}
-    times = _times_ms(good, golden.pixels[None]) if timed else {}
-    return {n: Trial(problems[n], times.get(n), n not in failed) for n in precisions}
+def _try(bundle: Bundle, precision: str, device: str, threads: int, timed: bool) -> Trial:
+    """Compare both encoders with their golden outputs, one after the other, and time the image's."""
+    manifest, ms = bundle.manifest, None
+    try:
+        golden = GoldenValues(bundle)
+        for kind, shape in (
+            ("image", (3, *manifest.image.size)),
+            ("text", (manifest.text.context_length,)),
+        ):
+            path = bundle.encoder(f"{kind}_encoder", precision)
+            encoder = OnnxEncoder(path, device=device, threads=threads)
+            encoder.check_shapes(shape, manifest.embed_dim)
+            inputs, expected = golden.encoder(kind)
+            distance = largest_distance(unit(encoder.embed(inputs)), expected)
+            limit = embedding_limit(manifest, precision, kind)
+            if not distance <= limit:
+                problem = (
+                    f"golden {kind} embeddings differ by {distance:.3g}, more than {limit:.3g}"
+                )
+                return Trial(problem, None)
+            if timed and kind == "image":
+                ms = _time_ms(encoder, inputs)
+            del encoder  # before the next is opened
+    except EdgeclipError as err:
+        return Trial(str(err), None, err)
+    return Trial("", ms)
 
 
-def _open(bundle: Bundle, precision: str, kind: str, device: str, threads: int) -> OnnxEncoder:
-    manifest = bundle.manifest
-    encoder = OnnxEncoder(bundle.encoder(kind, precision), device=device, threads=threads)
-    inputs = (
-        (3, *manifest.image.size) if kind == "image_encoder" else (manifest.text.context_length,)
-    )
-    encoder.check_shapes(inputs, manifest.embed_dim)
-    return encoder
-
-
-def _problem(
-    bundle: Bundle,
-    precision: str,
-    golden: GoldenValues,
-    image_encoder: OnnxEncoder,
-    text_encoder: OnnxEncoder,
-) -> str:
-    """Describe how the golden outputs are missed; "" where they are met."""
-    limit = embedding_limit(bundle.manifest, precision)
-    for kind, encoder, inputs, expected in (
-        ("image", image_encoder, golden.pixels[None], golden.embedding[None]),
-        ("text", text_encoder, golden.ids, golden.text_embeddings),
-    ):
-        distance = largest_distance(unit(encoder.embed(inputs)), expected)
-        if not distance <= limit:
-            return f"golden {kind} embeddings differ by {distance:.3g}, more than {limit:.3g}"
-    return ""
-
-
-def _times_ms(encoders: Mapping[str, OnnxEncoder], pixels: NDArray[np.float32]) -> dict[str, float]:
-    """Return the median milliseconds of one image by each encoder; they take turns.
-
-    Each has run before. A run right before the timed one lets its own threads wake up.
-    """
-    times: dict[str, list[float]] = {name: [] for name in encoders}
+def _time_ms(encoder: OnnxEncoder, pixels: NDArray[np.float32]) -> float:
+    """Return the least milliseconds of one image: others are disturbed, or the first ones."""
+    times: list[float] = []
     begin = time.perf_counter()
-    for done in range(ROUNDS):
-        if done >= MIN_ROUNDS and time.perf_counter() - begin > BUDGET:
-            break
-        for name, encoder in encoders.items():
-            encoder.embed(pixels)
-            start = time.perf_counter()
-            encoder.embed(pixels)
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: float(np.median(values)) for name, values in times.items()}
+    while len(times) < MIN_RUNS or time.perf_counter() - begin < SECONDS:
+        start = time.perf_counter()
+        encoder.embed(pixels)
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times)
 
 
 def folder() -> Path | None:
@@ -169,7 +151,8 @@ def folder() -> Path | None:
 def clear() -> int:
     """Delete all cached trials; return the bytes freed. Raises EdgeclipError."""
     freed = 0
-    _memory.clear()
+    with _lock:
+        _memory.clear()
     parent = folder()
     for file in [] if parent is None else parent.glob("*.json"):
         try:
@@ -218,9 +201,13 @@ def best(found: Mapping[str, Trial], plainest: str, margin: float) -> str:
     """Return the fastest precision that is right; `plainest` unless another is faster by a margin.
 
     margin: the part of the plainest one's time that a faster one has to stay below. The trials of
-    several precisions are timed ones. Raises DeviceError where none is right.
+    several precisions are timed ones. Raises DeviceError where none is right, or the EdgeclipError of
+    the first where all of them failed.
     """
     right = [name for name, trial in found.items() if not trial.problem]
+    errors = [trial.error for trial in found.values() if trial.error is not None]
+    if len(errors) == len(found):
+        raise errors[0]
     if not right:
         reasons = "; ".join(f"{name}: {trial.problem}" for name, trial in found.items())
         raise DeviceError(f"no precision gives its golden outputs ({reasons})")
