@@ -10,7 +10,6 @@ above its limit is marked, and the exit status is then 1. On a machine with othe
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from open_clip.transform import image_transform
 from benchmarks.latency import STEP_SIZE, STEPS, picture, versions_of
 from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
+from edgeclip.host import cores
 
 EPILOG = """examples:
   python -m benchmarks.core
@@ -59,7 +59,7 @@ def problem(n: int, d: int, k: int) -> tuple[np.ndarray, np.ndarray, dict[str, o
 
 def reads(array: np.ndarray) -> dict[str, Callable[[], object]]:
     """Reductions that do nothing but read an array, each in one thread and in one per core."""
-    threads = os.cpu_count() or 1
+    threads = cores()
     pool = ThreadPoolExecutor(threads)
 
     def shared(reduce: Callable, values: np.ndarray) -> object:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from edgeclip.bundle import GOLDEN
+from edgeclip.encoders import open_session
 from edgeclip.errors import EdgeclipError
 from edgeclip.manifest import PRIOR_GRADIENTS, PriorSpec
 from edgeclip.prior import INPUTS, OUTPUTS
@@ -41,7 +42,6 @@ from export.checkpoints import Source
 from export.files import check_graph_target, graph_draft
 from export.progress import step
 from export.to_onnx import Shape, check_shapes, export_graph
-from export.verify import session
 from export.weight_files import read_file
 from train.prior_network import Context, DiffusionPrior
 
@@ -258,7 +258,7 @@ def verify_step(
 
     Raises ExportError where a difference is above its limit.
     """
-    run = session(path)
+    session = open_session(path, "cpu")
     text = () if context is not None else _example_text(prior, text_length)
     names = INPUTS + (TEXT_INPUTS if text else ())
     worst = {"loss": 0.0, "gradient": 0.0}
@@ -267,7 +267,7 @@ def verify_step(
         example = _example(prior, count, timestep) + text
         wanted = Step(prior, context, gradient)(*example)
         given = {name: value.numpy() for name, value in zip(names, example, strict=True)}
-        for name, found, expected in zip(OUTPUTS, run.run(None, given), wanted, strict=True):
+        for name, found, expected in zip(OUTPUTS, session.run(None, given), wanted, strict=True):
             error = np.linalg.norm(found - expected.numpy()) / expected.norm().item()
             worst[name] = float(np.maximum(worst[name], error))  # keeps a NaN
         pair = [Step(prior, context, kind)(*example)[1] for kind in PRIOR_GRADIENTS]

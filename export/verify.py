@@ -26,7 +26,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from edgeclip.bundle import GOLDEN, TOKENIZER
-from edgeclip.encoders import Encoder, OnnxEncoder, import_onnxruntime
+from edgeclip.encoders import Encoder, OnnxEncoder
 from edgeclip.manifest import Manifest
 from edgeclip.tokenizer import Tokenizer
 from export import ExportError
@@ -217,13 +217,3 @@ def cpu_ms(directory: Path, manifest: Manifest) -> dict[str, float]:
                 encoder.embed(pixels)
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def session(path: Path) -> Any:
-    ort = import_onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as err:  # the library has no public base class for its errors
-        raise ExportError(f"ONNX Runtime does not load {path.name}: {str(err)[:200]}") from err

@@ -370,6 +370,25 @@ def test_manifest_tells_of_the_prior(own: Any) -> None:
     own.bundle.verify()
 
 
+def test_comparison_runs_on_the_usable_cores(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's own default is the machine's cores, to which it pins threads."""
+    threads: list[int] = []
+    create = ort.InferenceSession
+
+    def recorded(*arguments: Any, **options: Any) -> ort.InferenceSession:
+        made = create(*arguments, **options)
+        threads.append(made.get_session_options().intra_op_num_threads)
+        return made
+
+    monkeypatch.setattr(ort, "InferenceSession", recorded)
+    monkeypatch.setattr("edgeclip.encoders.cores", lambda: 2)
+    arguments = ["--gradient", "forward", "--text-length", "2"]
+    assert main([str(weights), "-o", str(tmp_path / "prior.onnx"), *arguments]) == 0
+    assert threads == [2]
+
+
 def test_forward_gradient_is_the_graph_without_a_backward_pass(own: Any, tmp_path: Path) -> None:
     path = tmp_path / "forward.onnx"
     context, model = own_context(own), own.prior.model
