@@ -1,7 +1,8 @@
 """Files: their hashes, the cache's folder, and one writer that never leaves half a file.
 
-An existing file is replaced in one step once its successor is complete. Pipes, devices and open
-descriptors such as /dev/stdout cannot be replaced, and are written straight into.
+An existing file is replaced in one step once its successor is complete. A file that is a mount
+point, as in a container, cannot be replaced: the complete successor is copied into it. Pipes, devices
+and open descriptors such as /dev/stdout cannot be replaced either, and are written straight into.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import io
 import logging
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -58,7 +60,8 @@ def write(path: StrPath, data: bytes | str) -> None:
 def writing(path: StrPath | int) -> Iterator[IO[bytes]]:
     """Open a file that replaces `path` when the block ends, and only if it ends without an error.
 
-    Links stay, and their target is replaced. The file's mode stays, and its owner where permitted.
+    Links stay, and their target is replaced. The file's mode and owner stay where permitted. A file
+    that is a mount point, which cannot be replaced, gets the bytes of the complete new one.
     What is no regular file (a pipe, a device, /dev/stdout, a descriptor as an int) is written
     straight into. Raises EdgeclipError, also for an OSError of the block; BrokenPipeError passes.
     """
@@ -108,13 +111,13 @@ def draft(path: StrPath) -> Iterator[Path]:
 def replace(path: StrPath, finished: Path) -> None:
     """Put a finished file, of the same file system, where the regular file `path` is or will be.
 
-    Links and modes as in `writing`. Raises EdgeclipError.
+    Links, modes and mount points as in `writing`. Raises EdgeclipError.
     """
     with _explained(path):
         place = _locate(path)
         if isinstance(place, int) or _is_special(place):
             raise OSError(errno.EINVAL, "it is no regular file")
-        _replace(place, finished)
+        _replace(place, os.fspath(finished))
 
 
 def is_stream(path: StrPath | int) -> bool:
@@ -219,8 +222,7 @@ def _draft(place: str) -> Iterator[str]:
     try:
         mode = stat.S_IMODE(os.stat(part).st_mode)
         yield part
-        os.chmod(part, mode)  # a library may have made the file again, for its owner alone
-        _replace(place, Path(part))
+        _replace(place, part, mode)  # a library may have made the file again, for its owner alone
     finally:
         with suppress(OSError):
             os.unlink(part)
@@ -235,11 +237,30 @@ def _replaceable(place: str) -> os.stat_result | None:
         return None
 
 
-def _replace(place: str, finished: Path) -> None:
+def _replace(place: str, finished: str, mode: int | None = None) -> None:
+    """Put a finished file in its place, with the old one's mode and owner, or a new one's mode."""
     old = _replaceable(place)
+    # No link is followed, so that whoever may swap the file cannot have another one changed.
+    with open(os.open(finished, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        _set_owner_and_mode(file.fileno(), old, mode)
+        try:
+            os.replace(finished, place)
+        except OSError as err:
+            if old is None or err.errno != errno.EBUSY:
+                raise
+            with open(place, "r+b") as target:  # a mount point
+                shutil.copyfileobj(file, target)
+                target.truncate()
+            os.unlink(finished)
+
+
+def _set_owner_and_mode(fd: int, old: os.stat_result | None, mode: int | None) -> None:
+    """Set what is permitted: not all may give files away, and not all file systems have modes."""
     if old is not None:
+        mode = stat.S_IMODE(old.st_mode)
         for owner in ((old.st_uid, -1), (-1, old.st_gid)):
-            with suppress(OSError):  # not permitted to all
-                os.chown(finished, *owner)
-        os.chmod(finished, stat.S_IMODE(old.st_mode))
-    os.replace(finished, place)
+            with suppress(OSError):
+                os.fchown(fd, *owner)
+    if mode is not None and mode != stat.S_IMODE(os.fstat(fd).st_mode):
+        with suppress(OSError):
+            os.fchmod(fd, mode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import socket
@@ -82,6 +83,82 @@ def test_an_existing_file_keeps_its_owner(tmp_path: Path) -> None:
     os.chown(path, 1234, 4321)
     storage.write(path, NEW)
     assert (path.stat().st_uid, path.stat().st_gid) == (1234, 4321)
+
+
+@pytest.mark.parametrize("before", [None, 0o600, 0o640])
+def test_a_file_system_that_has_no_modes_and_owners(
+    tmp_path: Path, before: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    path = tmp_path / "file"
+    if before is not None:
+        path.touch()
+        path.chmod(before)
+    for name in ("chmod", "fchmod", "chown", "fchown", "lchown"):
+        monkeypatch.setattr(os, name, refuse)
+    storage.write(path, NEW)
+    assert path.read_bytes() == NEW
+    with storage.draft(path) as part:
+        part.write_bytes(NEW * 2)
+    assert path.read_bytes() == NEW * 2
+    assert names(tmp_path) == {"file"}
+
+
+def test_a_draft_that_is_swapped_for_a_link_changes_no_other_file(tmp_path: Path) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    folder.mkdir()
+    other.touch(0o600)
+    for before in (None, 0o644):
+        if before is not None:
+            (folder / "out").touch()
+            (folder / "out").chmod(before)
+
+        def swap() -> None:
+            with storage.draft(folder / "out") as part:
+                part.unlink()
+                part.symlink_to(other)
+
+        with pytest.raises(EdgeclipError, match=f"cannot write {folder}/out"):
+            swap()
+        assert mode(other) == 0o600
+    assert names(folder) == {"out"}
+
+
+@pytest.mark.parametrize("old", [b"", b"old", b"old and longer than the new contents"])
+def test_a_mount_point_is_written_into_once_all_is_there(
+    tmp_path: Path, old: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docker run --volume "$PWD/out:/out" """
+
+    def busy(*args: object) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    path = tmp_path / "out"
+    path.write_bytes(old)
+    path.chmod(0o640)
+    inode = path.stat().st_ino
+    monkeypatch.setattr(os, "replace", busy)
+
+    def fail() -> None:
+        with storage.writing(path) as file:
+            file.write(NEW)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_bytes() == old
+    storage.write(path, NEW)
+    assert path.read_bytes() == NEW
+    (tmp_path / "finished").write_bytes(NEW[:3])
+    storage.replace(path, tmp_path / "finished")
+    assert path.read_bytes() == NEW[:3]
+    assert (path.stat().st_ino, mode(path)) == (inode, 0o640)
+    assert names(tmp_path) == {"out"}
+    with pytest.raises(EdgeclipError, match="busy"):
+        storage.write(tmp_path / "new", NEW)
+    assert names(tmp_path) == {"out"}
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
