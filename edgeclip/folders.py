@@ -6,11 +6,13 @@ Hidden ones, and those of a system or a thumbnailer, are left out. What is left 
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import logging
 import os
+import re
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from edgeclip.formats import EXTRAS, suffixes
 
@@ -21,11 +23,13 @@ SYSTEM = frozenset(
 )
 HIDDEN, DEEPER = "hidden or system", "below a class folder"
 SHOWN = 3  # suffixes of other files in a report
+CURRENT = os.path.join(os.curdir, "")
 LONGEST = 8  # characters of such a suffix
+ANY_DEPTH = re.compile(r"((?:.*?/)??)(\*\*(?:/.*)?)", re.DOTALL)  # up to the first name that is **
 
 
 def is_skipped(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or belongs to a system or a thumbnailer."""
+    """Return whether a file or folder of this name is hidden, a system's or a thumbnailer's."""
     return name.startswith(".") or name in SYSTEM
 
 
@@ -39,28 +43,51 @@ def expand(arguments: Iterable[str]) -> list[str]:
     files: list[str] = []
     folders: list[str] = []
     for argument in arguments:
-        for path in _matching(argument) or [argument]:
+        found: list[str] = []
+        for path, patterns in _places(argument):
             if os.path.isdir(path):
                 folders.append(path)
-                files += listing.read(path) or [path]
+                images = listing.read(path, patterns) or ([] if patterns else [path])
+                if path == os.curdir and patterns:  # of `**/*.png`, say, which names no folder
+                    images = [image.removeprefix(CURRENT) for image in images]
+                found += images
             else:
-                files.append(path)
+                found.append(path)
+        files += found or [argument]
     listing.report(folders[0] if len(folders) == 1 else f"{len(folders)} folders")
     return files
 
 
-def _matching(argument: str) -> list[str]:
-    """Return the paths that a pattern stands for, as a shell would; another argument as it is."""
+def _places(argument: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the paths that an argument stands for, and patterns of what is taken below each.
+
+    What comes before ** is expanded as by a shell. The rest is matched with the images below, since
+    glob would follow links without end, and enter folders of thumbnailers.
+    """
     if not glob.has_magic(argument) or os.path.lexists(argument):
-        return [argument]
-    found = sorted(filter(_is_ordinary, glob.glob(argument, recursive=True)))
-    # ** stands for what is in the folders too.
-    return [path for path in found if not os.path.isdir(path)] if "**" in argument else found
+        return [(argument, ())]
+    if not (match := ANY_DEPTH.fullmatch(argument)):
+        return [(path, ()) for path in sorted(glob.glob(argument)) if _is_ordinary(path)]
+    top, rest = match[1] or os.curdir, match[2]
+    patterns = tuple(filter(None, rest.split("/")))
+    return [(path, patterns) for path in ([top] if os.path.isdir(top) else sorted(glob.glob(top)))]
 
 
 def _is_ordinary(path: str) -> bool:
-    """Whether a path is a file, a folder or a dangling link: a pipe would be waited for."""
+    """Return whether a path is a file, a folder or a dangling link: a pipe would be waited for."""
     return os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path)
+
+
+def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Return whether a path, or a folder that it is in, matches patterns of its names.
+
+    ** matches any number of names, all others match one.
+    """
+    if not patterns:
+        return True
+    if patterns[0] == "**":
+        return any(_fits(names[i:], patterns[1:]) for i in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatch(names[0], patterns[0]) and _fits(names[1:], patterns[1:])
 
 
 class Listing:
@@ -78,11 +105,18 @@ class Listing:
             if suffix not in self._known
         }
 
-    def read(self, folder: str, *, recursive: bool = True) -> list[str]:
-        """Return the images in a folder, and the folders that cannot be read, as sorted paths."""
+    def read(
+        self, folder: str, patterns: Sequence[str] = (), *, recursive: bool = True
+    ) -> list[str]:
+        """Return the images in a folder, and the folders that cannot be read, as sorted paths.
+
+        patterns: globs of the names below the folder, ** for any depth; other files count as
+        neither found nor left out.
+        """
         found: list[str] = []
         unreadable: list[str] = []
         seen: set[tuple[int, int]] = set()
+        top = os.path.join(folder, "")
         waiting = deque([folder])  # a link's folder comes after all that are there themselves
         while waiting:
             walk = os.walk(
@@ -94,10 +128,11 @@ class Listing:
                     below.clear()
                     continue
                 seen.add((status.st_dev, status.st_ino))
-                found += filter(self._is_image, (os.path.join(parent, name) for name in names))
+                paths = [os.path.join(parent, name) for name in names]
+                wanted = (p for p in paths if _fits(p.removeprefix(top).split("/"), patterns))
+                found += filter(self._is_image, wanted)
                 below[:] = self._to_enter(below, recursive)
-                paths = (os.path.join(parent, name) for name in below)
-                waiting += filter(os.path.islink, paths)
+                waiting += filter(os.path.islink, (os.path.join(parent, name) for name in below))
         self.unreadable += unreadable
         return sorted(found + unreadable)
 
@@ -121,19 +156,24 @@ class Listing:
                 self.left_out[self._missing[suffix]] += 1
             else:
                 self.others[suffix] += 1
-        elif not os.path.exists(path) and (suffix in self._known or not suffix):
-            return True  # a dangling link to an image or a folder, for `decode` to name
+        elif self.is_lost(path):
+            return True  # for `decode` to name
         else:
             self.others[suffix] += 1
         return False
 
+    def is_lost(self, path: str) -> bool:
+        """Return whether a path is a dangling link, with the suffix of an image or none."""
+        suffix = os.path.splitext(path)[1].lower()
+        return not os.path.exists(path) and (not suffix or suffix in self._known)
+
     def summary(self) -> str:
         """Return the counts and reasons in one line; empty where nothing was left out."""
         parts = [f"{count} {reason}" for reason, count in (+self.left_out).most_common()]
-        if self.others:
-            kinds = [_shown(suffix) for suffix, _ in self.others.most_common(SHOWN)]
-            more = ["..."] if len(self.others) > SHOWN else []
-            parts.append(f"{self.others.total()} not a picture ({', '.join(kinds + more)})")
+        if others := +self.others:
+            kinds = [_shown(suffix) for suffix, _ in others.most_common(SHOWN)]
+            more = ["..."] if len(others) > SHOWN else []
+            parts.append(f"{others.total()} not a picture ({', '.join(kinds + more)})")
         total = self.left_out.total() + self.others.total()
         return f"left out {total}: {', '.join(parts)}" if parts else ""
 

@@ -55,14 +55,69 @@ def test_patterns_stand_for_what_a_shell_makes_of_them(tmp_path: Path) -> None:
     folder = make(tmp_path, "a/1.png", "b/2.png", "b/notes.txt", "3.png", ".c/4.png")
     assert expand([f"{folder}/[ab]"]) == [f"{folder}/a/1.png", f"{folder}/b/2.png"]
     assert expand([f"{folder}/*"]) == [f"{folder}/{n}" for n in ("3.png", "a/1.png", "b/2.png")]
-    assert expand([f"{folder}/**"]) == [
-        f"{folder}/{n}" for n in ("3.png", "a/1.png", "b/2.png", "b/notes.txt")
-    ]
     (tmp_path / "empty").mkdir()
     assert expand([f"{folder}/empt[y]"]) == [f"{folder}/empty"]
     (tmp_path / "gone.png").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.png")
     assert expand([f"{folder}/*.png"]) == [f"{folder}/3.png", f"{folder}/gone.png"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wanted"),
+    [
+        ("**", "0.png a/1.png a/2.jpg a/b/3.png a/b/c/4.jpg b/5.png"),
+        ("**/", "0.png a/1.png a/2.jpg a/b/3.png a/b/c/4.jpg b/5.png"),
+        ("**/*", "0.png a/1.png a/2.jpg a/b/3.png a/b/c/4.jpg b/5.png"),
+        ("**/*.png", "0.png a/1.png a/b/3.png b/5.png"),
+        ("**/[0-2].*", "0.png a/1.png a/2.jpg"),
+        ("**/b/*.png", "a/b/3.png b/5.png"),
+        ("**/b/**/*.jpg", "a/b/c/4.jpg"),
+        ("**/*/**/*.jpg", "a/2.jpg a/b/c/4.jpg"),
+        ("**/c", "a/b/c/4.jpg"),  # a folder is read whole, as everywhere
+        ("a/**/*.png", "a/1.png a/b/3.png"),
+        ("?/**/*.png", "a/1.png a/b/3.png b/5.png"),
+        ("a/*/**/*.jpg", "a/b/c/4.jpg"),
+        ("a**/*.png", "a/1.png"),  # no name that is ** alone
+        ("**/*.PNG", None),
+        ("**/a*.png", None),
+        ("none/**/*.png", None),
+    ],
+)
+def test_two_stars_stand_for_any_depth(
+    pattern: str, wanted: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("0.png", "a/1.png", "a/2.jpg", "a/b/3.png", "a/b/c/4.jpg", "b/5.png", "b/notes.txt")
+    folder = make(tmp_path, *names)
+    whole = f"{folder}/{pattern}"
+    expected = [pattern] if wanted is None else wanted.split()
+    assert expand([whole]) == [f"{folder}/{name}" for name in expected]
+    monkeypatch.chdir(tmp_path)
+    assert expand([pattern]) == expected
+    assert expand([f"./{pattern}"]) == [f"./{name}" for name in expected]
+
+
+def test_two_stars_end_where_links_lead_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("1.png", "a/2.png", ".hidden/3.png", "@eaDir/1.png", "a/._2.png", "b.heic", "c.txt")
+    folder = make(tmp_path / "photos", *names)
+    for name, target in (("up", ".."), ("again", "."), ("a/up", ".."), ("once more", "a")):
+        (tmp_path / "photos" / name).symlink_to(target)
+    assert expand([f"{folder}/**/*.png"]) == [f"{folder}/1.png", f"{folder}/a/2.png"]
+    assert said(caplog) == [f"{folder}/: left out 3: 3 hidden or system"]
+    expand([f"{folder}/**"])
+    (line,) = said(caplog)
+    assert line.startswith(f"{folder}/: left out 5: 3 hidden or system, 1 .heic (pip install ")
+    assert line.endswith(", 1 not a picture (.txt)")
+    assert expand([f"{folder}/**/*.heic"]) == [f"{folder}/**/*.heic"]
+    assert "1 .heic (pip install" in said(caplog)[0]
+    assert expand([f"{folder}/@ea*/**"]) == [f"{folder}/@eaDir/1.png"]  # named itself
+
+
+def test_two_stars_below_a_folder_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
+    folder = make(tmp_path, "shoe[1]/a/1.png", "shoe1/2.png")
+    assert expand([f"{folder}/shoe[1]/**/*.png"]) == [f"{folder}/shoe[1]/a/1.png"]
+    assert expand([""]) == [""]
 
 
 def test_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:

@@ -322,6 +322,30 @@ def test_folder_of_classes_of_one_name(tmp_path: Path) -> None:
     assert data.load(f"folder:{tmp_path}", train=True).classes == ("cat", "dog", "bird")
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Trousers", "trousers"),
+        ("K\u00e4se", "Ka\u0308se"),
+        ("ankle boot", "ankle  \u3000boot"),
+        ("STRASSE", "Stra\u00dfe"),
+    ],
+)
+def test_folder_of_classes_that_a_model_reads_alike(
+    first: str, second: str, tmp_path: Path
+) -> None:
+    for name in ("1", "2"):
+        put(tmp_path / name / "1.png")
+    (tmp_path / "classes.txt").write_text(f"{first}\n{second}\n")
+    message = one_line(f"folder:{tmp_path}")
+    assert "the folders 1 and 2 are one class by name" in message
+    assert "(differences of case, white space and Unicode form do not count)" in message
+    (tmp_path / "classes.txt").unlink()
+    for old, new in (("1", first), ("2", second)):
+        (tmp_path / old).rename(tmp_path / new)
+    assert "are one class by name" in one_line(f"folder:{tmp_path}")
+
+
 def test_folder_says_what_it_leaves_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,19 +358,33 @@ def test_folder_says_what_it_leaves_out(
     assert not caplog.records
     for name in ("a/._1.jpg", "b/.thumbnails/3.png", "b/@eaDir/4.png", "5.png", ".c/6.png"):
         put(tmp_path / name)
-    (tmp_path / "a" / "7.heic").touch()
+    for name in (".DS_Store", "8.heic", "README.md", "a/7.heic"):
+        (tmp_path / name).touch()
     (tmp_path / "b" / "notes.txt").touch()
     found = data.load(f"folder:{tmp_path}", train=True)
     assert contents(found) == expected
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"{tmp_path}: left out 6: 3 hidden or system, 1 outside the class folders, "
-        "1 .heic (pip install 'edgeclip[formats]'), 1 not a picture (.txt)"
+        f"{tmp_path}: left out 10: 5 hidden or system, 2 .heic (pip install 'edgeclip[formats]'), "
+        "1 outside the class folders, 2 not a picture (.md, .txt)"
     )
     (tmp_path / "b" / "3.tif").unlink()
     message = one_line(f"folder:{tmp_path}")
     assert f"no images in {tmp_path}/b" in message
-    assert "1 not a picture (.txt)" in message
+    assert "2 not a picture (.md, .txt)" in message
+
+
+def test_folder_says_what_it_leaves_out_beside_splits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("train/a/1.png", "test/a/1.png", "test/b/1.png"):
+        put(tmp_path / name)
+    for name in ("test/.a/2.png", "test/3.png", ".4.png", "5.png"):
+        put(tmp_path / name)
+    data.load(f"folder:{tmp_path}", train=False)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/test: left out 4: 2 hidden or system, 2 outside the class folders"
+    ]
 
 
 def test_folder_with_links(tmp_path: Path) -> None:
@@ -364,9 +402,14 @@ def test_folder_with_links(tmp_path: Path) -> None:
     found = data.load(f"folder:{tmp_path / 'set'}", train=True)
     with pytest.raises(DataError, match=r"image 2 of folder cannot be read: .*gone\.png: no such"):
         found[2]
-    (tmp_path / "set" / "bird").symlink_to("nowhere")
-    message = one_line(f"folder:{tmp_path / 'set'}")
-    assert f"{tmp_path}/set/bird is a link that leads nowhere" in message
+    for name in ("README.md", "notes.txt", ".lock"):
+        (tmp_path / "set" / name).symlink_to("nowhere")
+    assert len(data.load(f"folder:{tmp_path / 'set'}", train=True)) == 3
+    for name in ("bird", "bird.jpg"):
+        (tmp_path / "set" / name).symlink_to("nowhere")
+        message = one_line(f"folder:{tmp_path / 'set'}")
+        assert f"{tmp_path}/set/{name} is a link that leads nowhere" in message
+        (tmp_path / "set" / name).unlink()
 
 
 def test_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ Most come from the data sets' own files or from torchvision; here is what these 
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -80,6 +81,12 @@ _SUN397 = {
 def words(name: str) -> str:
     """`apple_pie` -> apple pie."""
     return " ".join(name.replace("_", " ").split())
+
+
+def fold(name: str) -> str:
+    """Return a name without differences that CLIP ignores: case, white space, Unicode form."""
+    composed = unicodedata.normalize("NFC", name)
+    return " ".join(unicodedata.normalize("NFC", composed.casefold()).split())
 
 
 def caltech(folder: str) -> str:

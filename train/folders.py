@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from edgeclip.errors import LabelError
-from edgeclip.folders import Listing
+from edgeclip.folders import DEEPER, Listing
 from edgeclip.labels import read_lines
 from train import class_names
 from train.samples import DataError, ImageFiles, class_files, subfolders
@@ -63,12 +63,16 @@ def read_folder(folder: Path, train: bool) -> tuple[list[str], ImageFiles]:
     present = [name for name in names if (images / name).is_dir()]
     if not present:
         raise DataError(f"no class folders in {images}: expected {images}/<class name>/<images>")
-    classes = read_names(folder) or [class_names.words(name) for name in names]
+    named = read_names(folder)
+    classes = named or [class_names.words(name) for name in names]
     _check_names(folder, names, classes)
     listing = Listing()
     listing.left_out["outside the class folders"] = sum(
-        len(Listing().read(str(level), recursive=False)) for level in {folder, images}
+        len(listing.read(str(level), recursive=False)) for level in {folder, images}
     )
+    listing.left_out[DEEPER] = 0  # the class folders, which are read below
+    if named:
+        listing.others[".txt"] -= 1  # the names, which were read
     files = class_files([images / name for name in present], recursive=True, listing=listing)
     place = [names.index(name) for name in present]
     return classes, ImageFiles(files.paths, np.array(place)[files.labels])
@@ -91,18 +95,20 @@ def _are_splits(folder: Path, names: Sequence[str]) -> bool:
 
 
 def _check_names(folder: Path, names: Sequence[str], classes: Sequence[str]) -> None:
-    """Raise DataError where classes are not as many as their folders, or share a name."""
+    """Raise DataError where classes are not as many as their folders, or share a folded name."""
     if len(classes) != len(names):
         raise DataError(
             f"{folder} names {len(classes)} classes in its text file and has {len(names)} folders: "
             "write one name per line, in the order of the sorted folder names"
         )
-    shared, count = Counter(classes).most_common(1)[0]
+    folded = [class_names.fold(name) for name in classes]
+    shared, count = Counter(folded).most_common(1)[0]
     if count > 1:
-        same = [name for name, known_as in zip(names, classes, strict=True) if known_as == shared]
+        same = [name for name, known_as in zip(names, folded, strict=True) if known_as == shared]
         raise DataError(
-            f"{folder}: the folders {' and '.join(same)} are one class by name, {shared!r}: "
-            f"put them together, or name them apart in {NAME_FILES[0]}"
+            f"{folder}: the folders {' and '.join(same)} are one class by name, {shared!r} "
+            "(differences of case, white space and Unicode form do not count): put them together, "
+            f"or name them apart in {NAME_FILES[0]}"
         )
 
 

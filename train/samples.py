@@ -90,11 +90,12 @@ class Loaded:
 def subfolders(folder: Path) -> list[str]:
     """Return the names of the folders in a folder, sorted, without those that are skipped.
 
-    Raises DataError for a link that leads nowhere.
+    Raises DataError for a dangling link that has the suffix of an image or none.
     """
+    listing = Listing()
     entries = [entry for entry in os.scandir(folder) if not is_skipped(entry.name)]
     for entry in entries:
-        if entry.is_symlink() and not os.path.exists(entry.path):
+        if listing.is_lost(entry.path):
             raise DataError(f"{entry.path} is a link that leads nowhere: remove or repair it")
     return sorted(entry.name for entry in entries if entry.is_dir())
 
