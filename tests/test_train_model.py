@@ -13,7 +13,7 @@ from torchvision import transforms
 
 import edgeclip
 from train.augment import AUGMENTATIONS
-from train.data import DataSet
+from train.data import DataError, DataSet
 from train.model import Classifier, Pictures, batches, class_embeddings, draw, generators, seed_of
 from train.samples import ImageFiles
 
@@ -52,6 +52,13 @@ def test_logits_are_the_runtimes(photos: DataSet, family: str) -> None:
         reference = made.source.model.encode_image(normalised)
     torch.testing.assert_close(found.embedding, reference, rtol=1e-5, atol=1e-5)
     assert (found.tokens is None) == (family == "resnet")
+
+
+@pytest.mark.parametrize("same", ["Dress", " dress ", "dress"])
+def test_classes_of_the_same_tokens_are_refused(same: str) -> None:
+    source = exported("vit").source
+    with pytest.raises(DataError, match=f"classes 'dress' and '{same}' cannot be told apart"):
+        class_embeddings(source, ("boot", "dress", same), ("a {}.", "the {}"))
 
 
 PREPROCESS = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}  # of every exported family

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from edgeclip import _core
 from export.checkpoints import Source
 from export.towers import PooledImageEncoder, image_encoder
-from train.data import DataSet
+from train.data import DataError, DataSet
 
 TEXT_BATCH = 256  # prompts encoded at a time
 Attack = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # images, labels, seeds
@@ -87,14 +87,30 @@ class Classifier(nn.Module):
 def class_embeddings(
     source: Source, names: Sequence[str], templates: Sequence[str]
 ) -> torch.Tensor:
-    """Unit text embeddings (K, D): the normalised mean over the templates, as in a bundle."""
+    """Return unit text embeddings (K, D): the normalised mean over the templates, as in a bundle.
+
+    Raises DataError for two classes whose prompts are the same tokens.
+    """
     prompts = [template.replace("{}", name) for name in names for template in templates]
     ids = source.tokenizer(prompts)
+    _check_tokens(names, ids.view(len(names), -1))
     rows = [
         source.model.encode_text(chunk, normalize=True).float() for chunk in ids.split(TEXT_BATCH)
     ]
     per_class = torch.cat(rows).view(len(names), len(templates), -1)
     return F.normalize(per_class.mean(1), dim=-1)
+
+
+def _check_tokens(names: Sequence[str], ids: torch.Tensor) -> None:
+    """Raise DataError where two rows of token ids, one a class, are equal."""
+    first: dict[bytes, int] = {}
+    for i, row in enumerate(ids):
+        j = first.setdefault(row.numpy().tobytes(), i)
+        if j != i:
+            raise DataError(
+                f"classes {names[j]!r} and {names[i]!r} cannot be told apart: the model reads both "
+                "as the same tokens; rename one of them, or put them together"
+            )
 
 
 class Pictures(Dataset):
