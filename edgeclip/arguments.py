@@ -7,6 +7,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from edgeclip.errors import EdgeclipError
+from edgeclip.labels import STDIN
+
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 MAX_SECONDS = 3600
 PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq")
@@ -31,6 +34,23 @@ def add_command(commands: Any, name: str, text: str, epilog: str) -> argparse.Ar
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return parser
+
+
+def add_threads(parser: argparse.ArgumentParser, limit: int) -> None:
+    parser.add_argument(
+        "--threads",
+        type=up_to(limit),
+        metavar="T",
+        help="default: as many as affinity and CPU quota allow",
+    )
+
+
+def check_stdin(*given: str | None) -> None:
+    """Raise EdgeclipError where more than one argument is standard input."""
+    if given.count(STDIN) > 1:
+        raise EdgeclipError(
+            "- is given twice, but standard input can be read only once: name files"
+        )
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:

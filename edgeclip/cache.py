@@ -223,7 +223,7 @@ def _with_file(path: Path, work: Callable[[sqlite3.Connection], T], *, create: b
 
 
 def _has_schema(db: sqlite3.Connection) -> bool:
-    """Return whether the file has its table: not before its first insert."""
+    """Return whether the tables exist: a new file has none until the first insert."""
     return bool(db.execute("PRAGMA user_version").fetchone()[0])
 
 

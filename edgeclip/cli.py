@@ -26,6 +26,8 @@ from edgeclip.arguments import (
     Parser,
     add_command,
     add_format,
+    add_threads,
+    check_stdin,
     from_zero,
     positive,
     step_size,
@@ -158,9 +160,7 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", metavar="DIR", help="default: the embedded demonstration")
     parser.add_argument("--device", default="auto", choices=DEVICES)
     parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS])
-    parser.add_argument(
-        "--threads", type=up_to(MAX_THREADS), metavar="T", help="default: one per core"
-    )
+    add_threads(parser, MAX_THREADS)
 
 
 def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
@@ -201,7 +201,7 @@ def _add_runtime_options(parser: argparse.ArgumentParser) -> None:
 def run_classify(args: argparse.Namespace) -> int:
     if args.labels is None and not args.label:
         raise EdgeclipError("no labels: add --labels FILE, or --label TEXT for each class")
-    _check_stdin(*args.images, args.labels, *(args.template or ()))
+    check_stdin(*args.images, args.labels, *(args.template or ()))
     labels = [] if args.labels is None else read_labels(args.labels)
     labels = check_labels([*labels, *args.label])
     templates = None if args.template is None else read_templates(args.template)
@@ -221,6 +221,7 @@ def run_classify(args: argparse.Namespace) -> int:
 def run_embed(args: argparse.Namespace) -> int:
     if bool(args.images) == bool(args.text):
         raise EdgeclipError("embed takes either images or --text TEXT")
+    check_stdin(*args.images)
     runtime = _open_runtime(args)
     kind, names = ("text", args.text) if args.text else ("image", expand(args.images))
     if args.output is not None:
@@ -255,7 +256,7 @@ def run_explain(args: argparse.Namespace) -> int:
 
     if len(args.label) > 1:
         raise EdgeclipError("explain takes one --label; draw another picture for each of them")
-    _check_stdin(args.image, args.attacked, *(args.template or ()))
+    check_stdin(args.image, args.attacked, *(args.template or ()))
     kind = explain.picture_format(args.output)
     templates = None if args.template is None else read_templates(args.template)
     names = [name for name in (args.image, args.attacked) if name is not None]
@@ -300,14 +301,6 @@ def _open_runtime(args: argparse.Namespace) -> Runtime:
         batch_size=args.batch_size,
         threads=args.threads,
     )
-
-
-def _check_stdin(*given: str | None) -> None:
-    """Raise EdgeclipError where more than one argument is standard input."""
-    if given.count(STDIN) > 1:
-        raise EdgeclipError(
-            "- is given twice, but standard input can be read only once: name files"
-        )
 
 
 def _sources(names: Sequence[str]) -> list[ImageSource]:

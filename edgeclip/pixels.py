@@ -113,7 +113,7 @@ def _problem(image: Image, tags: Any, raw: str) -> str | None:
 
 
 def _pillow_is_wrong(mode: str, tags: Any) -> bool:
-    """Whether Pillow takes the samples of a TIFF for others than they are.
+    """Return whether Pillow misreads the samples of a TIFF.
 
     It reads uncompressed planes as if they had 8 bits, planes of a grey with alpha as if they
     alternated, and chroma that is stored for several pixels at once as if each had its own.

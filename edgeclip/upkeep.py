@@ -15,6 +15,8 @@ from edgeclip.arguments import (
     PURIFICATIONS,
     add_command,
     add_format,
+    add_threads,
+    check_stdin,
     positive,
     seconds,
     up_to,
@@ -159,9 +161,7 @@ def _add_bench_options(bench: argparse.ArgumentParser) -> None:
         help="for each measurement (default: 1)",
     )
     length.add_argument("--repeats", type=positive, metavar="N", help="calls, in place of seconds")
-    bench.add_argument(
-        "--threads", type=up_to(MAX_THREADS), metavar="T", help="default: one per core"
-    )
+    add_threads(bench, MAX_THREADS)
 
 
 def run_build(args: argparse.Namespace) -> int:
@@ -170,6 +170,7 @@ def run_build(args: argparse.Namespace) -> int:
 
     if (args.images is None) != (args.labels is None):
         raise EdgeclipError("--images and --labels go together: answers need both")
+    check_stdin(*(args.images or ()), args.labels)
     options = BuildOptions(
         max_batch=args.max_batch,
         workspace_bytes=args.workspace << 20,
@@ -226,6 +227,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 def run_bench(args: argparse.Namespace) -> int:
     from edgeclip import bench
 
+    check_stdin(args.image, args.labels)
     labels = [] if args.labels is None else read_labels(args.labels)
     settings = bench.Settings(
         image=bench.read_image(args.image),

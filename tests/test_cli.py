@@ -352,6 +352,11 @@ def test_labels_and_templates_from_stdin(
         ["classify", "-", "--labels", "-"],
         ["classify", BAG, "--labels", "-", "--template", "-"],
         ["explain", "-", "--label", "bag", "--template", "-", "-o", "x.png"],
+        ["embed", "-", "-"],
+        ["embed", "-", BAG, "-", "-o", "x.npz"],
+        ["bench", "--image", "-", "--labels", "-"],
+        ["build", "--images", BAG, "-", "--labels", "-"],
+        ["build", "--images", "-", "-", "--labels", BAG],
     ):
         status, out, err = said(b"bag\ndress\n", *arguments)
         assert (status, out) == (2, "")

@@ -11,6 +11,7 @@ import pytest
 
 import edgeclip
 from edgeclip import _core
+from edgeclip.cli import main
 from edgeclip.encoders import open_session
 
 BAG = str(Path(__file__).parent.parent / "examples" / "bag.png")
@@ -40,6 +41,16 @@ def test_a_process_on_one_core_keeps_to_it() -> None:
     assert done.stdout == f"1 1 {{({core},)}}\n", done.stderr
     (note,) = done.stderr.splitlines()  # and no error of ONNX Runtime's
     assert note.startswith("note: this is the embedded demonstration bundle")
+
+
+@pytest.mark.parametrize("command", ["classify", "embed", "explain", "bench"])
+def test_the_help_says_how_many_threads_are_used(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--threads T default: as many as affinity and CPU quota allow" in text
 
 
 @pytest.fixture
