@@ -39,7 +39,7 @@ def cores(root: Path = ROOT) -> int:
 
 
 def _quotas(root: Path) -> list[float]:
-    """CPU quotas of this process's control groups and their parents, in cores."""
+    """Return the CPU quotas of this process's control groups and their parents, in cores."""
     quotas: list[float] = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
@@ -58,7 +58,7 @@ def _quotas(root: Path) -> list[float]:
 
 
 def _quota(folder: Path) -> list[float]:
-    """The CPU quota that a control group sets, in cores, if it sets one."""
+    """Return the CPU quota that a control group sets, in cores, if it sets one."""
     if limit := _read(folder / "cpu.max"):
         quota, _, period = limit.partition(" ")
     else:

@@ -148,13 +148,18 @@ def folder() -> Path | None:
     return None if parent is None else parent / "trials"
 
 
+def files() -> list[Path]:
+    """Return the files of the cached trials: one for each bundle, ONNX Runtime and processor."""
+    parent = folder()
+    return [] if parent is None else sorted(parent.glob("*.json"))
+
+
 def clear() -> int:
     """Delete all cached trials; return the bytes freed. Raises EdgeclipError."""
     freed = 0
     with _lock:
         _memory.clear()
-    parent = folder()
-    for file in [] if parent is None else parent.glob("*.json"):
+    for file in files():
         try:
             freed += file.stat().st_size
             file.unlink(missing_ok=True)

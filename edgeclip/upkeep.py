@@ -202,6 +202,7 @@ def run_cache(args: argparse.Namespace) -> int:
         report |= {"bytes": cache.size(), "limit bytes": cache.limit}
         report["encoders"] = [asdict(share) for share in shares]
         report["engines"] = [str(entry.path) for entry in engines.entries()]
+        report["trials"] = len(trials.files())
     show_report(report, args.format)
     return 0
 

@@ -492,6 +492,7 @@ def test_cache(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (share,) = report.pop("encoders")
     size = file.stat().st_size
     assert report.pop("engines") == []
+    assert report.pop("trials") == 1
     assert report == {"path": str(file), "labels": 10, "bytes": size, "limit bytes": 1 << 28}
     assert (share["labels"], share["bytes"]) == (10, 10 * 128 * 4)
     assert "int8" in share["encoder"]
