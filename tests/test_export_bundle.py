@@ -185,7 +185,8 @@ def test_a_bundle_is_complete(made: Exported) -> None:
     assert len(manifest.files) == 5
     parity = manifest.precisions["fp32"].parity
     wanted = {"image_max_abs_diff", "image_min_cosine", "text_max_abs_diff", "text_min_cosine"}
-    wanted |= {"golden_max_abs_diff", "golden_min_cosine"}
+    for kind in ("image", "text"):
+        wanted |= {f"golden_{kind}_max_abs_diff", f"golden_{kind}_min_cosine"}
     wanted |= {"tokens_max_rel_diff"} if manifest.tokens else set()
     wanted |= {"text_cut_max_abs_diff"} if manifest.text.dynamic_length else set()
     assert parity.keys() == wanted
