@@ -278,7 +278,9 @@ def test_bench_times_the_stages_on_the_gpu(device: str, capsys: pytest.CaptureFi
     )
     found = bench.measure(str(Bundle().path), device, "fp32", settings)
     assert list(found["stages on the GPU ms"]) == ["preprocess", "encoder", "classify"]
-    (place, *lines) = bench._render_one(found | {"device": device, "precision": "fp32"})
+    (place, *lines) = bench._render_one(
+        found | {"device": device, "precision": "fp32", "problem": ""}
+    )
     assert place.startswith(f"{device} fp32")
     assert any("by the GPU's own clock" in line for line in lines)
 
