@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -97,6 +98,40 @@ def open_session(
     return session
 
 
+class Session:
+    """A graph in ONNX Runtime, opened again in a forked process, which has no threads of the parent.
+
+    The arguments, and what is raised, as for `open_session`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        device: str,
+        threads: int | None = None,
+        stream: int | None = None,
+        without: str = "",
+    ) -> None:
+        self._arguments = path, device, threads, stream, without
+        self._open()
+
+    def _open(self) -> None:
+        self._session = open_session(*self._arguments)
+        self._process = os.getpid()
+
+    def get(self) -> ort.InferenceSession:
+        """Return the session of this process."""
+        if self._process != os.getpid():
+            _forked.append(self._session)
+            self._open()
+        return self._session
+
+
+_forked: list[
+    ort.InferenceSession
+] = []  # never destroyed: that would wait for the parent's threads
+
+
 def run_session(
     session: ort.InferenceSession,
     outputs: Sequence[str],
@@ -128,7 +163,7 @@ class OnnxEncoder:
         threads: int | None = None,
         stream: int | None = None,
     ) -> None:
-        self._session = open_session(path, device, threads, stream, without="tokens")
+        self._opened = Session(path, device, threads, stream, without="tokens")
         self._path, self._device, self._threads = path, device, threads
         (taken, *_) = self._session.get_inputs()
         self._input = taken.name
@@ -148,16 +183,20 @@ class OnnxEncoder:
                 f"{self._path} takes {taken} and gives {given}, which is not what the manifest says"
             )
 
+    @property
+    def _session(self) -> ort.InferenceSession:
+        return self._opened.get()
+
     def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
         return self._fetch(self._session, "embedding", inputs)
 
     def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        return self._fetch(self._whole, "tokens", inputs)
+        return self._fetch(self._whole.get(), "tokens", inputs)
 
     @cached_property
-    def _whole(self) -> ort.InferenceSession:
+    def _whole(self) -> Session:
         """Opened only where tokens are asked for."""
-        return open_session(self._path, self._device, self._threads)
+        return Session(self._path, self._device, self._threads)
 
     def _fetch(
         self, session: ort.InferenceSession, output: str, inputs: NDArray[Any]

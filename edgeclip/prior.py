@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import _core
-from edgeclip.encoders import open_session, run_session
+from edgeclip.encoders import Session, run_session
 from edgeclip.errors import BundleError, DeviceError
 from edgeclip.purify import DiffPurifier
 
@@ -31,11 +31,11 @@ class Prior:
     def __init__(
         self, path: Path, embed_dim: int, *, device: str, threads: int | None = None
     ) -> None:
-        self._session = open_session(path, device, threads)
+        self._opened = Session(path, device, threads)
         self._path, self._device, self._dim = path, device, embed_dim
+        session = self._opened.get()
         found = {
-            node.name: node.shape[1:]
-            for node in (*self._session.get_inputs(), *self._session.get_outputs())
+            node.name: node.shape[1:] for node in (*session.get_inputs(), *session.get_outputs())
         }
         row: list[int] = [embed_dim]
         if found != dict(zip((*INPUTS, *OUTPUTS), (row, [], row, [], row), strict=True)):
@@ -55,7 +55,7 @@ class Prior:
             "timestep": np.full(len(z), timestep, np.int64),
             "noise": np.ascontiguousarray(np.broadcast_to(noise, z.shape)),
         }
-        loss, gradient = run_session(self._session, OUTPUTS, inputs, self._path, self._device)
+        loss, gradient = run_session(self._opened.get(), OUTPUTS, inputs, self._path, self._device)
         return loss, gradient
 
     def purify(

@@ -66,7 +66,7 @@ class FrameAnswer:
 class Runtime:
     """A bundle, loaded and ready to classify. One may be shared by threads, and pickled.
 
-    Unpickled, it opens the bundle's files again. In a process that was forked it goes on, in one thread.
+    In a process that unpickled it, or that was forked, it opens the bundle's files again.
 
     bundle: a directory, a Bundle, or None for the embedded demonstration bundle.
     device: auto (the best that works: a TensorRT engine that `edgeclip build` made, else CUDA, else

@@ -230,6 +230,8 @@ def write_folder(
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     for value in state.values():
+        if value.is_floating_point():  # some of CoCa's are memory that nothing was written to
+            value.nan_to_num_(0, 0, 0).clamp_(-10, 10)
         if value.is_floating_point() and value.ndim:
             value += 0.02 * torch.randn_like(value).abs()  # variances of batch norm stay positive
     save_file(state, folder / "open_clip_model.safetensors")

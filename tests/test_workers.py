@@ -96,7 +96,8 @@ def test_a_forked_process_inherits_it(runtime: Runtime) -> None:
     assert found == runtime.classify(IMAGES)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+# A fork of a process with as many threads as a session of tests has may hang in any library's lock.
+@pytest.mark.parametrize("method", [pytest.param("fork", marks=pytest.mark.slow), "spawn"])
 def test_a_loader_of_pytorch(runtime: Runtime, method: str) -> None:
     loader = torch.utils.data.DataLoader(
         Embeddings(runtime),
