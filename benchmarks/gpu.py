@@ -30,7 +30,7 @@ from benchmarks.kernels import STEP_SIZE, STEPS, published_loop
 from benchmarks.latency import bundle_for, picture, versions_of
 from benchmarks.purification import label_set
 from benchmarks.timing import publish, samples_ms
-from edgeclip.bench import percentiles
+from edgeclip.tools.bench import percentiles
 
 EPILOG = """examples:
   python -m benchmarks.gpu

@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import edgeclip
 from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
-from edgeclip.bench import picture
-from edgeclip.images import decode
+from edgeclip.images.decoding import decode
+from edgeclip.tools.bench import picture
 
 EPILOG = """examples:
   python -m benchmarks.latency

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 import edgeclip
 from benchmarks.timing import machine, medians_ms, process
 from edgeclip import storage
+from edgeclip.backends.prior import Prior
 from edgeclip.json_output import to_json
-from edgeclip.prior import Prior
 from edgeclip.purify import DiffPurifier
 from export.diffusion_prior import load_prior
 from train.prior_network import DiffusionPrior, Shape

@@ -25,7 +25,7 @@ from benchmarks.latency import bundle_for, encoder_flops, picture, versions_of
 from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
 from edgeclip.host import cores
-from edgeclip.images import decode
+from edgeclip.images.decoding import decode
 
 EPILOG = """examples:
   python -m benchmarks.scaling

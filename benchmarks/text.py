@@ -24,8 +24,8 @@ import torch
 import edgeclip
 from benchmarks.latency import bundle_for, versions_of
 from benchmarks.timing import machine, medians_ms, publish
-from edgeclip.cache import CachedLabel, LabelCache, embedding_identity, label_keys
-from edgeclip.label_tokens import DIGEST_SIZE, Cut, LabelTokens
+from edgeclip.text.cache import CachedLabel, LabelCache, embedding_identity, label_keys
+from edgeclip.text.label_tokens import DIGEST_SIZE, Cut, LabelTokens
 
 EPILOG = """examples:
   python -m benchmarks.text

@@ -2,6 +2,6 @@
 
 import sys
 
-from edgeclip.cli import main
+from edgeclip.cli.main import main
 
 sys.exit(main())

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.errors import BundleError
-from edgeclip.external import locations
 from edgeclip.manifest import Manifest
+from edgeclip.onnx_file import locations
 from edgeclip.storage import sha256, write
 
 EMBEDDED = Path(__file__).parent / "bundles" / "fashion"
@@ -144,7 +144,7 @@ class Bundle:
         return vector
 
     def golden(self) -> dict[str, NDArray[Any]]:
-        """The golden input and outputs, by name: see edgeclip.golden_values."""
+        """The golden input and outputs, by name: see edgeclip.backends.golden_values."""
         path = self.file(GOLDEN)
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:

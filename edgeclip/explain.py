@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from edgeclip.captions import LINE, draw_captions, own_font
+from edgeclip.drawing.captions import LINE, draw_captions, own_font
 from edgeclip.errors import BundleError, EdgeclipError
 from edgeclip.storage import is_stream
 
 if TYPE_CHECKING:
-    from edgeclip.encoders import Encoder
-    from edgeclip.images import ImageSource
+    from edgeclip.backends.onnx_runtime import Encoder
+    from edgeclip.images.decoding import ImageSource
     from edgeclip.labels import Label
     from edgeclip.manifest import ImageSpec
     from edgeclip.runtime import Runtime

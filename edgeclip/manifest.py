@@ -17,7 +17,7 @@ from edgeclip import purify
 from edgeclip.errors import BundleError
 from edgeclip.labels import check_templates
 from edgeclip.purify import Purifier
-from edgeclip.tokenizer import CLEANERS
+from edgeclip.text.tokenizer import CLEANERS
 
 SCHEMA_VERSION = 1
 # Of encoders; int8-qdq, for TensorRT, says explicitly where int8 begins and ends (Q/DQ).
@@ -81,7 +81,7 @@ class TextSpec:
     """How a prompt becomes the text encoder's input."""
 
     context_length: int
-    clean: str  # lower, whitespace or canonicalize: see edgeclip.tokenizer
+    clean: str  # lower, whitespace or canonicalize: see edgeclip.text.tokenizer
     dynamic_length: bool  # ids may be cut at the longest prompt of the batch
     pad_id: int = 0
 
@@ -125,7 +125,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class PriorSpec:
-    """The diffusion prior's step, prior.onnx: see edgeclip.prior."""
+    """The diffusion prior's step, prior.onnx: see edgeclip.backends.prior."""
 
     file: str
     weights_sha256: str

@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import _core
+from edgeclip.backends.onnx_runtime import unit
+from edgeclip.backends.prior import Prior
+from edgeclip.backends.select import open_image_side
 from edgeclip.bundle import EMBEDDED, Bundle
-from edgeclip.devices import open_image_side
-from edgeclip.encoders import unit
 from edgeclip.errors import BundleError, ImageError
 from edgeclip.host import cores
-from edgeclip.images import CudaFrame, ImageSource, decode, is_on_gpu
+from edgeclip.images.decoding import CudaFrame, ImageSource, decode, is_on_gpu
 from edgeclip.labels import Label, LabelSet
-from edgeclip.pipeline import batches, newest
-from edgeclip.prior import Prior
+from edgeclip.prefetch import batches, newest
 from edgeclip.purify import (
     NO_PRIOR,
     CosPurifier,
@@ -32,11 +32,11 @@ from edgeclip.purify import (
     check_prior,
     resolve,
 )
-from edgeclip.text import Labels, Progress, TextTower
+from edgeclip.text.tower import Labels, Progress, TextTower
 
 if TYPE_CHECKING:
+    from edgeclip.backends.cuda_pipeline import GpuPipeline
     from edgeclip.explain import Explanation
-    from edgeclip.gpu import GpuPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Runtime:
     and give the bundle's golden outputs here. A first start tries them, and caches the result.
     purify: auto (what the bundle recommends), none, cos, diff, a CosPurifier or a DiffPurifier.
     labels: what `classify` uses where it is given none.
-    decode: fast (large JPEGs at a reduced scale, see `edgeclip.images.decode`) or exact.
+    decode: fast (large JPEGs at a reduced scale, see `edgeclip.images.decoding.decode`) or exact.
     batch_size: images in one run of the encoder. threads: inside one run, and beside it to prepare
     images; None for as many as affinity and CPU quota allow.
 
@@ -353,7 +353,7 @@ class Runtime:
     ) -> Generator[tuple[NDArray[Any], list[ImageError | None]], None, None]:
         """As `_prepare` makes them, of up to `batch_size` readable images, and for each its error.
 
-        Prepared by threads while the encoder runs; see `edgeclip.pipeline`.
+        Prepared by threads while the encoder runs; see `edgeclip.prefetch`.
         """
         _refuse_single("this method", images)
         if gpu is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeclip import storage
-from edgeclip.encoders import import_onnxruntime
+from edgeclip.backends.onnx_runtime import import_onnxruntime
 from edgeclip.errors import EdgeclipError
 from edgeclip.manifest import PRECISIONS, PRIOR_GRADIENTS
 from export import ExportError

@@ -30,11 +30,11 @@ from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from edgeclip.backends.onnx_runtime import open_session
+from edgeclip.backends.prior import INPUTS, OUTPUTS
 from edgeclip.bundle import GOLDEN
-from edgeclip.encoders import open_session
 from edgeclip.errors import EdgeclipError
 from edgeclip.manifest import PRIOR_GRADIENTS, PriorSpec
-from edgeclip.prior import INPUTS, OUTPUTS
 from edgeclip.purify import DiffPurifier
 from edgeclip.storage import sha256
 from export import ExportError

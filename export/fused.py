@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeclip import LabelSet, Runtime, read_labels, storage
-from edgeclip.arguments import Parser, positive, step_size, up_to
+from edgeclip.backends.onnx_runtime import open_session
 from edgeclip.bundle import Bundle
-from edgeclip.encoders import open_session
+from edgeclip.cli.options import Parser, positive, step_size, up_to
 from edgeclip.errors import EdgeclipError
 from edgeclip.labels import read_templates
 from edgeclip.manifest import PRECISIONS

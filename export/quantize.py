@@ -28,8 +28,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torchvision.models import ResNet18_Weights
 
 from edgeclip import _core
+from edgeclip.backends.onnx_runtime import open_session
 from edgeclip.bundle import GOLDEN
-from edgeclip.encoders import open_session
 from edgeclip.manifest import ImageSpec, Manifest, Variant
 from export import ExportError
 from export.checkpoints import Source

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgeclip import engine
-from edgeclip.arguments import Parser, positive
+from edgeclip.backends import tensorrt_builder
+from edgeclip.backends.tensorrt_builder import BuildOptions, build_engine, import_tensorrt
 from edgeclip.bundle import Bundle
-from edgeclip.engine import BuildOptions, build_engine, import_tensorrt
+from edgeclip.cli.options import Parser, positive
 from edgeclip.errors import BundleError, EdgeclipError
-from edgeclip.external import locations
 from edgeclip.manifest import PRECISIONS
+from edgeclip.onnx_file import locations
 from edgeclip.storage import write
 from export import ExportError
 
@@ -136,7 +136,7 @@ def _warnings(notes: dict[str, None], name: str) -> Iterator[None]:
             if record.levelno == logging.WARNING:
                 notes[f"warning: {name}: {record.getMessage()}"] = None
 
-    handler, log = Handler(logging.WARNING), logging.getLogger(engine.__name__)
+    handler, log = Handler(logging.WARNING), logging.getLogger(tensorrt_builder.__name__)
     kept, log.propagate = log.propagate, False
     log.addHandler(handler)
     try:
@@ -178,10 +178,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> list[str]:
     trt = import_tensorrt("tensorrt_rtx")
-    there = engine.capabilities(trt)
+    there = tensorrt_builder.capabilities(trt)
     asked = list(dict.fromkeys(options.capability or there))
     for capability in asked:
-        engine.check_capability(trt, capability)
+        tensorrt_builder.check_capability(trt, capability)
     bundle = Bundle(options.bundle)
     precisions = precisions_of(bundle, options.precision)
     if options.out is not None:

@@ -1,7 +1,7 @@
 """open_clip's tokenizers as one tokenizer.json for the tokenizers library.
 
 What open_clip does to a text before it is split (ftfy, HTML entities, case) stays outside the
-file: edgeclip.tokenizer does it, told by `TextSpec.clean`.
+file: edgeclip.text.tokenizer does it, told by `TextSpec.clean`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.processors import TemplateProcessing
 
-from edgeclip.tokenizer import CLEANERS
+from edgeclip.text.tokenizer import CLEANERS
 from export import ExportError
 
 END_OF_WORD = "</w>"
@@ -39,7 +39,7 @@ def convert(tokenizer: Any) -> Tokenizer:
 
 
 def clean_kind(tokenizer: Any) -> str:
-    """The name, in edgeclip.tokenizer.CLEANERS, of the cleaning that `tokenizer` does."""
+    """The name, in edgeclip.text.tokenizer.CLEANERS, of the cleaning that `tokenizer` does."""
     for name in CLEANERS:
         if tokenizer.clean_fn is get_clean_fn(name):
             return name

@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 
 from edgeclip import storage
-from edgeclip.arguments import Parser, up_to
-from edgeclip.encoders import open_session
+from edgeclip.backends.onnx_runtime import open_session
+from edgeclip.cli.options import Parser, up_to
 from edgeclip.errors import EdgeclipError
 from export import ExportError
 from export.files import check_target, move, workshop

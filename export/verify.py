@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
+from edgeclip.backends.onnx_runtime import Encoder, OnnxEncoder
 from edgeclip.bundle import GOLDEN, TOKENIZER
-from edgeclip.encoders import Encoder, OnnxEncoder
 from edgeclip.manifest import Manifest
-from edgeclip.tokenizer import Tokenizer
+from edgeclip.text.tokenizer import Tokenizer
 from export import ExportError
 from export.checkpoints import Source
 from export.to_onnx import image_encoder

@@ -24,7 +24,8 @@ spec.loader.exec_module(core)
 
 import fake_tensorrt
 
-from edgeclip import devices, encoders, gpu_encoders, text
+from edgeclip.backends import onnx_runtime, select, tensorrt_encoder
+from edgeclip.text import tower
 
 HostFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 launch = ctypes.CDLL(CORE).cudaLaunchHostFunc
@@ -42,7 +43,7 @@ trt = fake_tensorrt.module(os.environ["EDGECLIP_FAKE_TENSORRT"])
 trt._fake.queue = queue
 sys.modules[trt.__name__] = trt
 
-open_session = encoders.open_session
+open_session = onnx_runtime.open_session
 
 
 def open_on_cpu(
@@ -51,9 +52,9 @@ def open_on_cpu(
     return open_session(path, "cpu", threads, without=without)
 
 
-encoders.open_session = open_on_cpu
-gpu_encoders.OnnxGpuEncoder.memory = "cpu"
-run_encoder = gpu_encoders.OnnxGpuEncoder.enqueue
+onnx_runtime.open_session = open_on_cpu
+tensorrt_encoder.OnnxGpuEncoder.memory = "cpu"
+run_encoder = tensorrt_encoder.OnnxGpuEncoder.enqueue
 
 
 def enqueue_on_cpu(encoder: Any, count: int) -> None:
@@ -61,7 +62,7 @@ def enqueue_on_cpu(encoder: Any, count: int) -> None:
     queue(encoder.stream.handle, lambda: run_encoder(encoder, count))
 
 
-gpu_encoders.OnnxGpuEncoder.enqueue = enqueue_on_cpu
-for module in (devices, encoders, text):
+tensorrt_encoder.OnnxGpuEncoder.enqueue = enqueue_on_cpu
+for module in (select, onnx_runtime, tower):
     if hasattr(module, "available_devices"):
         module.available_devices = lambda: ["cuda", "cpu"]

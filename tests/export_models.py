@@ -22,8 +22,8 @@ from open_clip.tokenizer import default_bpe
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
+from edgeclip.backends.onnx_runtime import open_session
 from edgeclip.bundle import Bundle
-from edgeclip.encoders import open_session
 from edgeclip.manifest import Manifest
 from export import bundle
 from export.bundle import export_bundle, wording

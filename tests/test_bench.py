@@ -15,8 +15,8 @@ from conftest import EXAMPLES
 from test_cli import errors, run
 
 import edgeclip
-from edgeclip import bench
 from edgeclip.bundle import EMBEDDED
+from edgeclip.tools import bench
 
 QUICK = ["--repeats", "2", "--batch-size", "2", "1", "2"]
 STAGES = [
@@ -187,7 +187,7 @@ def test_bench_without_pytorch_from_another_folder(tmp_path: Path) -> None:
     """As installed: a folder of the same name where it is started is not taken for the package."""
     (tmp_path / "edgeclip").mkdir()
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    code = "import sys; from edgeclip.cli import main; sys.exit(main())"
+    code = "import sys; from edgeclip.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-c", f"import sys; sys.path.pop(0); {code}", "bench", *QUICK]
     command += ["--precision", "fp32", "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": f"{Path(edgeclip.__file__).parents[1]}:{tmp_path}"}

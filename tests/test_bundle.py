@@ -13,12 +13,13 @@ import pytest
 from safetensors.numpy import save_file
 
 import edgeclip
-from edgeclip import Bundle, BundleError, golden
+from edgeclip import Bundle, BundleError
 from edgeclip.bundle import EMBEDDED
-from edgeclip.diagnose import describe
-from edgeclip.external import locations
 from edgeclip.manifest import Manifest
+from edgeclip.onnx_file import locations
 from edgeclip.storage import sha256
+from edgeclip.tools import golden
+from edgeclip.tools.doctor import describe
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from edgeclip import EdgeclipError, Label
-from edgeclip.cache import (
+from edgeclip.text.cache import (
     FILE,
     OLDER_FILES,
     CachedLabel,
@@ -27,7 +27,7 @@ from edgeclip.cache import (
     embedding_identity,
     label_keys,
 )
-from edgeclip.label_tokens import DIGEST_SIZE, Cut, LabelTokens
+from edgeclip.text.label_tokens import DIGEST_SIZE, Cut, LabelTokens
 
 DIM = 64
 
@@ -136,7 +136,7 @@ def test_embedding_identity_has_all_that_computes(
     seen.add(embedding_identity("x", "cpu"))
     seen.add(embedding_identity("y", "cpu"))
     seen.add(embedding_identity("x", "cuda"))
-    monkeypatch.setattr("edgeclip.cache.processor", lambda: "another processor")
+    monkeypatch.setattr("edgeclip.text.cache.processor", lambda: "another processor")
     seen.add(embedding_identity("x", "cpu"))
     assert len(seen) == 8
 
@@ -375,7 +375,7 @@ def test_cache_in_use_by_a_process_that_hangs(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("edgeclip.cache.TIMEOUT", 0.05)
+    monkeypatch.setattr("edgeclip.text.cache.TIMEOUT", 0.05)
     change(cache, "UPDATE labels SET used = 0")
     hung = sqlite3.connect(cache / FILE, isolation_level=None)
     hung.execute("BEGIN IMMEDIATE")

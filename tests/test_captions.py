@@ -18,10 +18,10 @@ from fontTools.ttLib import TTCollection, TTFont
 from fontTools.ttLib.tables.DefaultTable import DefaultTable
 from PIL import Image, ImageChops, ImageDraw, ImageFont, features
 
-from edgeclip import captions, fonts
-from edgeclip.captions import FONT_SIZE, LINE, draw_captions
+from edgeclip.drawing import captions, fonts
+from edgeclip.drawing.captions import FONT_SIZE, LINE, draw_captions
+from edgeclip.drawing.fonts import FontFile, system_fonts
 from edgeclip.explain import Explanation, render
-from edgeclip.fonts import FontFile, system_fonts
 
 FOLDER = Path(mpl.get_data_path(), "fonts", "ttf")
 DEJAVU = FOLDER / "DejaVuSans.ttf"

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from edgeclip import Runtime, _core
 from edgeclip.bundle import EMBEDDED
-from edgeclip.cache import FILE
-from edgeclip.cli import main
-from edgeclip.output import text_progress
+from edgeclip.cli.main import main
+from edgeclip.cli.output import text_progress
+from edgeclip.text.cache import FILE
 
 BAG = str(EXAMPLES / "bag.png")
 LABELS = ["--labels", str(EXAMPLES / "labels.txt")]
@@ -590,7 +590,7 @@ def test_cached_labels_load_nothing_of_the_text_side(capsys: pytest.CaptureFixtu
     arguments = ["classify", BAG, *LABELS, "--precision", "fp32"]
     assert run(capsys, *arguments)[0] == 0
     code = (
-        "import sys; from edgeclip.cli import main;"
+        "import sys; from edgeclip.cli.main import main;"
         f"status = main({arguments!r});"
         "slow = {'tokenizers', 'ftfy', 'tqdm', 'importlib.metadata', 'huggingface_hub'};"
         "sys.exit(status or sorted(slow & set(sys.modules)) or 0)"
@@ -618,7 +618,7 @@ def test_user_without_a_home() -> None:
         "import os, pathlib, sys\n"
         "def home(*_): raise RuntimeError('no home')\n"
         "pathlib.Path.home = home\n"
-        "from edgeclip.cli import main\n"
+        "from edgeclip.cli.main import main\n"
         f"sys.exit(main(['classify', {BAG!r}, '--label', 'bag']))"
     )
     hidden = ("EDGECLIP_CACHE", "XDG_CACHE_HOME")
@@ -632,7 +632,7 @@ def test_user_without_a_home() -> None:
 
 def test_missing_onnxruntime_is_explained() -> None:
     code = (
-        "import sys; sys.modules['onnxruntime'] = None; from edgeclip.cli import main;"
+        "import sys; sys.modules['onnxruntime'] = None; from edgeclip.cli.main import main;"
         f"sys.exit(main(['classify', {BAG!r}, '--label', 'bag']))"
     )
     found = subprocess.run(

@@ -23,10 +23,10 @@ from conftest import EXAMPLES
 from PIL import Image
 
 import edgeclip
-from edgeclip import build
 from edgeclip.bundle import EMBEDDED
-from edgeclip.cli import main
+from edgeclip.cli.main import main
 from edgeclip.json_output import show_json, to_json
+from edgeclip.tools import build_engine
 
 BAG = EXAMPLES / "bag.png"
 DRESS = EXAMPLES / "dress.png"
@@ -323,7 +323,7 @@ def test_explain_on_stderr(raw_picture: Path) -> None:
 
 
 def test_info_and_doctor(encoding: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeclip.golden.check", lambda _: {})
+    monkeypatch.setattr("edgeclip.tools.golden.check", lambda _: {})
     report = parsed(written(encoding, ["info", bundle, "--format", "json"]))
     assert (report["bundle"], report["description"]) == (str(bundle), TEXT)
     report = parsed(written(encoding, ["doctor", bundle, "--device", "cpu", "--format", "json"]))
@@ -338,14 +338,14 @@ def test_cache(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_build(encoding: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "build", lambda *_, **__: SimpleNamespace())
-    monkeypatch.setattr(build, "describe", lambda _: {"engine": TEXT})
+    monkeypatch.setattr(build_engine, "build", lambda *_, **__: SimpleNamespace())
+    monkeypatch.setattr(build_engine, "describe", lambda _: {"engine": TEXT})
     assert parsed(written(encoding, ["build", bundle, "--format", "json"])) == {"engine": TEXT}
 
 
 def test_bench(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     report = {"measured": [], "failed": [], "bundle": TEXT, "frames per second": float("inf")}
-    monkeypatch.setattr("edgeclip.bench.run", lambda *_: report)
+    monkeypatch.setattr("edgeclip.tools.bench.run", lambda *_: report)
     found = parsed(written(encoding, ["bench", "--format", "json"]))
     assert found == report | {"frames per second": None}
 

@@ -164,7 +164,7 @@ def test_an_unknown_instruction_set_is_an_error(value: str) -> None:
     done = run(code, EDGECLIP_SIMD=value)
     message = f"EDGECLIP_SIMD must be baseline, avx2 or avx512, got '{value}'"
     assert done.stderr.splitlines()[-1] == f"RuntimeError: {message}"
-    code = "from edgeclip.cli import main; import sys; sys.exit(main(['doctor']))"
+    code = "from edgeclip.cli.main import main; import sys; sys.exit(main(['doctor']))"
     done = run(code, EDGECLIP_SIMD=value)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
 
@@ -186,9 +186,7 @@ for _ in range(2):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_doctor_prints_it(level: str) -> None:
-    code = (
-        "from edgeclip.cli import main; import sys; sys.exit(main(['doctor', '--device', 'cpu']))"
-    )
+    code = "from edgeclip.cli.main import main; import sys; sys.exit(main(['doctor', '--device', 'cpu']))"
     done = run(code, EDGECLIP_SIMD=level)
     if level in available():
         assert done.returncode == 0, done.stderr

@@ -13,8 +13,8 @@ from PIL import Image
 
 import edgeclip
 from edgeclip import ImageError
-from edgeclip.cli import main
-from edgeclip.images import decode
+from edgeclip.cli.main import main
+from edgeclip.images.decoding import decode
 from edgeclip.manifest import ImageSpec
 
 ORIENTATION = 0x0112
@@ -125,9 +125,9 @@ def test_what_the_caller_decodes_is_exact_and_left_alone(tmp_path: Path) -> None
 
 def test_the_limit_is_that_of_the_whole_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(smooth(320, 480), "JPEG")
-    monkeypatch.setattr("edgeclip.images.MAX_PIXELS", 320 * 480)
+    monkeypatch.setattr("edgeclip.images.decoding.MAX_PIXELS", 320 * 480)
     assert decode(data, fast_for=spec(10, 10)).shape == (40, 60, 3)
-    monkeypatch.setattr("edgeclip.images.MAX_PIXELS", 320 * 480 - 1)
+    monkeypatch.setattr("edgeclip.images.decoding.MAX_PIXELS", 320 * 480 - 1)
     with pytest.raises(ImageError, match="more than 153,599 pixels"):
         decode(data, fast_for=spec(10, 10))
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from edgeclip import DeviceError, _core, devices
+from edgeclip import DeviceError, _core
+from edgeclip.backends import select
+from edgeclip.backends.engine_cache import BuildOptions, EngineCache, EngineKey
 from edgeclip.bundle import Bundle
-from edgeclip.cli import main
-from edgeclip.engine_cache import BuildOptions, EngineCache, EngineKey
+from edgeclip.cli.main import main
 
 
 def key(graphs: tuple[str, ...], **changes: object) -> EngineKey:
@@ -31,25 +32,25 @@ BAG = str(Path(__file__).parent.parent / "examples" / "bag.png")
 ORDER = ["tensorrt", "cuda", "cpu"]
 
 
-def open_auto() -> devices.ImageSide:
-    return devices.open_image_side(Bundle(), "auto", "auto", batch_size=1, threads=1)
+def open_auto() -> select.ImageSide:
+    return select.open_image_side(Bundle(), "auto", "auto", batch_size=1, threads=1)
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
 def test_auto_goes_on_to_the_next_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: int
 ) -> None:
-    real, tried = devices._open, []
+    real, tried = select._open, []
 
-    def some_fail(bundle: Bundle, device: str, *_: object) -> devices.ImageSide:
+    def some_fail(bundle: Bundle, device: str, *_: object) -> select.ImageSide:
         tried.append(device)
         if device in ORDER[:broken]:
             raise DeviceError(f"{device} is broken")
         return real(bundle, "cpu", "fp32", 1, 1)
 
-    monkeypatch.setattr(devices, "_open", some_fail)
-    monkeypatch.setattr(devices, "available_devices", lambda: ["cuda", "cpu"])
-    monkeypatch.setattr(devices, "stored_engines", lambda _: [Path("an.engine")])
+    monkeypatch.setattr(select, "_open", some_fail)
+    monkeypatch.setattr(select, "available_devices", lambda: ["cuda", "cpu"])
+    monkeypatch.setattr(select, "stored_engines", lambda _: [Path("an.engine")])
     open_auto()
     assert tried == ORDER[: broken + 1]
     said = [record.getMessage() for record in caplog.records]
@@ -58,10 +59,10 @@ def test_auto_goes_on_to_the_next_and_says_so(
 
 
 def test_where_nothing_works_the_last_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> devices.ImageSide:
+    def fail(*_: object) -> select.ImageSide:
         raise DeviceError("broken")
 
-    monkeypatch.setattr(devices, "_open", fail)
+    monkeypatch.setattr(select, "_open", fail)
     with pytest.raises(DeviceError, match="broken"):
         open_auto()
 
@@ -75,17 +76,17 @@ def test_a_driver_that_does_not_work_is_a_device_error(monkeypatch: pytest.Monke
     monkeypatch.setattr(_core, "cuda_built", lambda: True)
     monkeypatch.setattr(_core, "cuda_device", broken, raising=False)
     with pytest.raises(DeviceError, match="do not work here: no CUDA-capable device"):
-        devices.open_image_side(Bundle(), "cuda", "auto", batch_size=1, threads=1)
+        select.open_image_side(Bundle(), "cuda", "auto", batch_size=1, threads=1)
 
 
 def test_engines_are_those_of_the_bundles_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, cache = Bundle(), EngineCache()
     cache.save(key(("another graph",)), b"engine", {"golden": 0.0})
-    mine = cache.save(key(devices.graph_hashes(bundle, "fp32")), b"engine of mine", {"golden": 0.0})
-    monkeypatch.setattr(devices._core, "cuda_built", lambda: True)
-    assert devices.stored_engines(bundle) == [mine]
-    monkeypatch.setattr(devices._core, "cuda_built", lambda: False)
-    assert devices.stored_engines(bundle) == []  # nothing could run them
+    mine = cache.save(key(select.graph_hashes(bundle, "fp32")), b"engine of mine", {"golden": 0.0})
+    monkeypatch.setattr(select._core, "cuda_built", lambda: True)
+    assert select.stored_engines(bundle) == [mine]
+    monkeypatch.setattr(select._core, "cuda_built", lambda: False)
+    assert select.stored_engines(bundle) == []  # nothing could run them
 
 
 def test_the_latest_engine_whatever_its_options(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 from conftest import EXAMPLES
 
-from edgeclip.cli import build_parser
+from edgeclip.cli.main import build_parser
 
 ROOT = EXAMPLES.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

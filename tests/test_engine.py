@@ -19,9 +19,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edgeclip import engine, engine_cache
+from edgeclip.backends import engine_cache, tensorrt_builder
+from edgeclip.backends.tensorrt_builder import (
+    BuildOptions,
+    EngineCache,
+    EngineKey,
+    Gpu,
+    build_engine,
+    engine_key,
+)
 from edgeclip.bundle import EMBEDDED
-from edgeclip.engine import BuildOptions, EngineCache, EngineKey, Gpu, build_engine, engine_key
 from edgeclip.errors import DeviceError, EdgeclipError
 
 IMAGE = EMBEDDED / "image_encoder.fp32.onnx"
@@ -337,7 +344,7 @@ def test_the_last_error_is_the_reason(trt: ModuleType, caplog: pytest.LogCapture
         "WARNING",
         "TensorRT: Profile kMAX values are not self-consistent",
     )
-    assert engine.trt_logger(trt).last_error == ""
+    assert tensorrt_builder.trt_logger(trt).last_error == ""
 
 
 def test_without_a_driver(trt: ModuleType) -> None:
@@ -354,12 +361,12 @@ def test_import(monkeypatch: pytest.MonkeyPatch, jetpack: ModuleType) -> None:
     rtx = fake_tensorrt.module(RTX[0])
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", rtx)
     monkeypatch.setitem(sys.modules, "tensorrt", jetpack)
-    assert engine.import_tensorrt() is jetpack
+    assert tensorrt_builder.import_tensorrt() is jetpack
     monkeypatch.setattr(jetpack, "__version__", "8.6.2")
     with pytest.raises(
         DeviceError, match=r"tensorrt 8.6.2 is too old, edgeclip needs 10.3 or later: pip"
     ):
-        engine.import_tensorrt()
+        tensorrt_builder.import_tensorrt()
 
 
 @pytest.mark.parametrize(
@@ -383,7 +390,7 @@ def test_a_module_that_does_not_import(
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(DeviceError, match=message) as err:
-        engine.import_tensorrt()
+        tensorrt_builder.import_tensorrt()
     assert "--system-site-packages" in str(err.value)
     assert "\n" not in str(err.value)
 

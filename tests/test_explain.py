@@ -30,7 +30,7 @@ from edgeclip.explain import (
     picture_format,
     render,
 )
-from edgeclip.images import decode
+from edgeclip.images.decoding import decode
 from train.attention import attention_map as trained_attention
 
 BOOT = EXAMPLES / "ankle-boot.png"
@@ -282,7 +282,7 @@ def test_explaining_never_loads_torch_and_classifying_no_fonts(tmp_path: Path) -
     code = f"""
 import sys
 sys.modules["torch"] = None
-from edgeclip.cli import main
+from edgeclip.cli.main import main
 assert main(["classify", {str(BOOT)!r}, "--label", "bag"]) == 0
 assert not {{"edgeclip.explain", "PIL.ImageFont"}} & set(sys.modules)
 sys.exit(main(["explain", {str(BOOT)!r}, "--label", "bag", "-o", "out.png"]))

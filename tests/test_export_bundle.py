@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
+from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.bundle import Bundle
-from edgeclip.encoders import OnnxEncoder
 from edgeclip.errors import LabelError
 from edgeclip.purify import CosPurifier
-from edgeclip.tokenizer import Tokenizer
+from edgeclip.text.tokenizer import Tokenizer
 from export import ExportError, files, robustness, to_onnx, verify
 from export.bundle import export_bundle, image_spec, wording
 from export.checkpoints import load

@@ -24,8 +24,8 @@ from onnx import TensorProto, helper
 
 import edgeclip
 from edgeclip.bundle import EMBEDDED, Bundle
-from edgeclip.external import locations
 from edgeclip.manifest import ImageSpec, Variant
+from edgeclip.onnx_file import locations
 from edgeclip.purify import CosPurifier, DiffPurifier
 from export import ExportError, bundle, files, fused, quantize, robustness
 from export.__main__ import main as export_main

@@ -383,7 +383,7 @@ def test_comparison_runs_on_the_usable_cores(
         return made
 
     monkeypatch.setattr(ort, "InferenceSession", recorded)
-    monkeypatch.setattr("edgeclip.encoders.cores", lambda: 2)
+    monkeypatch.setattr("edgeclip.backends.onnx_runtime.cores", lambda: 2)
     arguments = ["--gradient", "forward", "--text-length", "2"]
     assert main([str(weights), "-o", str(tmp_path / "prior.onnx"), *arguments]) == 0
     assert threads == [2]

@@ -17,11 +17,11 @@ from onnx import TensorProto, numpy_helper
 from test_export_quantize import folder_of_images, product
 
 import edgeclip
-from edgeclip import golden
+from edgeclip.backends.onnx_runtime import OnnxEncoder, unit
+from edgeclip.backends.select import preferred
 from edgeclip.bundle import EMBEDDED, Bundle
-from edgeclip.devices import preferred
-from edgeclip.encoders import OnnxEncoder, unit
 from edgeclip.manifest import Variant
+from edgeclip.tools import golden
 from export import ExportError, fidelity, quantize
 from export.__main__ import main
 from export.bundle import export_bundle, wording

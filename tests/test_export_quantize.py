@@ -16,9 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import edgeclip
-from edgeclip import golden
+from edgeclip.backends.select import preferred
 from edgeclip.bundle import Bundle
-from edgeclip.devices import preferred
+from edgeclip.tools import golden
 from export import ExportError, fidelity, quantize, verify
 from export.bundle import Wording, _write_precisions, export_bundle
 

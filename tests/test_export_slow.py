@@ -12,9 +12,9 @@ import torch
 from export_models import write_sentencepiece_like
 from test_export_tokenizer import AWKWARD
 
+from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.bundle import Bundle
-from edgeclip.encoders import OnnxEncoder
-from edgeclip.tokenizer import Tokenizer
+from edgeclip.text.tokenizer import Tokenizer
 from export.bundle import export_bundle, wording
 from export.checkpoints import Source, load
 

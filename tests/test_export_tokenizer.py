@@ -11,7 +11,7 @@ import pytest
 from export_models import write_bpe, write_sentencepiece_like
 from open_clip.tokenizer import HFTokenizer, SigLipTokenizer, SimpleTokenizer
 
-from edgeclip.tokenizer import CLEANERS, Tokenizer
+from edgeclip.text.tokenizer import CLEANERS, Tokenizer
 from export import ExportError
 from export.tokenizer import clean_kind, convert, pad_id
 

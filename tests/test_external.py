@@ -12,8 +12,8 @@ from export_models import exported
 from onnx import TensorProto, helper
 
 from edgeclip import BundleError
-from edgeclip.encoders import OnnxEncoder, open_session
-from edgeclip.external import without_output
+from edgeclip.backends.onnx_runtime import OnnxEncoder, open_session
+from edgeclip.onnx_file import without_output
 
 
 def graph_of(family: str) -> Path:

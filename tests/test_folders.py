@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import EXAMPLES
 
-from edgeclip import ImageError, folders, formats
-from edgeclip.folders import Listing, expand
-from edgeclip.images import decode
+from edgeclip import ImageError
+from edgeclip.images import folders, formats
+from edgeclip.images.decoding import decode
+from edgeclip.images.folders import Listing, expand
 
 
 @pytest.fixture(autouse=True)

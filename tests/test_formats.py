@@ -10,8 +10,9 @@ import pytest
 from image_files import encoded, stored
 from PIL import Image
 
-from edgeclip import ImageError, formats
-from edgeclip.images import decode
+from edgeclip import ImageError
+from edgeclip.images import formats
+from edgeclip.images.decoding import decode
 
 HEIC = Path(__file__).parent / "vectors" / "red_over_blue.heic"  # turned by its orientation
 JXL = b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(20)
@@ -92,7 +93,7 @@ def test_avif_with_transparency_and_frames() -> None:
 
 @needs_avif
 def test_the_limit_holds_for_avif(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeclip.images.MAX_PIXELS", 100)
+    monkeypatch.setattr("edgeclip.images.decoding.MAX_PIXELS", 100)
     with pytest.raises(ImageError, match="more than 100 pixels"):
         decode(encoded(halves(), "AVIF"))
 

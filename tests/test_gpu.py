@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 
 import edgeclip
-from edgeclip import Runtime, _core, golden
-from edgeclip.build import build, check
+from edgeclip import Runtime, _core
+from edgeclip.backends.cuda_array import DeviceArray, copy
+from edgeclip.backends.select import available_devices, image_engine_key
+from edgeclip.backends.tensorrt_builder import BuildOptions, EngineCache
 from edgeclip.bundle import Bundle
-from edgeclip.cli import main
-from edgeclip.device import DeviceArray, copy
-from edgeclip.devices import available_devices, image_engine_key
-from edgeclip.engine import BuildOptions, EngineCache
+from edgeclip.cli.main import main
 from edgeclip.purify import CosPurifier
+from edgeclip.tools import golden
+from edgeclip.tools.build_engine import build, check
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LABELS = ["bag", "ankle boot", "dress", "coat", "trouser"]
@@ -271,7 +272,7 @@ def test_texts_are_the_cpus(device: str) -> None:
 
 
 def test_bench_times_the_stages_on_the_gpu(device: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from edgeclip import bench
+    from edgeclip.tools import bench
 
     settings = bench.Settings(
         image=(EXAMPLES / "bag.png").read_bytes(), batch_sizes=(1,), repeats=1

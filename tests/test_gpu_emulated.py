@@ -94,7 +94,7 @@ def test_the_tests_for_a_gpu_pass_on_an_emulated_one(core: Path, machine: str) -
     assert " skipped" not in found
 
 
-RUN = "import emulation, sys; from edgeclip.cli import main; sys.exit(main())"
+RUN = "import emulation, sys; from edgeclip.cli.main import main; sys.exit(main())"
 
 
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])

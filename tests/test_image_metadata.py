@@ -26,8 +26,9 @@ from image_files import (
 )
 from PIL import Image, ImageFile, PngImagePlugin
 
-from edgeclip import ImageError, formats
-from edgeclip.images import decode
+from edgeclip import ImageError
+from edgeclip.images import formats
+from edgeclip.images.decoding import decode
 from edgeclip.manifest import ImageSpec
 
 # What Pillow thinks of such files is a warning to whoever asks for their metadata.

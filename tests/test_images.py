@@ -13,7 +13,7 @@ from image_files import chunk, encoded, stored
 from PIL import Image
 
 from edgeclip import ImageError
-from edgeclip.images import decode
+from edgeclip.images.decoding import decode
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -18,8 +18,8 @@ import pytest
 from onnx import numpy_helper
 
 import edgeclip
+from edgeclip.backends.golden_values import largest_distance
 from edgeclip.bundle import Bundle
-from edgeclip.golden_values import largest_distance
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("qemu-x86_64") is None,
@@ -33,7 +33,7 @@ EMBED = """
 import sys
 import numpy as np
 import edgeclip
-from edgeclip.encoders import OnnxEncoder
+from edgeclip.backends.onnx_runtime import OnnxEncoder
 bundle = edgeclip.Bundle(sys.argv[1])
 given = np.load(sys.argv[2])
 np.savez(sys.argv[3], **{

@@ -16,8 +16,8 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from test_export_tokenizer import random_text, runtime
 
 from edgeclip import Label, LabelError
-from edgeclip.label_tokens import Cut, LabelTokens, check_tokens, read_tokens
-from edgeclip.tokenizer import Tokenizer
+from edgeclip.text.label_tokens import Cut, LabelTokens, check_tokens, read_tokens
+from edgeclip.text.tokenizer import Tokenizer
 
 LENGTH = 10
 KINDS = ("clip", "canonicalize", "whitespace", "siglip-like")

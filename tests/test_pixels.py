@@ -12,7 +12,7 @@ from image_files import chunk, encoded, png, stored, tiff
 from PIL import Image
 
 from edgeclip import ImageError
-from edgeclip.images import decode
+from edgeclip.images.decoding import decode
 
 BLACK_IS_ZERO, WHITE_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, LAB = 1, 0, 2, 3, 5, 6, 8
 HEIGHT, WIDTH = 19, 23

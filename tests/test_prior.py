@@ -15,8 +15,8 @@ from prior_models import DIM, Conditioned, with_prior
 from test_core_purify import polar_by_vectors, relative_error
 
 from edgeclip import BundleError, CosPurifier, DiffPurifier, Runtime
-from edgeclip.cli import main
-from edgeclip.prior import Prior
+from edgeclip.backends.prior import Prior
+from edgeclip.cli.main import main
 from export.bundle import wording
 from export.diffusion_prior import PRIOR_FILE, null_context
 from train.prior_network import Context

@@ -16,7 +16,7 @@ from conftest import EXAMPLES
 
 import edgeclip
 from edgeclip import CosPurifier, ImageError, LabelError, Prediction, Runtime
-from edgeclip.encoders import available_devices
+from edgeclip.backends.onnx_runtime import available_devices
 
 
 def test_examples_are_named_rightly(rt: Runtime, labels: list[str]) -> None:

@@ -18,9 +18,9 @@ from prior_models import with_prior
 from tensorrt_surfaces.record import surface
 from test_export_slow import source_of
 
-from edgeclip import engine
+from edgeclip.backends import tensorrt_builder
+from edgeclip.backends.tensorrt_builder import BuildOptions, build_engine
 from edgeclip.bundle import EMBEDDED, Bundle
-from edgeclip.engine import BuildOptions, build_engine
 from edgeclip.errors import DeviceError
 from export.bundle import image_spec
 from export.diffusion_prior import export_step
@@ -32,7 +32,7 @@ from train.prior_network import DiffusionPrior, Shape
 trt: Any = pytest.importorskip("tensorrt_rtx", reason="pip install 'edgeclip[tensorrt-rtx]'")
 
 TURING = (7, 5)
-GPUS = engine.capabilities(trt)
+GPUS = tensorrt_builder.capabilities(trt)
 FEW = (TURING, (8, 6), (12, 0))  # the oldest, one between, and the newest family
 HARMLESS = "TensorRT: ModelImporter.cpp:1071: Make sure input ids has Int64 binding."
 SURFACES = Path(__file__).parent / "tensorrt_surfaces"
@@ -59,9 +59,9 @@ def compile_for(path: Path, gpus: Any, context_length: int = 77) -> None:
 
 def sizes(path: Path) -> dict[str, list[int]]:
     """The shapes of inputs and outputs as TensorRT infers them, -1 for what is symbolic."""
-    builder = trt.Builder(engine.trt_logger(trt))
+    builder = trt.Builder(tensorrt_builder.trt_logger(trt))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, engine.trt_logger(trt))
+    parser = trt.OnnxParser(network, tensorrt_builder.trt_logger(trt))
     assert parser.parse_from_file(str(path))
     found = [network.get_input(i) for i in range(network.num_inputs)]
     found += [network.get_output(i) for i in range(network.num_outputs)]

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from conftest import EXAMPLES
 
-from edgeclip import EdgeclipError, Label, LabelError, Runtime, text
+from edgeclip import EdgeclipError, Label, LabelError, Runtime
 from edgeclip.bundle import EMBEDDED, Bundle
-from edgeclip.cache import FILE, LabelCache
+from edgeclip.text import tower
+from edgeclip.text.cache import FILE, LabelCache
 
 TEMPLATES = ["a {}.", "a very long way to say that there is a {} in this picture.", "{}"]
 
@@ -26,7 +27,7 @@ TEMPLATES = ["a {}.", "a very long way to say that there is a {} in this picture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts each run of a text encoder took, as it goes."""
     runs: list[int] = []
-    open_encoder = text.OnnxEncoder
+    open_encoder = tower.OnnxEncoder
 
     def watched(*args: object, **options: object) -> object:
         encoder = open_encoder(*args, **options)
@@ -34,7 +35,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         encoder.embed = lambda ids: (runs.append(len(ids)), embed(ids))[1]
         return encoder
 
-    monkeypatch.setattr(text, "OnnxEncoder", watched)
+    monkeypatch.setattr(tower, "OnnxEncoder", watched)
     return runs
 
 
@@ -46,7 +47,7 @@ def test_batches_change_no_embedding(rt: Runtime, monkeypatch: pytest.MonkeyPatc
     texts = [template.format(n) for n in ("bag", "ankle boot", "bag") for template in TEMPLATES]
     expected = alone(rt, texts)
     for tokens in (1, 20, 10_000):
-        monkeypatch.setattr(text, "RUN_TOKENS", tokens)
+        monkeypatch.setattr(tower, "RUN_TOKENS", tokens)
         np.testing.assert_allclose(rt.embed_texts(texts), expected, atol=1e-6)
     assert rt.embed_texts([]).shape == (0, 128)
 
@@ -58,8 +59,8 @@ def test_runs_are_bounded_and_equal_prompts_encoded_once(encoded: list[int]) -> 
     found = rt.embed_texts([*texts, *texts, "THING 7"], progress=lambda *x: seen.append(x))
     assert sum(encoded) == 2000
     longest = rt.tokenize(texts).shape[1]
-    assert max(encoded) * longest <= text.RUN_TOKENS * 1.5  # those of a run are of one length
-    assert min(encoded[:-1]) * longest >= text.RUN_TOKENS / 2
+    assert max(encoded) * longest <= tower.RUN_TOKENS * 1.5  # those of a run are of one length
+    assert min(encoded[:-1]) * longest >= tower.RUN_TOKENS / 2
     assert [total for _, total in seen] == [4001] * len(encoded)
     assert seen[-1] == (4001, 4001)
     np.testing.assert_array_equal(found[:2000], found[2000:4000])
@@ -99,7 +100,7 @@ def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the tokenizer was loaded")
 
-    return lambda: monkeypatch.setattr(text, "Tokenizer", refuse)
+    return lambda: monkeypatch.setattr(tower, "Tokenizer", refuse)
 
 
 def test_labels_that_are_the_same_tokens(
@@ -167,13 +168,13 @@ def test_what_computes_has_labels_of_its_own(
     first = Runtime()
     made = first.labels(labels)
     encoded.clear()
-    monkeypatch.setattr("edgeclip.cache.processor", lambda: "another processor")
+    monkeypatch.setattr("edgeclip.text.cache.processor", lambda: "another processor")
     other = Runtime()
     np.testing.assert_allclose(other.labels(labels).embeddings, made.embeddings, atol=1e-6)
     assert sum(encoded) == len(labels) * len(first.bundle.manifest.templates)
     assert other.text_identity() == first.text_identity()
     assert other.labels(made) is made
-    towers = [text.TextTower(Bundle(None), "int8", device=name) for name in ("cpu", "cuda")]
+    towers = [tower.TextTower(Bundle(None), "int8", device=name) for name in ("cpu", "cuda")]
     assert towers[0].identity == towers[1].identity
     towers[0].labels(labels)
     with pytest.raises(EdgeclipError, match="cuda"):  # which these tests have not
@@ -217,7 +218,7 @@ def test_spoilt_label_is_encoded_again(
 def test_interrupted_encoding_keeps_what_is_done(
     encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text, "BLOCK_PROMPTS", 20)
+    monkeypatch.setattr(tower, "BLOCK_PROMPTS", 20)
     names = [f"thing {i}" for i in range(100)]
     seen: list[tuple[int, int]] = []
 
@@ -240,14 +241,14 @@ def test_interrupted_encoding_keeps_what_is_done(
 def alive(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[object]]:
     """The text encoders that were opened."""
     opened: list[weakref.ref[object]] = []
-    open_encoder = text.OnnxEncoder
+    open_encoder = tower.OnnxEncoder
 
     def watched(*args: object, **options: object) -> object:
         encoder = open_encoder(*args, **options)
         opened.append(weakref.ref(encoder))
         return encoder
 
-    monkeypatch.setattr(text, "OnnxEncoder", watched)
+    monkeypatch.setattr(tower, "OnnxEncoder", watched)
     return opened
 
 
@@ -275,7 +276,7 @@ def test_memory_is_returned_when_nothing_holds_the_encoder(
 ) -> None:
     rt = Runtime()
     seen: list[object] = []
-    monkeypatch.setattr(text, "trim_memory", lambda: seen.append(alive[0]()))
+    monkeypatch.setattr(tower, "trim_memory", lambda: seen.append(alive[0]()))
     rt.labels(["bag"])
     assert seen == [None]
 

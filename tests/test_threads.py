@@ -11,8 +11,8 @@ import pytest
 
 import edgeclip
 from edgeclip import _core
-from edgeclip.cli import main
-from edgeclip.encoders import open_session
+from edgeclip.backends.onnx_runtime import open_session
+from edgeclip.cli.main import main
 
 BAG = str(Path(__file__).parent.parent / "examples" / "bag.png")
 
@@ -71,7 +71,7 @@ def test_a_runtime_takes_the_cores_or_what_it_is_told(monkeypatch: pytest.Monkey
 
 
 def test_a_session_never_chooses_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeclip.encoders.cores", lambda: 2)
+    monkeypatch.setattr("edgeclip.backends.onnx_runtime.cores", lambda: 2)
     session = open_session(edgeclip.Bundle().encoder("image_encoder", "fp32"), "cpu")
     assert session.get_session_options().intra_op_num_threads == 2
 

@@ -17,13 +17,14 @@ import pytest
 from onnx import numpy_helper
 
 import edgeclip
-from edgeclip import DeviceError, Runtime, host, trials
+from edgeclip import DeviceError, Runtime, host
+from edgeclip.backends import trials
+from edgeclip.backends.golden_values import GoldenValues, embedding_limit
+from edgeclip.backends.onnx_runtime import OnnxEncoder
+from edgeclip.backends.trials import Trial, best
 from edgeclip.bundle import Bundle
-from edgeclip.cli import main
-from edgeclip.encoders import OnnxEncoder
-from edgeclip.golden_values import GoldenValues, embedding_limit
+from edgeclip.cli.main import main
 from edgeclip.storage import sha256
-from edgeclip.trials import Trial, best
 
 BAG = str(Path(__file__).parent.parent / "examples" / "bag.png")
 
@@ -148,7 +149,7 @@ def test_doctor_fails_only_for_what_would_be_used(
     assert json.loads(capsys.readouterr().out)["precision used"] == "int8"
     # An older trial that says what is no longer so.
     monkeypatch.setattr(trials, "trials", lambda *_, **__: {})
-    monkeypatch.setattr("edgeclip.devices.choose_precision", lambda *_: "int8")
+    monkeypatch.setattr("edgeclip.backends.select.choose_precision", lambda *_: "int8")
     assert main(["doctor", str(copy)]) == 2
     out, err = capsys.readouterr()
     assert "do not use int8 here" in err
@@ -314,7 +315,7 @@ def test_golden_values_are_checked(copy: Path) -> None:
 def test_a_person_is_told_of_a_first_trial(
     fresh: Callable[[], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "edgeclip.trials")
+    caplog.set_level(logging.INFO, "edgeclip.backends.trials")
     Runtime()
     assert "trying fp32 and int8 on this machine, once" in caplog.text
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from edgeclip.errors import LabelError
-from edgeclip.folders import DEEPER, Listing
+from edgeclip.images.folders import DEEPER, Listing
 from edgeclip.labels import read_lines
 from train import class_names
 from train.samples import DataError, ImageFiles, class_files, subfolders

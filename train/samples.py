@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from edgeclip.errors import ImageError
-from edgeclip.folders import Listing, is_skipped
-from edgeclip.images import decode
+from edgeclip.images.decoding import decode
+from edgeclip.images.folders import Listing, is_skipped
 
 
 class DataError(Exception):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeclip.images import decode
+from edgeclip.images.decoding import decode
 from train import class_names, fashion
 from train.folders import plain_classes, tiny_imagenet, wordnet_classes
 from train.samples import (

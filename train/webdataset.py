@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from edgeclip.errors import ImageError, LabelError
-from edgeclip.formats import EXTRAS, SUFFIXES
-from edgeclip.images import decode
+from edgeclip.images.decoding import decode
+from edgeclip.images.formats import EXTRAS, SUFFIXES
 from edgeclip.labels import read_lines
 from train.folders import NAME_FILES, SPLITS, read_names
 from train.samples import DataError

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 
 from edgeclip.errors import EdgeclipError
 from edgeclip.host import processor
-from edgeclip.label_tokens import DIGEST_SIZE, Cut, LabelTokens
 from edgeclip.labels import Label
 from edgeclip.storage import default_folder
+from edgeclip.text.label_tokens import DIGEST_SIZE, Cut, LabelTokens
 
 if TYPE_CHECKING:
     import sqlite3

@@ -12,7 +12,7 @@ from typing import cast
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-from edgeclip.fonts import FontFile, system_fonts
+from edgeclip.drawing.fonts import FontFile, system_fonts
 
 logger = logging.getLogger(__name__)
 

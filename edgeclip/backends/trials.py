@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import _core, host
+from edgeclip.backends.golden_values import GoldenValues, embedding_limit, largest_distance
+from edgeclip.backends.onnx_runtime import OnnxEncoder, import_onnxruntime, unit
 from edgeclip.bundle import Bundle
-from edgeclip.encoders import OnnxEncoder, import_onnxruntime, unit
 from edgeclip.errors import DeviceError, EdgeclipError
-from edgeclip.golden_values import GoldenValues, embedding_limit, largest_distance
 from edgeclip.storage import default_folder, write
 
 logger = logging.getLogger(__name__)

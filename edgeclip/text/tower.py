@@ -10,13 +10,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.backends.onnx_runtime import Encoder, OnnxEncoder, unit
 from edgeclip.bundle import TOKENIZER, Bundle
-from edgeclip.cache import CachedLabel, LabelCache, embedding_identity, label_keys
-from edgeclip.encoders import Encoder, OnnxEncoder, unit
 from edgeclip.host import trim_memory
-from edgeclip.label_tokens import LabelTokens, check_texts, check_tokens, read_tokens
 from edgeclip.labels import Label, LabelSet, check_labels, check_templates
-from edgeclip.tokenizer import Tokenizer
+from edgeclip.text.cache import CachedLabel, LabelCache, embedding_identity, label_keys
+from edgeclip.text.label_tokens import LabelTokens, check_texts, check_tokens, read_tokens
+from edgeclip.text.tokenizer import Tokenizer
 
 Labels = LabelSet | Sequence[str | Label]
 Progress = Callable[[int, int], object]

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import _core
-from edgeclip.device import DeviceArray, copy, cuda_errors
-from edgeclip.encoders import OnnxEncoder, first_line, import_onnxruntime
-from edgeclip.engine import import_tensorrt, trt_logger
+from edgeclip.backends.cuda_array import DeviceArray, copy, cuda_errors
+from edgeclip.backends.onnx_runtime import OnnxEncoder, first_line, import_onnxruntime
+from edgeclip.backends.tensorrt_builder import import_tensorrt, trt_logger
 from edgeclip.errors import BundleError, DeviceError
 
 PIXELS, EMBEDDING = "pixels", "embedding"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import _core
-from edgeclip.encoders import Session, run_session
+from edgeclip.backends.onnx_runtime import Session, run_session
 from edgeclip.errors import BundleError, DeviceError
 from edgeclip.purify import DiffPurifier
 

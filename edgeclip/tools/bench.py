@@ -26,16 +26,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeclip import __version__, _core, golden, host
+from edgeclip import __version__, _core, host
+from edgeclip.backends.select import ORDER, engine_precisions, why_not
 from edgeclip.bundle import Bundle
-from edgeclip.devices import ORDER, engine_precisions, why_not
-from edgeclip.diagnose import PACKAGES, installed
+from edgeclip.cli.output import text_progress
 from edgeclip.errors import EdgeclipError
-from edgeclip.images import decode
+from edgeclip.images.decoding import decode
 from edgeclip.labels import Label, LabelSet
-from edgeclip.output import text_progress
 from edgeclip.purify import CosPurifier, DiffPurifier
 from edgeclip.runtime import Runtime
+from edgeclip.tools import golden
+from edgeclip.tools.doctor import PACKAGES, installed
 
 T = TypeVar("T")
 

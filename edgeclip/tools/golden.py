@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.backends.golden_values import GoldenValues, embedding_limit, largest_distance
+from edgeclip.backends.prior import Prior
 from edgeclip.errors import BundleError
-from edgeclip.golden_values import GoldenValues, embedding_limit, largest_distance
 from edgeclip.labels import LabelSet
 from edgeclip.manifest import PriorSpec
-from edgeclip.prior import Prior
 from edgeclip.purify import DiffPurifier
 from edgeclip.runtime import Runtime
 

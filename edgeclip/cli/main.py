@@ -1,5 +1,5 @@
 """The command line: every subcommand is a few lines that call the library. Those that look after an
-installation are in `edgeclip.upkeep`.
+installation are in `edgeclip.cli.manage`.
 
 Exit status: 0 done, 1 some inputs failed, 2 wrong usage or an unusable bundle.
 """
@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from edgeclip import __version__, _core, storage
-from edgeclip.arguments import (
+from edgeclip.bundle import Bundle
+from edgeclip.cli.manage import add_upkeep
+from edgeclip.cli.options import (
     DEVICES,
     PRECISIONS,
     PURIFICATIONS,
@@ -33,13 +35,7 @@ from edgeclip.arguments import (
     step_size,
     up_to,
 )
-from edgeclip.bundle import Bundle
-from edgeclip.errors import EdgeclipError, ImageError
-from edgeclip.folders import expand
-from edgeclip.images import ImageSource
-from edgeclip.json_output import show_json
-from edgeclip.labels import STDIN, check_labels, read_labels, read_templates
-from edgeclip.output import (
+from edgeclip.cli.output import (
     WRITERS,
     Answer,
     show_progress,
@@ -47,9 +43,13 @@ from edgeclip.output import (
     show_trials,
     text_progress,
 )
+from edgeclip.errors import EdgeclipError, ImageError
+from edgeclip.images.decoding import ImageSource
+from edgeclip.images.folders import expand
+from edgeclip.json_output import show_json
+from edgeclip.labels import STDIN, check_labels, read_labels, read_templates
 from edgeclip.purify import MAX_SEED, MAX_STEPS, MAX_TIMESTEP, resolve
 from edgeclip.runtime import DECODINGS, MAX_BATCH, MAX_THREADS, Runtime
-from edgeclip.upkeep import add_upkeep
 
 STDIN_FD, STDOUT_FD = 0, 1
 

@@ -84,7 +84,7 @@ def show_progress(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
 def show_trials() -> None:
     """Let the library say on stderr, where a person watches, that it tries precisions: a few seconds."""
     if sys.stderr.isatty():
-        logger = logging.getLogger("edgeclip.trials")
+        logger = logging.getLogger("edgeclip.backends.trials")
         logger.setLevel(logging.INFO)
         logger.addHandler(logging.StreamHandler())
 

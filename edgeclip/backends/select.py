@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeclip import _core
+from edgeclip.backends.onnx_runtime import Encoder, OnnxEncoder, available_devices
+from edgeclip.backends.trials import best, trials
 from edgeclip.bundle import Bundle
-from edgeclip.encoders import Encoder, OnnxEncoder, available_devices
 from edgeclip.errors import DeviceError
 from edgeclip.manifest import Manifest
-from edgeclip.trials import best, trials
 
 if TYPE_CHECKING:
-    from edgeclip.engine import EngineKey
-    from edgeclip.gpu import GpuPipeline
+    from edgeclip.backends.cuda_pipeline import GpuPipeline
+    from edgeclip.backends.tensorrt_builder import EngineKey
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _open(bundle: Bundle, device: str, precision: str, batch_size: int, threads:
     chosen = choose_precision(bundle, precision, device, threads)
     path = bundle.encoder("image_encoder", chosen)
     if on_our_kernels:
-        from edgeclip.gpu_encoders import OnnxGpuEncoder
+        from edgeclip.backends.tensorrt_encoder import OnnxGpuEncoder
 
         on_gpu = OnnxGpuEncoder(
             path,
@@ -105,8 +105,8 @@ def _open(bundle: Bundle, device: str, precision: str, batch_size: int, threads:
 
 
 def _open_tensorrt(bundle: Bundle, precision: str, threads: int) -> ImageSide:
-    from edgeclip.engine import EngineCache, import_tensorrt
-    from edgeclip.gpu_encoders import TensorRTEncoder
+    from edgeclip.backends.tensorrt_builder import EngineCache, import_tensorrt
+    from edgeclip.backends.tensorrt_encoder import TensorRTEncoder
 
     check_cuda("tensorrt")
     trt, cache = import_tensorrt(), EngineCache()
@@ -128,7 +128,7 @@ def _open_tensorrt(bundle: Bundle, precision: str, threads: int) -> ImageSide:
 
 def _pipeline(bundle: Bundle, encoder: Any) -> GpuPipeline:
     """Raises DeviceError where anything on its way does not run here."""
-    from edgeclip.gpu import GpuPipeline
+    from edgeclip.backends.cuda_pipeline import GpuPipeline
 
     pipeline = GpuPipeline(encoder, bundle.manifest, bundle.null_text)
     pipeline.warm_up()
@@ -163,7 +163,7 @@ def check_cuda(device: str) -> dict[str, Any]:
 
 def image_engine_key(bundle: Bundle, precision: str, trt: Any, options: Any = None) -> EngineKey:
     """The key of the engine of a bundle's image encoder on this GPU. Raises DeviceError."""
-    from edgeclip.engine import BuildOptions, Gpu, engine_key
+    from edgeclip.backends.tensorrt_builder import BuildOptions, Gpu, engine_key
 
     found = check_cuda("tensorrt")
     gpu = Gpu(found["name"], found["capability"])
@@ -181,7 +181,7 @@ def stored_engines(bundle: Bundle) -> list[Path]:
     """Engines of the bundle's image encoders, for whatever GPU; TensorRT is not even loaded."""
     if not _core.cuda_built():
         return []
-    from edgeclip.engine_cache import EngineCache
+    from edgeclip.backends.engine_cache import EngineCache
 
     graphs = [list(graph_hashes(bundle, name)) for name in bundle.manifest.precisions]
     return [entry.path for entry in EngineCache().entries() if entry.key.get("graphs") in graphs]
@@ -189,7 +189,7 @@ def stored_engines(bundle: Bundle) -> list[Path]:
 
 def engine_precisions(bundle: Bundle) -> list[str]:
     """Those of which an engine for this GPU is there. Raises DeviceError without TensorRT or a GPU."""
-    from edgeclip.engine import EngineCache, import_tensorrt
+    from edgeclip.backends.tensorrt_builder import EngineCache, import_tensorrt
 
     trt, cache = import_tensorrt(), EngineCache()
     names = bundle.manifest.precisions
@@ -200,7 +200,7 @@ def why_not(bundle: Bundle, device: str) -> str:
     """Why `device` is not used for a bundle here; empty where there is no reason known beforehand."""
     try:
         if device == "tensorrt":
-            from edgeclip.engine import import_tensorrt
+            from edgeclip.backends.tensorrt_builder import import_tensorrt
 
             check_cuda(device)
             import_tensorrt()
@@ -218,7 +218,7 @@ def why_not(bundle: Bundle, device: str) -> str:
 def choose_precision(bundle: Bundle, precision: str, device: str, threads: int) -> str:
     """Return the precision to run in ONNX Runtime on `device`, cpu or cuda.
 
-    auto: the fastest on this machine of those that give the golden outputs here; see edgeclip.trials.
+    auto: the fastest on this machine of those that give the golden outputs here; see edgeclip.backends.trials.
     One that is named is returned in any case, with a warning where it does not give them.
     Raises DeviceError where the bundle has no such precision, or auto finds none that is right.
     """

@@ -10,12 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from typing import Any
 
-from edgeclip import __version__, _core, golden, host
+from edgeclip import __version__, _core, host
+from edgeclip.backends.select import ORDER, engine_precisions, why_not
 from edgeclip.bundle import Bundle
-from edgeclip.devices import ORDER, engine_precisions, why_not
 from edgeclip.errors import EdgeclipError
 from edgeclip.manifest import PriorSpec, Robustness, TokenSpec, Variant
 from edgeclip.runtime import Runtime
+from edgeclip.tools import golden
 
 PACKAGES = (
     "numpy",

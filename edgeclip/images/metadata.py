@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TypeAlias
 
 from edgeclip.errors import ImageError
-from edgeclip.pixels import ORIENTATION
+from edgeclip.images.pixels import ORIENTATION
 
 Data: TypeAlias = "bytes | mmap.mmap"  # slices of either are bytes
 

@@ -14,7 +14,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
-from edgeclip.formats import EXTRAS, suffixes
+from edgeclip.images.formats import EXTRAS, suffixes
 
 logger = logging.getLogger(__name__)
 

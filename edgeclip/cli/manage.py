@@ -7,8 +7,11 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from edgeclip import trials
-from edgeclip.arguments import (
+from edgeclip.backends import trials
+from edgeclip.backends.engine_cache import EngineCache
+from edgeclip.backends.select import MAX_GPU_BATCH
+from edgeclip.bundle import Bundle
+from edgeclip.cli.options import (
     DEVICES,
     PRECISIONS,
     PRECISIONS_OF_ENGINES,
@@ -21,16 +24,13 @@ from edgeclip.arguments import (
     seconds,
     up_to,
 )
-from edgeclip.bundle import Bundle
-from edgeclip.cache import LabelCache
-from edgeclip.devices import MAX_GPU_BATCH
-from edgeclip.engine_cache import EngineCache
+from edgeclip.cli.output import phase_progress, report_format, show_report
 from edgeclip.errors import EdgeclipError
-from edgeclip.folders import expand
+from edgeclip.images.folders import expand
 from edgeclip.json_output import show_json
 from edgeclip.labels import check_labels, read_labels
-from edgeclip.output import phase_progress, report_format, show_report
 from edgeclip.runtime import MAX_BATCH, MAX_THREADS
+from edgeclip.text.cache import LabelCache
 
 INFO_EXAMPLES = """examples:
   edgeclip info
@@ -165,8 +165,8 @@ def _add_bench_options(bench: argparse.ArgumentParser) -> None:
 
 
 def run_build(args: argparse.Namespace) -> int:
-    from edgeclip import build
-    from edgeclip.engine_cache import BuildOptions
+    from edgeclip.backends.engine_cache import BuildOptions
+    from edgeclip.tools import build_engine
 
     if (args.images is None) != (args.labels is None):
         raise EdgeclipError("--images and --labels go together: answers need both")
@@ -177,7 +177,7 @@ def run_build(args: argparse.Namespace) -> int:
         optimization_level=args.level,
     )
     with phase_progress() as progress:
-        built = build.build(
+        built = build_engine.build(
             Bundle(args.bundle),
             precision=args.precision,
             options=options,
@@ -186,7 +186,7 @@ def run_build(args: argparse.Namespace) -> int:
             labels=None if args.labels is None else read_labels(args.labels),
             progress=progress,
         )
-    show_report(build.describe(built), args.format)
+    show_report(build_engine.describe(built), args.format)
     return 0
 
 
@@ -208,16 +208,16 @@ def run_cache(args: argparse.Namespace) -> int:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    from edgeclip import diagnose  # here, and not above: it slows the start of the others down
+    from edgeclip.tools import doctor  # here, and not above: it slows the start of the others down
 
-    show_report(diagnose.describe(Bundle(args.bundle)), args.format)
+    show_report(doctor.describe(Bundle(args.bundle)), args.format)
     return 0
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    from edgeclip import diagnose
+    from edgeclip.tools import doctor
 
-    report = diagnose.examine(args.bundle, args.device)
+    report = doctor.examine(args.bundle, args.device)
     show_report(report, args.format)
     if report["problem"]:
         print(f"error: {report['problem']}", file=sys.stderr)
@@ -226,7 +226,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    from edgeclip import bench
+    from edgeclip.tools import bench
 
     check_stdin(args.image, args.labels)
     labels = [] if args.labels is None else read_labels(args.labels)

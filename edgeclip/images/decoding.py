@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.errors import ImageError
-from edgeclip.formats import FORMATS, HEAD, extra_format
-from edgeclip.pixels import orientation, to_rgb
+from edgeclip.images.formats import FORMATS, HEAD, extra_format
+from edgeclip.images.pixels import orientation, to_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,7 +58,7 @@ def is_on_gpu(source: ImageSource) -> TypeGuard[CudaFrame]:
 def decode(source: ImageSource, *, fast_for: ImageSpec | None = None) -> NDArray[np.uint8]:
     """Decode a path, the bytes of a file, a PIL image, or pass through a uint8 RGB array.
 
-    Any of `edgeclip.formats`; the first picture of an animation. The orientation is applied,
+    Any of `edgeclip.images.formats`; the first picture of an animation. The orientation is applied,
     transparency is laid on white, greys are scaled to 8 bits, metadata that cannot be read is ignored.
     fast_for: the encoder's input. A path or bytes of a JPEG far larger than that is decoded at 1/2,
     1/4 or 1/8 of its size, with at least twice the pixels needed left each way. None: exactly.
@@ -122,7 +122,7 @@ def _attempts(file: str | io.BytesIO) -> Iterator[Attempt]:
     """Yield the file, then the same for the decoder that it needs, then a copy without metadata."""
     formats: tuple[str, ...] = FORMATS
     yield file, formats
-    from edgeclip.metadata import without_metadata  # few files need it
+    from edgeclip.images.metadata import without_metadata  # few files need it
 
     with _contents(file) as data:
         if extra := extra_format(data[:HEAD]):

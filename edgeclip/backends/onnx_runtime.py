@@ -1,4 +1,4 @@
-"""Encoders: an array in, embeddings out, by ONNX Runtime. TensorRT's are in edgeclip.gpu_encoders."""
+"""Encoders: an array in, embeddings out, by ONNX Runtime. TensorRT's are in edgeclip.backends.tensorrt_encoder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip.errors import BundleError, DeviceError
-from edgeclip.external import without_output
 from edgeclip.host import cores
+from edgeclip.onnx_file import without_output
 
 if TYPE_CHECKING:
     import onnxruntime as ort

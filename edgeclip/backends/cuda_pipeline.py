@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import _core
-from edgeclip.device import DeviceArray, copy, cuda_errors
+from edgeclip.backends.cuda_array import DeviceArray, copy, cuda_errors
+from edgeclip.backends.tensorrt_encoder import GpuEncoder
 from edgeclip.errors import DeviceError
-from edgeclip.gpu_encoders import GpuEncoder
 from edgeclip.labels import LabelSet
 from edgeclip.manifest import Manifest
 from edgeclip.purify import CosPurifier

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from edgeclip.engine_cache import BuildOptions, EngineCache, EngineKey, Gpu
+from edgeclip.backends.engine_cache import BuildOptions, EngineCache, EngineKey, Gpu
 from edgeclip.errors import DeviceError, EdgeclipError
 from edgeclip.storage import write
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from edgeclip.errors import LabelError
 from edgeclip.labels import Label
-from edgeclip.tokenizer import Tokenizer
+from edgeclip.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

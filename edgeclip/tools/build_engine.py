@@ -11,19 +11,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip import golden
+from edgeclip.backends.cuda_pipeline import GpuPipeline
+from edgeclip.backends.golden_values import TOLERANCE, GoldenValues, largest_distance
+from edgeclip.backends.onnx_runtime import Encoder, unit
+from edgeclip.backends.select import check_known, image_engine_key, preferred
+from edgeclip.backends.tensorrt_builder import (
+    BuildOptions,
+    EngineCache,
+    Progress,
+    build_engine,
+    import_tensorrt,
+)
+from edgeclip.backends.tensorrt_encoder import EMBEDDING, TensorRTEncoder
 from edgeclip.bundle import Bundle
-from edgeclip.devices import check_known, image_engine_key, preferred
-from edgeclip.encoders import Encoder, unit
-from edgeclip.engine import BuildOptions, EngineCache, Progress, build_engine, import_tensorrt
 from edgeclip.errors import DeviceError
-from edgeclip.golden_values import TOLERANCE, GoldenValues, largest_distance
-from edgeclip.gpu import GpuPipeline
-from edgeclip.gpu_encoders import EMBEDDING, TensorRTEncoder
-from edgeclip.images import ImageSource
+from edgeclip.images.decoding import ImageSource
 from edgeclip.labels import LabelSet
 from edgeclip.runtime import Runtime
-from edgeclip.text import Labels
+from edgeclip.text.tower import Labels
+from edgeclip.tools import golden
 
 CROPS = 16  # of the golden picture, each of them also turned over, upside down and both
 MIN_AGREEMENT = 0.98

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from edgeclip.errors import ImageError
-from edgeclip.images import ImageSource
+from edgeclip.images.decoding import ImageSource
 
 Batch: TypeAlias = NDArray[Any]
 Prepare: TypeAlias = Callable[[Batch, ImageSource], None]

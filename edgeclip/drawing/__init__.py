@@ -1,0 +1,1 @@
+"""Drawing of text in pictures: captions, and the fonts of the system."""

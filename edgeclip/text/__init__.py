@@ -1,0 +1,1 @@
+"""Texts: tokens, the text encoder and the cache of label embeddings."""

@@ -1,0 +1,1 @@
+"""Tools that check, measure and prepare an installation: bench, doctor, engine builds."""
