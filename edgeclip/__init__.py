@@ -18,8 +18,9 @@ except ImportError as err:
 from edgeclip.bundle import Bundle
 from edgeclip.errors import BundleError, DeviceError, EdgeclipError, ImageError, LabelError
 from edgeclip.labels import Label, LabelSet, read_labels
+from edgeclip.prediction import FrameAnswer, Prediction
 from edgeclip.purify import CosPurifier, DiffPurifier
-from edgeclip.runtime import FrameAnswer, Prediction, Runtime
+from edgeclip.runtime import Runtime
 
 __all__ = [
     "Bundle",

@@ -17,15 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from edgeclip.drawing.captions import LINE, draw_captions, own_font
-from edgeclip.errors import BundleError, EdgeclipError
+from edgeclip.errors import EdgeclipError
 from edgeclip.storage import is_stream
 
 if TYPE_CHECKING:
-    from edgeclip.backends.onnx_runtime import Encoder
-    from edgeclip.images.decoding import ImageSource
-    from edgeclip.labels import Label
     from edgeclip.manifest import ImageSpec
-    from edgeclip.runtime import Runtime
 
 # Scores are about 1 at most; of smaller differences float32 tokens tell nothing.
 FLAT = 1e-7
@@ -45,38 +41,6 @@ class Explanation:
     attention: NDArray[np.float32]  # (H, W) in [0, 1], at the encoder's input size
     image: NDArray[np.uint8]  # (H, W, 3), what the encoder saw
     similarity: float  # cosine of the image's and the label's embeddings, before any purification
-
-
-def explain(
-    runtime: Runtime,
-    encoder: Encoder,
-    image: ImageSource,
-    label: str | Label,
-    templates: Sequence[str] | None,
-) -> Explanation:
-    """See `Runtime.explain`; encoder is the runtime's for images."""
-    manifest = runtime.bundle.manifest
-    spec = manifest.tokens
-    if spec is None:
-        raise BundleError(
-            f"{runtime.bundle.path}: this bundle's image encoder has no patch tokens: export a ViT"
-        )
-    pixels = runtime.preprocess([image])
-    labels = runtime.labels([label], templates)
-    tokens = encoder.tokens(pixels)[0]
-    wanted = spec.prefix + spec.grid[0] * spec.grid[1], manifest.embed_dim
-    if tokens.shape != wanted:
-        raise BundleError(
-            f"{runtime.bundle.path}: the image encoder gives tokens {tokens.shape}, "
-            f"which is not what the manifest says, {wanted}"
-        )
-    (text,) = labels.embeddings
-    return Explanation(
-        label=labels.names[0],
-        attention=attention_map(tokens, text, spec.grid, spec.prefix, manifest.image.size),
-        image=_as_picture(pixels[0], manifest.image),
-        similarity=float(runtime.encode(pixels)[0] @ text),
-    )
 
 
 def attention_map(
@@ -141,7 +105,7 @@ def _difference(a: Explanation, b: Explanation) -> NDArray[np.float32]:
     return found
 
 
-def _as_picture(pixels: NDArray[np.float32], spec: ImageSpec) -> NDArray[np.uint8]:
+def as_picture(pixels: NDArray[np.float32], spec: ImageSpec) -> NDArray[np.uint8]:
     """What the encoder sees, float32 (3, H, W), as uint8 (H, W, 3)."""
     std, mean = np.asarray(spec.std, np.float32), np.asarray(spec.mean, np.float32)
     levels = (pixels.transpose(1, 2, 0) * std + mean) * 255

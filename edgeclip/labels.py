@@ -57,6 +57,9 @@ class LabelSet:
         return len(self.names)
 
 
+Labels = LabelSet | Sequence[str | Label]
+
+
 def read_labels(path: str | PathLike[str]) -> list[Label]:
     """Read a label file, or standard input for `-`: one class per line.
 

@@ -17,13 +17,13 @@ from edgeclip import purify
 from edgeclip.errors import BundleError
 from edgeclip.labels import check_templates
 from edgeclip.purify import Purifier
-from edgeclip.text.tokenizer import CLEANERS
 
 SCHEMA_VERSION = 1
 # Of encoders; int8-qdq, for TensorRT, says explicitly where int8 begins and ends (Q/DQ).
 PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq")
 RESIZES = ("shortest", "longest", "squash")  # as open_clip means them
 INTERPOLATIONS = ("bicubic", "bilinear")
+CLEANINGS = ("whitespace", "lower", "canonicalize")  # of texts, before the tokenizer
 PRIOR_GRADIENTS = ("exact", "forward")
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
@@ -88,7 +88,7 @@ class TextSpec:
     def __post_init__(self) -> None:
         good = _whole(self.context_length, 3, 1 << 20)
         _check(good, "context_length must be a whole number from 3", self.context_length)
-        _check(self.clean in CLEANERS, f"clean must be one of {tuple(CLEANERS)}", self.clean)
+        _check(self.clean in CLEANINGS, f"clean must be one of {CLEANINGS}", self.clean)
         good = isinstance(self.dynamic_length, bool)
         _check(good, "dynamic_length must be true or false", self.dynamic_length)
         _check(_whole(self.pad_id, 0, 1 << 31), "pad_id must be a token id", self.pad_id)

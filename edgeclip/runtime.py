@@ -7,7 +7,6 @@ import logging
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, overload
 
@@ -15,15 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import _core
-from edgeclip.backends.onnx_runtime import unit
+from edgeclip.backends.base import unit
 from edgeclip.backends.prior import Prior
 from edgeclip.backends.select import open_image_side
 from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.errors import BundleError, ImageError
 from edgeclip.host import cores
 from edgeclip.images.decoding import CudaFrame, ImageSource, decode, is_on_gpu
-from edgeclip.labels import Label, LabelSet
+from edgeclip.labels import Label, Labels, LabelSet
+from edgeclip.prediction import FrameAnswer, Prediction
 from edgeclip.prefetch import batches, newest
+from edgeclip.progress import Progress
 from edgeclip.purify import (
     NO_PRIOR,
     CosPurifier,
@@ -32,7 +33,7 @@ from edgeclip.purify import (
     check_prior,
     resolve,
 )
-from edgeclip.text.tower import Labels, Progress, TextTower
+from edgeclip.text.tower import TextTower
 
 if TYPE_CHECKING:
     from edgeclip.backends.cuda_pipeline import GpuPipeline
@@ -44,23 +45,6 @@ SINGLE = (str, bytes, bytearray, memoryview)  # sequences in Python, one thing h
 MAX_BATCH = 4096
 MAX_THREADS = 1024
 DECODINGS = ("fast", "exact")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One class of an answer."""
-
-    label: str
-    score: float  # softmax probability over all labels
-    index: int  # position among the labels
-
-
-@dataclass(frozen=True)
-class FrameAnswer:
-    """What `Runtime.stream` says about one frame."""
-
-    index: int  # position among all frames: a gap to the one before tells how many were dropped
-    predictions: list[Prediction] | ImageError
 
 
 class Runtime:
@@ -267,9 +251,31 @@ class Runtime:
         templates: as for `labels`. `edgeclip.explain.render` makes a picture of it.
         Raises BundleError where the image encoder gives no tokens, ImageError, LabelError.
         """
-        from edgeclip.explain import explain  # loads Pillow's fonts, which nothing else needs
+        # Imported here: it loads Pillow's fonts, which nothing else needs.
+        from edgeclip.explain import Explanation, as_picture, attention_map
 
-        return explain(self, self._image_encoder, image, label, templates)
+        manifest = self.bundle.manifest
+        spec = manifest.tokens
+        if spec is None:
+            raise BundleError(
+                f"{self.bundle.path}: this bundle's image encoder has no patch tokens: export a ViT"
+            )
+        pixels = self.preprocess([image])
+        labels = self.labels([label], templates)
+        tokens = self._image_encoder.tokens(pixels)[0]
+        expected = spec.prefix + spec.grid[0] * spec.grid[1], manifest.embed_dim
+        if tokens.shape != expected:
+            raise BundleError(
+                f"{self.bundle.path}: the image encoder gives tokens {tokens.shape}, "
+                f"which is not what the manifest says, {expected}"
+            )
+        (text,) = labels.embeddings
+        return Explanation(
+            label=labels.names[0],
+            attention=attention_map(tokens, text, spec.grid, spec.prefix, manifest.image.size),
+            image=as_picture(pixels[0], manifest.image),
+            similarity=float(self.encode(pixels)[0] @ text),
+        )
 
     def labels(
         self,

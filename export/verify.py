@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from edgeclip.backends.onnx_runtime import Encoder, OnnxEncoder
+from edgeclip.backends.base import Encoder
+from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.bundle import GOLDEN, TOKENIZER
 from edgeclip.manifest import Manifest
 from edgeclip.text.tokenizer import Tokenizer

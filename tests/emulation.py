@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from edgeclip.backends import onnx_cuda
+
 CORE = os.environ["EDGECLIP_EMULATED_CORE"]
 spec = importlib.util.spec_from_file_location("edgeclip._core", CORE)
 assert spec is not None
@@ -24,8 +26,7 @@ spec.loader.exec_module(core)
 
 import fake_tensorrt
 
-from edgeclip.backends import onnx_runtime, select, tensorrt_encoder
-from edgeclip.text import tower
+from edgeclip.backends import onnx_runtime, select
 
 HostFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 launch = ctypes.CDLL(CORE).cudaLaunchHostFunc
@@ -53,8 +54,8 @@ def open_on_cpu(
 
 
 onnx_runtime.open_session = open_on_cpu
-tensorrt_encoder.OnnxGpuEncoder.memory = "cpu"
-run_encoder = tensorrt_encoder.OnnxGpuEncoder.enqueue
+onnx_cuda.OnnxGpuEncoder.memory = "cpu"
+run_encoder = onnx_cuda.OnnxGpuEncoder.enqueue
 
 
 def enqueue_on_cpu(encoder: Any, count: int) -> None:
@@ -62,7 +63,7 @@ def enqueue_on_cpu(encoder: Any, count: int) -> None:
     queue(encoder.stream.handle, lambda: run_encoder(encoder, count))
 
 
-tensorrt_encoder.OnnxGpuEncoder.enqueue = enqueue_on_cpu
-for module in (select, onnx_runtime, tower):
+onnx_cuda.OnnxGpuEncoder.enqueue = enqueue_on_cpu
+for module in (select, onnx_runtime):
     if hasattr(module, "available_devices"):
         module.available_devices = lambda: ["cuda", "cpu"]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from edgeclip import Runtime, _core
 from edgeclip.bundle import EMBEDDED
 from edgeclip.cli.main import main
-from edgeclip.cli.output import text_progress
+from edgeclip.progress import text_progress
 from edgeclip.text.cache import FILE
 
 BAG = str(EXAMPLES / "bag.png")

@@ -17,7 +17,8 @@ from onnx import TensorProto, numpy_helper
 from test_export_quantize import folder_of_images, product
 
 import edgeclip
-from edgeclip.backends.onnx_runtime import OnnxEncoder, unit
+from edgeclip.backends.base import unit
+from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.backends.select import preferred
 from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.manifest import Variant

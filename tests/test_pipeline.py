@@ -19,8 +19,8 @@ from PIL import Image
 import edgeclip
 from edgeclip import ImageError, Runtime
 from edgeclip.images.decoding import ImageSource
+from edgeclip.prediction import FrameAnswer
 from edgeclip.prefetch import BUFFERS, batches, newest
-from edgeclip.runtime import FrameAnswer
 from examples import camera
 
 WAIT = 30  # seconds after which something that should happen has not: a test fails, none measures

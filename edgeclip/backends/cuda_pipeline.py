@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import _core
+from edgeclip.backends.base import GpuEncoder
 from edgeclip.backends.cuda_array import DeviceArray, copy, cuda_errors
-from edgeclip.backends.tensorrt_encoder import GpuEncoder
 from edgeclip.errors import DeviceError
 from edgeclip.labels import LabelSet
 from edgeclip.manifest import Manifest

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,19 +22,6 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # fp32 means it: by default products round to TensorFloat-32, ten bits, and miss the golden outputs.
 PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
-
-
-class Encoder(Protocol):
-    """An image or text encoder of a bundle on one device."""
-
-    def check_shapes(self, inputs: tuple[int, ...], embed_dim: int) -> None:
-        """Raises BundleError where the encoder is not made for inputs (N, *inputs) or embed_dim."""
-
-    def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        """Embeddings (N, D), not normalised."""
-
-    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        """Tokens (N, prefix + P, D); only where the manifest has a TokenSpec."""
 
 
 def import_onnxruntime() -> Any:
@@ -225,9 +212,3 @@ def _session_options(ort: Any, threads: int | None) -> ort.SessionOptions:
 
 def first_line(err: Exception) -> str:
     return str(err).partition("\n")[0]
-
-
-def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows divided by their norms; a row of an encoder is never zero unless its weights are."""
-    divided: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return divided

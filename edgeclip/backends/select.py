@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeclip import _core
-from edgeclip.backends.onnx_runtime import Encoder, OnnxEncoder, available_devices
+from edgeclip.backends.base import Encoder
+from edgeclip.backends.onnx_runtime import OnnxEncoder, available_devices
 from edgeclip.backends.trials import best, trials
 from edgeclip.bundle import Bundle
 from edgeclip.errors import DeviceError
@@ -87,7 +88,7 @@ def _open(bundle: Bundle, device: str, precision: str, batch_size: int, threads:
     chosen = choose_precision(bundle, precision, device, threads)
     path = bundle.encoder("image_encoder", chosen)
     if on_our_kernels:
-        from edgeclip.backends.tensorrt_encoder import OnnxGpuEncoder
+        from edgeclip.backends.onnx_cuda import OnnxGpuEncoder
 
         on_gpu = OnnxGpuEncoder(
             path,

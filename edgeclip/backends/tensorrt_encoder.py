@@ -3,94 +3,16 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import _core
+from edgeclip.backends.base import EMBEDDING, PIXELS
 from edgeclip.backends.cuda_array import DeviceArray, copy, cuda_errors
-from edgeclip.backends.onnx_runtime import OnnxEncoder, first_line, import_onnxruntime
 from edgeclip.backends.tensorrt_builder import import_tensorrt, trt_logger
 from edgeclip.errors import BundleError, DeviceError
-
-PIXELS, EMBEDDING = "pixels", "embedding"
-
-
-class GpuEncoder(Protocol):
-    """An image encoder whose input and output stay on the GPU. Its user holds `lock`."""
-
-    stream: _core.CudaStream
-    pixels: DeviceArray  # float32 (B, 3, H, W)
-    embedding: DeviceArray  # float32 (B, D)
-    lock: threading.Lock
-
-    def is_capturable(self, count: int) -> bool:
-        """Whether `enqueue` of `count`, which ran before, may be part of a CUDA graph."""
-
-    def enqueue(self, count: int) -> None:
-        """Queue on `stream`: embeddings of the first `count` of `pixels`, not normalised."""
-
-
-class OnnxGpuEncoder(OnnxEncoder):
-    """ONNX Runtime on the stream and the arrays of this object; besides, it is an OnnxEncoder.
-
-    shape: of one input, (3, H, W). Raises what OnnxEncoder raises.
-    """
-
-    memory = "cuda"  # where ONNX Runtime finds the arrays
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        shape: tuple[int, ...],
-        embed_dim: int,
-        max_batch: int,
-        threads: int | None = None,
-    ) -> None:
-        with cuda_errors():
-            stream = _core.CudaStream()
-        super().__init__(path, device="cuda", threads=threads, stream=stream.handle)
-        self.check_shapes(shape, embed_dim)
-        most = self._batch or max_batch
-        self.pixels = DeviceArray((most, *shape))
-        self.embedding = DeviceArray((most, embed_dim))
-        self.lock = threading.Lock()
-        self._bindings: dict[int, Any] = {}
-        self._options = import_onnxruntime().RunOptions()
-        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self.stream = stream  # last, as attributes are let go of in this order
-
-    def is_capturable(self, count: int) -> bool:
-        return False  # ONNX Runtime keeps its own graphs, and allocates as it runs
-
-    def enqueue(self, count: int) -> None:
-        try:
-            if count not in self._bindings:
-                self._bindings[count] = self._bind(count)
-            self._session.run_with_iobinding(self._bindings[count], self._options)
-        except Exception as err:  # the library has no public base class for its errors
-            raise DeviceError(f"{self._path.name} failed on cuda: {first_line(err)}") from err
-
-    def _bind(self, count: int) -> Any:
-        binding = self._session.io_binding()
-        for bind, name, array in (
-            (binding.bind_input, self._input, self.pixels),
-            (binding.bind_output, EMBEDDING, self.embedding),
-        ):
-            part = array.head((count, *array.shape[1:]))
-            bind(name, self.memory, 0, np.float32, part.shape, part.pointer)
-        return binding
-
-    def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        with self.lock:  # the stream is one for all
-            return super().embed(inputs)
-
-    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        with self.lock:
-            return super().tokens(inputs)
 
 
 class TensorRTEncoder:

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import _core, host
+from edgeclip.backends.base import unit
 from edgeclip.backends.golden_values import GoldenValues, embedding_limit, largest_distance
-from edgeclip.backends.onnx_runtime import OnnxEncoder, import_onnxruntime, unit
+from edgeclip.backends.onnx_runtime import OnnxEncoder, import_onnxruntime
 from edgeclip.bundle import Bundle
 from edgeclip.errors import DeviceError, EdgeclipError
 from edgeclip.storage import default_folder, write

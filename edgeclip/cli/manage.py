@@ -24,11 +24,12 @@ from edgeclip.cli.options import (
     seconds,
     up_to,
 )
-from edgeclip.cli.output import phase_progress, report_format, show_report
+from edgeclip.cli.output import report_format, show_report
 from edgeclip.errors import EdgeclipError
 from edgeclip.images.folders import expand
 from edgeclip.json_output import show_json
 from edgeclip.labels import check_labels, read_labels
+from edgeclip.progress import phase_progress
 from edgeclip.runtime import MAX_BATCH, MAX_THREADS
 from edgeclip.text.cache import LabelCache
 

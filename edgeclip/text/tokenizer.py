@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeclip.errors import BundleError
+from edgeclip.manifest import CLEANINGS
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -43,11 +44,9 @@ def _canonicalize(text: str) -> str:
     return " ".join(_repair(text).translate(_DROP_PUNCTUATION).lower().split())
 
 
-CLEANERS: dict[str, Callable[[str], str]] = {
-    "whitespace": _whitespace,
-    "lower": _lower,
-    "canonicalize": _canonicalize,
-}
+CLEANERS: dict[str, Callable[[str], str]] = dict(
+    zip(CLEANINGS, (_whitespace, _lower, _canonicalize), strict=True)
+)
 
 
 class Tokenizer:

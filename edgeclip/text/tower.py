@@ -10,16 +10,15 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeclip.backends.onnx_runtime import Encoder, OnnxEncoder, unit
+from edgeclip.backends.base import Encoder, unit
+from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.bundle import TOKENIZER, Bundle
 from edgeclip.host import trim_memory
-from edgeclip.labels import Label, LabelSet, check_labels, check_templates
+from edgeclip.labels import Label, Labels, LabelSet, check_labels, check_templates
+from edgeclip.progress import Progress
 from edgeclip.text.cache import CachedLabel, LabelCache, embedding_identity, label_keys
 from edgeclip.text.label_tokens import LabelTokens, check_texts, check_tokens, read_tokens
 from edgeclip.text.tokenizer import Tokenizer
-
-Labels = LabelSet | Sequence[str | Label]
-Progress = Callable[[int, int], object]
 
 # Of prompts in one run of the encoder. Fewer tokens read the weights more often than they must, more
 # do not fit into a processor's cache: 250 and 4000 are a seventh slower on two cores.

@@ -29,10 +29,10 @@ from PIL import Image
 from edgeclip import __version__, _core, host
 from edgeclip.backends.select import ORDER, engine_precisions, why_not
 from edgeclip.bundle import Bundle
-from edgeclip.cli.output import text_progress
 from edgeclip.errors import EdgeclipError
 from edgeclip.images.decoding import decode
 from edgeclip.labels import Label, LabelSet
+from edgeclip.progress import text_progress
 from edgeclip.purify import CosPurifier, DiffPurifier
 from edgeclip.runtime import Runtime
 from edgeclip.tools import golden

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.backends.base import EMBEDDING, Encoder, unit
 from edgeclip.backends.cuda_pipeline import GpuPipeline
 from edgeclip.backends.golden_values import TOLERANCE, GoldenValues, largest_distance
-from edgeclip.backends.onnx_runtime import Encoder, unit
 from edgeclip.backends.select import check_known, image_engine_key, preferred
 from edgeclip.backends.tensorrt_builder import (
     BuildOptions,
@@ -22,13 +22,12 @@ from edgeclip.backends.tensorrt_builder import (
     build_engine,
     import_tensorrt,
 )
-from edgeclip.backends.tensorrt_encoder import EMBEDDING, TensorRTEncoder
+from edgeclip.backends.tensorrt_encoder import TensorRTEncoder
 from edgeclip.bundle import Bundle
 from edgeclip.errors import DeviceError
 from edgeclip.images.decoding import ImageSource
-from edgeclip.labels import LabelSet
+from edgeclip.labels import Labels, LabelSet
 from edgeclip.runtime import Runtime
-from edgeclip.text.tower import Labels
 from edgeclip.tools import golden
 
 CROPS = 16  # of the golden picture, each of them also turned over, upside down and both
