@@ -1,6 +1,6 @@
 """Accuracy of a bundle on Fashion-MNIST's test images, as the runtime on a device answers.
 
-Two rows: the images as they are, and recoloured on random light backgrounds (train.fashion.recolour,
+Two rows: the images as they are, and recoloured on random light backgrounds (train.data.augment.recolour,
 seed 0). Every image goes through edgeclip.Runtime: preprocessing, encoder and classification.
 """
 
@@ -13,7 +13,7 @@ import torch
 
 import edgeclip
 from edgeclip.json_output import show_json
-from train import fashion
+from train.data import augment, fashion_mnist
 
 EPILOG = """examples:
   python -m benchmarks.accuracy
@@ -38,14 +38,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
 
-    split = fashion.load_split(args.data, train=False)
+    split = fashion_mnist.load_split(args.data, train=False)
     rt = edgeclip.Runtime(
-        args.bundle, purify=args.purify, labels=fashion.FASHION_CLASSES, batch_size=100
+        args.bundle, purify=args.purify, labels=fashion_mnist.FASHION_CLASSES, batch_size=100
     )
     grey, labels = split.images[: args.n], split.labels[: args.n].numpy()
-    light = fashion.recolour(grey, torch.Generator().manual_seed(0))
+    light = augment.recolour(grey, torch.Generator().manual_seed(0))
     pictures = {
-        "as they are": fashion.to_rgb(grey),
+        "as they are": augment.to_rgb(grey),
         "recoloured on light backgrounds": light,
     }
     figures = {}

@@ -24,9 +24,9 @@ from edgeclip import storage
 from edgeclip.backends.prior import Prior
 from edgeclip.json_output import to_json
 from edgeclip.purify import DiffPurifier
-from export.diffusion_prior import load_prior
-from train.prior_network import DiffusionPrior, Shape
-from train.purification import NullPrior, purify
+from train.models.prior import DiffusionPrior, Shape
+from train.models.trained_prior import load_prior
+from train.robustness.purification import NullPrior, purify
 
 EPILOG = """examples:
   python -m benchmarks.purification

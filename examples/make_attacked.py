@@ -14,12 +14,13 @@ from PIL import Image
 
 from edgeclip import storage
 from edgeclip.labels import read_labels
-from export.bundle import wording
-from export.checkpoints import load
 from train.attacks import pgd
-from train.data import DataSet
-from train.model import Classifier, Pictures, class_embeddings
-from train.samples import ImageFiles
+from train.data.dataset import DataSet
+from train.data.loader import Pictures
+from train.data.samples import ImageFiles
+from train.models.checkpoints import load
+from train.models.classifier import Classifier, class_embeddings
+from train.models.wording import wording
 
 HERE = Path(__file__).parent
 EPS = 8 / 255

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 from edgeclip import storage
-from train import fashion
+from train.data import augment, fashion_mnist
 
 HERE = Path(__file__).parent
 COLOURED = {"ankle boot": 1, "trousers": 2, "dress": 3}  # class -> seed of its colours
 
 
 def main() -> None:
-    split = fashion.load_split("fashion-mnist", train=False)
+    split = fashion_mnist.load_split("fashion-mnist", train=False)
     for index, name in enumerate(split.classes):
         first = int((split.labels == index).nonzero()[0])
         grey = split.images[first]
@@ -29,7 +29,7 @@ def main() -> None:
             Image.fromarray(grey.numpy()).save(file, "PNG")
         if name in COLOURED:
             rng = torch.Generator().manual_seed(COLOURED[name])
-            picture = fashion.recolour(grey[None], rng)[0].permute(1, 2, 0).numpy()
+            picture = augment.recolour(grey[None], rng)[0].permute(1, 2, 0).numpy()
             image = Image.fromarray((picture * 255).round().astype(np.uint8))
             image = image.resize((336, 336), Image.Resampling.BICUBIC)
             with storage.writing(HERE / f"coloured-{stem}.jpg") as file:

@@ -12,11 +12,12 @@ from edgeclip.backends.onnx_runtime import import_onnxruntime
 from edgeclip.errors import EdgeclipError
 from edgeclip.manifest import PRECISIONS, PRIOR_GRADIENTS
 from export import ExportError
-from export.progress import step
-from export.weight_options import add_weight_options
+from train.models import wording
+from train.models.weight_options import add_weight_options
+from train.progress import step
 
 if TYPE_CHECKING:
-    from train.data import DataSet
+    from train.data.dataset import DataSet
 
 EPILOG = """examples:
   python -m export ViT-B-32 --pretrained laion2b_s34b_b79k -o bundles/vit-b-32
@@ -103,15 +104,9 @@ def run(options: argparse.Namespace) -> None:
     # Imported late: what is wrong with the arguments is said before PyTorch has loaded.
     try:
         with step("loading PyTorch"):
-            from export import (
-                architectures,
-                bundle,
-                checkpoints,
-                diffusion_prior,
-                fused,
-                robustness,
-                weight_files,
-            )
+            from export import bundle, fused
+            from export.checks import evidence
+            from train.models import architectures, checkpoints, trained_prior, weight_files
     except ImportError as err:
         raise ExportError(f"{err}: exporting needs pip install 'edgeclip[export]'") from err
     bundle.check_target(options.out, options.force)  # before minutes of work
@@ -127,9 +122,9 @@ def run(options: argparse.Namespace) -> None:
         visual=options.visual,
         quick_gelu=options.quickgelu,
     )
-    words = bundle.wording(source, options.description, options.template, options.null_template)
-    prior = options.prior and diffusion_prior.load_prior(options.prior)
-    measured, recommended = robustness.read(
+    words = wording.wording(source, options.description, options.template, options.null_template)
+    prior = options.prior and trained_prior.load_prior(options.prior)
+    measured, recommended = evidence.read(
         options.robustness, source, words.templates, prior, options.prior_gradient
     )
     if options.fused:
@@ -170,7 +165,7 @@ def run(options: argparse.Namespace) -> None:
 def _load_data(spec: str) -> DataSet:
     """Before minutes of work. Raises ExportError."""
     try:
-        from export import fidelity
+        from export.checks import fidelity
     except ImportError as err:
         raise ExportError(f"{err}: --data needs pip install 'edgeclip[train]' too") from err
     return fidelity.load(spec)

@@ -5,20 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import open_clip
-import torch
-import torch.nn.functional as F
-from open_clip.transform import PreprocessCfg
 from safetensors.numpy import save
 
 from edgeclip import Runtime
 from edgeclip.bundle import EMBEDDINGS, GOLDEN, MANIFEST, TOKENIZER, Bundle
-from edgeclip.labels import check_templates
 from edgeclip.manifest import (
-    DEFAULT_TEMPLATES,
     ImageSpec,
     Manifest,
     Robustness,
@@ -26,47 +20,23 @@ from edgeclip.manifest import (
     Variant,
 )
 from edgeclip.purify import Purifier
-from export import ExportError, files, to_onnx
-from export.checkpoints import Source
-from export.diffusion_prior import TrainedPrior, write_prior
-from export.files import move, workshop
+from export import ExportError, output
+from export.checks.parity import cpu_ms, verify
 from export.fused import check_purifier, write_fused
-from export.fused_graph import Head
-from export.progress import step
-from export.quantize import convert_encoders, pictures
+from export.golden import golden
+from export.graphs import encoders
+from export.graphs.fused import Head
+from export.graphs.precisions import convert_encoders, pictures
+from export.graphs.prior import write_prior
+from export.output import move, workshop
 from export.tokenizer import clean_kind, convert, pad_id
-from export.verify import cpu_ms, golden, verify
+from train.models.checkpoints import Source
+from train.models.trained_prior import TrainedPrior
+from train.models.wording import Wording, image_spec, null_text
+from train.progress import step
 
 if TYPE_CHECKING:
-    from train.data import DataSet
-
-
-@dataclasses.dataclass(frozen=True)
-class Wording:
-    """What a bundle says about itself, and the prompts that its labels are put into."""
-
-    description: str
-    templates: tuple[str, ...]
-    null_templates: tuple[str, ...]
-
-
-def wording(
-    source: Source,
-    description: str | None = None,
-    templates: Sequence[str] | None = None,
-    null_templates: Sequence[str] | None = None,
-) -> Wording:
-    """The given wording; what is None is the model folder's own, or the default.
-
-    Raises LabelError for a template without a place for the label.
-    """
-    own = source.wording
-    chosen = tuple(templates or own.get("templates") or DEFAULT_TEMPLATES)
-    null = tuple(null_templates or own.get("null_templates") or chosen)
-    check_templates(chosen)
-    check_templates(null, "null templates")
-    told = description or own.get("description") or source.title
-    return Wording(str(told), chosen, null)
+    from train.data.dataset import DataSet
 
 
 def export_bundle(
@@ -129,36 +99,7 @@ def export_bundle(
 
 def check_target(out: Path, force: bool) -> None:
     """Raises ExportError where a bundle cannot be put at `out`."""
-    files.check_target(out, MANIFEST, "bundle", force)
-
-
-def image_spec(model: Any) -> ImageSpec:
-    """open_clip's preprocessing of `model`, as the runtime repeats it. Raises ExportError."""
-    settings = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
-    size = settings.size if isinstance(settings.size, int) else tuple(settings.size)
-    height, width = (size, size) if isinstance(size, int) else size
-    if settings.interpolation not in ("bicubic", "bilinear"):
-        raise ExportError(f"interpolation {settings.interpolation!r} is not supported")
-    if settings.resize_mode == "shortest" and height != width:
-        # open_clip takes another way here, bicubic whatever the interpolation says.
-        raise ExportError("an input that is not square needs resize_mode squash or longest")
-    mean, std = (tuple(float(v) for v in values) for values in (settings.mean, settings.std))
-    return ImageSpec(
-        (int(height), int(width)),
-        mean,
-        std,
-        settings.resize_mode,
-        settings.interpolation,
-        int(settings.fill_color),
-    )
-
-
-@torch.no_grad()
-def null_text(source: Source, templates: Sequence[str]) -> np.ndarray:
-    """The unit embedding, float32 (D,), of the mean of `templates` without a label (CLIPure)."""
-    ids = source.tokenizer([template.replace("{}", "") for template in templates])
-    mean = source.model.encode_text(ids, normalize=True).mean(dim=0)
-    return F.normalize(mean, dim=0).numpy()
+    output.check_target(out, MANIFEST, "bundle", force)
 
 
 def _write_precisions(
@@ -193,7 +134,9 @@ def _write_precisions(
 
 
 def _compare_answers(work: Path, source: Source, manifest: Manifest, data: DataSet) -> Manifest:
-    from export import fidelity  # with it the training package, which itself builds on this one
+    from export.checks import (
+        fidelity,  # with it the training package, which itself builds on this one
+    )
 
     with step(f"comparing answers on {data.name}, attacked images too"):
         measured = fidelity.measure(Bundle(work), source, data)
@@ -224,9 +167,9 @@ def _write_encoders(work: Path, source: Source, image: ImageSpec, words: Wording
     context_length = int(source.tokenizer.context_length)
     names = _variant("fp32")
     with step("exporting the image encoder"):
-        tokens = to_onnx.export_image_encoder(model, image.size, work / names.image_encoder)
+        tokens = encoders.export_image_encoder(model, image.size, work / names.image_encoder)
     with step("exporting the text encoder"):
-        cut = to_onnx.export_text_encoder(model, context_length, work / names.text_encoder)
+        cut = encoders.export_text_encoder(model, context_length, work / names.text_encoder)
     vector = null_text(source, words.null_templates)
     bias = model.logit_bias
     return Manifest(

@@ -29,9 +29,10 @@ from edgeclip.labels import read_templates
 from edgeclip.manifest import PRECISIONS
 from edgeclip.purify import MAX_STEPS, CosPurifier, DiffPurifier, Purifier, resolve
 from export import ExportError
-from export.files import check_graph_target, graph_draft, save
-from export.fused_graph import TOP_K, Head, fuse
-from export.progress import step
+from export.graphs.fused import TOP_K, Head, fuse
+from export.graphs.save import save
+from export.output import check_graph_target, graph_draft
+from train.progress import step
 
 INPUT_TYPES = ("uint8", "float32")
 # Of probabilities, from Runtime's. All but fp32 round differently where a value differs in its last

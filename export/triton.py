@@ -24,10 +24,10 @@ from edgeclip.backends.onnx_runtime import open_session
 from edgeclip.cli.options import Parser, up_to
 from edgeclip.errors import EdgeclipError
 from export import ExportError
-from export.files import check_target, move, workshop
 from export.fused import add_options, encode_labels, open_runtime, write_fused
-from export.fused_graph import Head
-from export.progress import step
+from export.graphs.fused import Head
+from export.output import check_target, move, workshop
+from train.progress import step
 
 CONFIG = "config.pbtxt"
 LABELS = "labels.txt"

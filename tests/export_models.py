@@ -26,9 +26,10 @@ from edgeclip.backends.onnx_runtime import open_session
 from edgeclip.bundle import Bundle
 from edgeclip.manifest import Manifest
 from export import bundle
-from export.bundle import export_bundle, wording
-from export.checkpoints import Source, load
-from export.progress import quiet
+from export.bundle import export_bundle
+from train.models.checkpoints import Source, load
+from train.models.wording import wording
+from train.progress import quiet
 
 MERGES = 300
 VOCABULARY = 512 + MERGES + 2

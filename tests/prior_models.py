@@ -10,10 +10,11 @@ from export_models import made_once, write_folder
 from safetensors.torch import save_file
 
 from edgeclip.bundle import Bundle
-from export.bundle import export_bundle, wording
-from export.checkpoints import Source, load
-from export.diffusion_prior import TrainedPrior, load_prior
-from train.prior_network import DiffusionPrior, Shape
+from export.bundle import export_bundle
+from train.models.checkpoints import Source, load
+from train.models.prior import DiffusionPrior, Shape
+from train.models.trained_prior import TrainedPrior, load_prior
+from train.models.wording import wording
 
 DIM = 32  # the width of the tiny text tower
 VISION = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}

@@ -9,8 +9,8 @@ import torch
 from export_models import exported, run_graph
 from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock
 
-from export import quantize
-from export.attention import first_token, plain_attention
+from export.graphs import fp16
+from train.models.self_attention import first_token, plain_attention
 
 
 def random_weights(module: torch.nn.Module) -> torch.nn.Module:
@@ -50,7 +50,7 @@ def test_a_pooling(context: int) -> None:
 def test_onnx_runtime_loads_a_pooling_in_fp16(tmp_path: Path) -> None:
     """It crashed on the graph of nn.MultiheadAttention."""
     made = exported("coca")
-    quantize.to_fp16(made.bundle.encoder("image_encoder", "fp32"), tmp_path / "half.onnx")
+    fp16.to_fp16(made.bundle.encoder("image_encoder", "fp32"), tmp_path / "half.onnx")
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     found = torch.from_numpy(run_graph(tmp_path / "half.onnx", "embedding", pixels.numpy()))
     with torch.no_grad():

@@ -23,9 +23,12 @@ from edgeclip.bundle import Bundle
 from edgeclip.errors import LabelError
 from edgeclip.purify import CosPurifier
 from edgeclip.text.tokenizer import Tokenizer
-from export import ExportError, files, robustness, to_onnx, verify
-from export.bundle import export_bundle, image_spec, wording
-from export.checkpoints import load
+from export import ExportError, golden, output
+from export.bundle import export_bundle
+from export.checks import evidence
+from export.graphs import encoders
+from train.models.checkpoints import load
+from train.models.wording import image_spec, wording
 
 FAMILIES = sorted(CONFIGS)
 PROMPTS = ["", "a dog", "two cafés — “x”", "a much longer prompt about many small red things " * 9]
@@ -94,7 +97,7 @@ def test_vit_tokens_are_the_last_blocks_after_ln_post_and_projection() -> None:
         wanted = torch.cat(parts, dim=1) @ visual.proj
     run = encoder(made, "image_encoder")
     found = run.tokens(pixels.numpy())
-    assert made.bundle.manifest.tokens == to_onnx.TokenSpec((2, 2), 1)
+    assert made.bundle.manifest.tokens == encoders.TokenSpec((2, 2), 1)
     assert found.shape == (2, 5, 48)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found[:, 0], run.embed(pixels.numpy()), rtol=1e-5, atol=1e-6)
@@ -104,7 +107,7 @@ def test_average_pooled_vit_gives_its_patches_only() -> None:
     made = exported("vit-avg")
     pixels = images(made, 2).numpy()
     run = encoder(made, "image_encoder")
-    assert made.bundle.manifest.tokens == to_onnx.TokenSpec((2, 3), 0)
+    assert made.bundle.manifest.tokens == encoders.TokenSpec((2, 3), 0)
     np.testing.assert_allclose(
         run.tokens(pixels).mean(axis=1), run.embed(pixels), rtol=1e-4, atol=1e-5
     )
@@ -116,7 +119,7 @@ def test_siglip_gives_the_tokens_that_its_pooling_reads() -> None:
     with torch.no_grad():
         wanted = trunk.forward_features(pixels)
     found = encoder(made, "image_encoder").tokens(pixels.numpy())
-    assert made.bundle.manifest.tokens == to_onnx.TokenSpec((4, 4), 0)
+    assert made.bundle.manifest.tokens == encoders.TokenSpec((4, 4), 0)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
 
 
@@ -227,7 +230,7 @@ def test_robustness_is_that_of_the_results(tmp_path: Path, monkeypatch: pytest.M
     reuse_encoders(monkeypatch, made)
     words = wording(made.source)
     path = result_file(tmp_path / "a.json", made)
-    rows, recommended = robustness.read([path], made.source, words.templates)
+    rows, recommended = evidence.read([path], made.source, words.templates)
     manifest = export_bundle(
         made.source, tmp_path / "out", words, robustness=rows, purification=CosPurifier(2, 0.5)
     )
@@ -239,7 +242,7 @@ def test_robustness_is_that_of_the_results(tmp_path: Path, monkeypatch: pytest.M
     assert recommended is None
     assert manifest.purification == CosPurifier(2, 0.5)
     purified = result_file(tmp_path / "b.json", made, purifier={"steps": 1, "step_size": 2})
-    assert robustness.read([path, Path(purified)], made.source, words.templates)[0] == rows
+    assert evidence.read([path, Path(purified)], made.source, words.templates)[0] == rows
 
 
 def test_purification_is_recommended_for_a_gain_that_is_no_chance(tmp_path: Path) -> None:
@@ -252,7 +255,7 @@ def test_purification_is_recommended_for_a_gain_that_is_no_chance(tmp_path: Path
             purifier = {"steps": i, "step_size": 0.5} if i else None
             path = tmp_path / f"{i}.json"
             paths.append(result_file(path, made, marks, purifier, **(changes if i else {})))
-        return robustness.read(paths, made.source, wording(made.source).templates)
+        return evidence.read(paths, made.source, wording(made.source).templates)
 
     def recommended(*held: str, **changes: Any) -> Any:
         return read(*held, **changes)[1]
@@ -280,10 +283,10 @@ def test_purified_figures_that_failed_are_left_out(tmp_path: Path) -> None:
     words = wording(made.source)
     none = result_file(tmp_path / "a.json", made, "10" * 500)
     best = result_file(tmp_path / "b.json", made, "1" * 1000, {"steps": 1, "step_size": 0.5})
-    assert robustness.read([none, best], made.source, words.templates)[1] == CosPurifier(1, 0.5)
+    assert evidence.read([none, best], made.source, words.templates)[1] == CosPurifier(1, 0.5)
     found = json.loads(best.read_text())
     best.write_text(json.dumps(found | {"checks": [*CHECKED, {"name": "x", "passed": False}]}))
-    rows, recommended = robustness.read([none, best], made.source, words.templates)
+    rows, recommended = evidence.read([none, best], made.source, words.templates)
     assert (len(rows), recommended) == (1, None)
 
 
@@ -293,7 +296,7 @@ def test_figures_of_another_model_are_refused(tmp_path: Path) -> None:
 
     def message() -> str:
         with pytest.raises(ExportError) as caught:
-            robustness.read([path], made.source, templates)
+            evidence.read([path], made.source, templates)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -380,7 +383,7 @@ def test_golden_is_open_clips_and_the_bundle_agrees(made: Exported) -> None:
 
 
 def test_golden_picture_is_always_the_same() -> None:
-    first, second = verify.picture(48, 57), verify.picture(48, 57)
+    first, second = golden.picture(48, 57), golden.picture(48, 57)
     np.testing.assert_array_equal(first, second)
     assert first.std() > 30  # levels: there is something to see
 
@@ -406,8 +409,8 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = exported("vit")
-    monkeypatch.setattr(files, "SINGLE_FILE", 1000)
-    to_onnx.export_image_encoder(made.source.model, (32, 32), tmp_path / "image.onnx")
+    monkeypatch.setattr(output, "SINGLE_FILE", 1000)
+    encoders.export_image_encoder(made.source.model, (32, 32), tmp_path / "image.onnx")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["image.onnx", "image.onnx.data"]
     pixels = images(made, 2).numpy()
@@ -417,7 +420,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(
 
 def export_by_itself(encoder: torch.nn.Module, path: Path) -> None:
     dims = {0: torch.export.Dim("batch")}
-    to_onnx.export_graph(
+    encoders.export_graph(
         encoder, (torch.zeros(2, 3, 4, 4),), ["pixels"], ["embedding"], (dims,), path
     )
 
@@ -431,7 +434,7 @@ def test_a_fixed_batch_is_noticed(tmp_path: Path) -> None:
     export_by_itself(Fixed(), path)  # PyTorch does not mind
     wanted = ("batch", 3, 4, 4)
     with pytest.raises(ExportError, match="has the shapes"):
-        to_onnx.check_shapes(path, {"pixels": wanted}, {"embedding": wanted})
+        encoders.check_shapes(path, {"pixels": wanted}, {"embedding": wanted})
 
 
 def test_a_model_that_cannot_be_exported_is_one_line(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from edgeclip.storage import sha256
-from export import ExportError
-from export.checkpoints import Source, load, state_sha256
-from export.weight_files import join_sha256, read_weights
+from train.errors import ModelError
+from train.models.checkpoints import Source, load, state_sha256
+from train.models.weight_files import join_sha256, read_weights
 
 OPENAI_BUFFERS = {"input_resolution": 32, "context_length": 24, "vocab_size": 814}
 
@@ -259,18 +259,18 @@ def test_image_towers_that_do_not_fit(
     tower, path = half(weights), tmp_path / "w.pt"
     wrong = {key: value for key, value in tower.items() if key != "proj"}
     torch.save(wrong | {"ln_pre.bias": torch.zeros(7), "extra": torch.zeros(1)}, path)
-    with pytest.raises(ExportError) as caught:
+    with pytest.raises(ModelError) as caught:
         load(str(folder), None, visual=str(path))
     assert str(caught.value) == (
         "w.pt does not hold this model's image tower; missing: visual.proj; unknown: visual.extra; "
         "of another shape: visual.ln_pre.bias is (7,), not (64,)"
     )
     torch.save(tower, path)
-    with pytest.raises(ExportError, match="image tower alone: name it with --visual"):
+    with pytest.raises(ModelError, match="image tower alone: name it with --visual"):
         load(str(folder), str(path))
-    with pytest.raises(ExportError, match="whole model: name it with --pretrained"):
+    with pytest.raises(ModelError, match="whole model: name it with --pretrained"):
         load(str(folder), None, visual=str(folder / "open_clip_model.safetensors"))
-    with pytest.raises(ExportError, match=r"nothing.pt does not exist: --visual names a file"):
+    with pytest.raises(ModelError, match=r"nothing.pt does not exist: --visual names a file"):
         load(str(folder), None, visual="nothing.pt")
 
 
@@ -294,7 +294,7 @@ def test_weights_that_no_model_answers_with(
 ) -> None:
     path = tmp_path / "w.safetensors"
     save_file(weights | {key: torch.full_like(weights[key], value)}, path)
-    with pytest.raises(ExportError, match=f"w.safetensors {message}") as caught:
+    with pytest.raises(ModelError, match=f"w.safetensors {message}") as caught:
         load(str(folder), str(path))
     assert "\n" not in str(caught.value)
 
@@ -330,7 +330,7 @@ def test_weights_of_another_model(
     path = tmp_path / "w.safetensors"
     wrong = {key: value for key, value in weights.items() if key != "visual.proj"}
     save_file(wrong | {"ln_final.bias": torch.zeros(7), "extra": torch.zeros(1)}, path)
-    with pytest.raises(ExportError) as caught:
+    with pytest.raises(ModelError) as caught:
         load(str(folder), str(path))
     message = str(caught.value)
     assert "missing: visual.proj" in message
@@ -350,7 +350,7 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     torch.save({"state_dict": Code()}, tmp_path / "zip.pt")
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(Code()))
     for name in ("zip.pt", "bare.pt"):
-        with pytest.raises(ExportError, match="pickled code") as caught:
+        with pytest.raises(ModelError, match="pickled code") as caught:
             read_weights(tmp_path / name)
         assert "\n" not in str(caught.value)
 
@@ -367,7 +367,7 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
 )
 def test_broken_files(tmp_path: Path, name: str, contents: bytes) -> None:
     (tmp_path / name).write_bytes(contents)
-    with pytest.raises(ExportError, match=name) as caught:
+    with pytest.raises(ModelError, match=name) as caught:
         read_weights(tmp_path / name)
     assert "\n" not in str(caught.value)
 
@@ -375,7 +375,7 @@ def test_broken_files(tmp_path: Path, name: str, contents: bytes) -> None:
 @pytest.mark.parametrize("value", [[1, 2], {}, {"epoch": 3}, {"state_dict": {"a": 1}}])
 def test_files_without_a_state_dict(tmp_path: Path, value: object) -> None:
     torch.save(value, tmp_path / "w.pt")
-    with pytest.raises(ExportError, match="holds no state dict"):
+    with pytest.raises(ModelError, match="holds no state dict"):
         read_weights(tmp_path / "w.pt")
 
 
@@ -394,7 +394,7 @@ def test_files_without_a_state_dict(tmp_path: Path, value: object) -> None:
 def test_models_that_are_not_there(model: str, pretrained: str | None, message: str) -> None:
     if model == "tests":
         model = str(Path(__file__).parent)
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(ModelError, match=message):
         load(model, pretrained)
 
 
@@ -404,7 +404,7 @@ def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(open_clip, "download_pretrained", offline)
     with pytest.raises(
-        ExportError, match=r"cannot fetch the weights 'openai' of RN50: no network$"
+        ModelError, match=r"cannot fetch the weights 'openai' of RN50: no network$"
     ):
         load("RN50", "openai")
 
@@ -422,7 +422,7 @@ def test_configurations_that_are_wrong(tmp_path: Path, change: object, message: 
     text = change if isinstance(change, str) else json.dumps(change)
     (tmp_path / "open_clip_config.json").write_text(text)
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
-    with pytest.raises(ExportError, match=message) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         load(str(tmp_path), "random")
     assert "\n" not in str(caught.value)
 
@@ -431,15 +431,15 @@ def test_a_tokenizer_of_another_vocabulary(folder: Path, tmp_path: Path) -> None
     config = json.loads((folder / "open_clip_config.json").read_text())
     del config["model_cfg"]["text_cfg"]["tokenizer_kwargs"]
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(ExportError, match="has 814 text tokens, its tokenizer 49408"):
+    with pytest.raises(ModelError, match="has 814 text tokens, its tokenizer 49408"):
         load(str(tmp_path), "random")
 
 
 def test_folders_that_lack_a_file(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text((folder / "open_clip_config.json").read_text())
-    with pytest.raises(ExportError, match=r"holds no open_clip_model.safetensors"):
+    with pytest.raises(ModelError, match=r"holds no open_clip_model.safetensors"):
         load(str(tmp_path), None)
-    with pytest.raises(ExportError, match=r"nothing.pt does not exist"):
+    with pytest.raises(ModelError, match=r"nothing.pt does not exist"):
         load(str(tmp_path), "nothing.pt")
-    with pytest.raises(ExportError, match=r"the tokenizer of .* cannot be loaded"):
+    with pytest.raises(ModelError, match=r"the tokenizer of .* cannot be loaded"):
         load(str(tmp_path), "random")

@@ -10,7 +10,8 @@ from export_models import exported, reuse_encoders, write_folder
 from edgeclip.bundle import Bundle
 from export import ExportError, bundle
 from export.__main__ import main
-from export.progress import step
+from train.models import wording
+from train.progress import step
 
 
 def run(*arguments: object) -> int:
@@ -61,7 +62,7 @@ def test_force_replaces_a_bundle_only_once_the_new_one_is_good(
     (out / "stale.onnx").write_text("old")
 
     reuse_encoders(monkeypatch, made)
-    words = bundle.wording(made.source)
+    words = wording.wording(made.source)
 
     def failing(*_: object) -> None:
         raise ExportError("not the same")
@@ -124,11 +125,11 @@ def test_a_bundle_replaces_the_target_of_a_link_and_keeps_its_mode(
     for name in (".target.old", "target.old", "link.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").touch()
-    bundle.export_bundle(made.source, link, bundle.wording(made.source))
+    bundle.export_bundle(made.source, link, wording.wording(made.source))
     assert link.is_symlink()
     assert target.stat().st_mode & 0o777 == 0o700
     Bundle(target).verify()
-    bundle.export_bundle(made.source, link, bundle.wording(made.source), force=True)
+    bundle.export_bundle(made.source, link, wording.wording(made.source), force=True)
     assert target.stat().st_mode & 0o777 == 0o700
     others = {".target.old", "target.old", "link.old"}
     assert {path.name for path in tmp_path.iterdir()} == others | {"target", "link"}
@@ -178,7 +179,7 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_step_says_how_long_it_took(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.progress.NOTICE_AFTER", 0)
+    monkeypatch.setattr("train.progress.NOTICE_AFTER", 0)
     with step("thinking"):
         pass
     assert capsys.readouterr().err == "thinking ...\nthinking ... done in 0.0 s\n"

@@ -27,11 +27,14 @@ from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.manifest import ImageSpec, Variant
 from edgeclip.onnx_file import locations
 from edgeclip.purify import CosPurifier, DiffPurifier
-from export import ExportError, bundle, files, fused, quantize, robustness
+from export import ExportError, bundle, fused, output
 from export.__main__ import main as export_main
-from export.bundle import export_bundle, wording
+from export.bundle import export_bundle
+from export.checks import evidence
 from export.fused import main, write_fused
-from export.fused_graph import Head, fuse
+from export.graphs import fp16, save
+from export.graphs.fused import Head, fuse
+from train.models.wording import wording
 
 Array = NDArray[Any]
 PURIFIERS = (None, CosPurifier(), CosPurifier(1, 0.3), CosPurifier(3, 0.05), CosPurifier(7, 2.0))
@@ -282,7 +285,7 @@ def halved(folder: Path) -> Bundle:
     """The embedded bundle (fp32 and int8) with an image encoder in fp16."""
     shutil.copytree(EMBEDDED, folder, dirs_exist_ok=True)
     manifest = Bundle(folder).manifest
-    quantize.to_fp16(folder / "image_encoder.fp32.onnx", folder / "image_encoder.fp16.onnx")
+    fp16.to_fp16(folder / "image_encoder.fp32.onnx", folder / "image_encoder.fp16.onnx")
     half = Variant("image_encoder.fp16.onnx", "text_encoder.fp32.onnx")
     precisions = {**manifest.precisions, "fp16": half}
     Bundle.write_manifest(folder, dataclasses.replace(manifest, precisions=precisions))
@@ -311,9 +314,9 @@ def test_a_bundle_lists_its_fused_graph_which_shares_the_weights(
     made = exported("vit")
     folder = tmp_path / "source"
     shutil.copytree(made.bundle.path, folder)
-    monkeypatch.setattr(files, "SINGLE_FILE", 1000)
+    monkeypatch.setattr(output, "SINGLE_FILE", 1000)
     encoder = folder / "image_encoder.fp32.onnx"
-    files.save(ir.load(encoder), encoder)
+    save.save(ir.load(encoder), encoder)
     assert locations(encoder) == {f"{encoder.name}.data"}
     Bundle.write_manifest(folder, made.bundle.manifest)
 
@@ -410,7 +413,7 @@ def test_wrong_usage_is_one_line(
 def test_a_graph_replaces_the_target_of_a_link_and_keeps_its_mode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "SINGLE_FILE", 0)  # with its weights beside it
+    monkeypatch.setattr(output, "SINGLE_FILE", 0)  # with its weights beside it
     target, link = tmp_path / "target.onnx", tmp_path / "link.onnx"
     target.write_text("old")
     target.chmod(0o600)
@@ -481,7 +484,7 @@ def test_a_fifo_takes_what_a_file_takes(tmp_path: Path, suffix: str) -> None:
 def test_a_fifo_takes_no_second_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(files, "SINGLE_FILE", 0)
+    monkeypatch.setattr(output, "SINGLE_FILE", 0)
     os.mkfifo(tmp_path / "fifo.onnx")
     assert main([str(exported("vit").bundle.path), "-o", str(tmp_path / "fifo.onnx")]) == 2
     assert "takes one file, and these weights need a second" in capsys.readouterr().err
@@ -497,7 +500,7 @@ def test_the_command_makes_one_and_refuses_a_diffusion_prior_early(
     assert export_main([str(made.folder), "-o", str(out), "--fused", "--force"]) == 0
     assert "fused.fp32.onnx" in Bundle(out).manifest.files
 
-    monkeypatch.setattr(robustness, "read", lambda *_: ((), DiffPurifier()))
+    monkeypatch.setattr(evidence, "read", lambda *_: ((), DiffPurifier()))
     monkeypatch.setattr(bundle, "export_bundle", pytest.fail)
     assert export_main([str(made.folder), "-o", str(tmp_path / "b"), "--fused"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -27,22 +27,14 @@ from edgeclip import BundleError, DiffPurifier, Runtime
 from edgeclip.bundle import Bundle
 from edgeclip.manifest import Manifest, PriorSpec
 from export import ExportError
-from export.bundle import wording
-from export.checkpoints import load
-from export.diffusion_prior import (
-    PRIOR_FILE,
-    Step,
-    TrainedPrior,
-    export_step,
-    load_prior,
-    main,
-    null_context,
-    verify_step,
-)
-from export.diffusion_prior import (
-    write_prior as write_step,
-)
-from train.prior_network import DiffusionPrior, Shape
+from export.diffusion_prior import main
+from export.graphs.prior import PRIOR_FILE, Step, export_step, verify_step
+from export.graphs.prior import write_prior as write_step
+from train.errors import ModelError
+from train.models.checkpoints import load
+from train.models.prior import DiffusionPrior, Shape
+from train.models.trained_prior import TrainedPrior, load_prior, null_context
+from train.models.wording import wording
 
 BATCHES = (1, 3, 33)
 PICTURE = np.zeros((16, 16, 3), np.uint8)
@@ -157,7 +149,7 @@ def test_other_code_is_refused_and_not_run(
 ) -> None:
     path, mark = tmp_path / "best.pth", tmp_path / "ran"
     torch.save(released(state, Trap(mark)), path)
-    with pytest.raises(ExportError, match=r"holds pickled code \(\w+\), which is not run"):
+    with pytest.raises(ModelError, match=r"holds pickled code \(\w+\), which is not run"):
         load_prior(path)
     assert not mark.exists()
     assert main([str(path), "-o", str(tmp_path / "a.onnx")]) == 2
@@ -171,7 +163,7 @@ def test_other_code_is_refused_and_not_run(
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "folder"])
 def test_missing_files(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ExportError, match=r"does not exist: name a run of train\.diffusion_prior"):
+    with pytest.raises(ModelError, match=r"does not exist: name a run of train\.diffusion_prior"):
         load_prior(tmp_path / name)
 
 
@@ -179,20 +171,20 @@ def test_wrong_files(tmp_path: Path, state: dict) -> None:
     bad = {"a.safetensors": b"nothing", "a.pth": b"", "b.pth": b"\x80\x02"}
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ExportError, match=name):
+        with pytest.raises(ModelError, match=name):
             load_prior(tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ExportError, match=r"list\.pth holds no state dict"):
+    with pytest.raises(ModelError, match=r"list\.pth holds no state dict"):
         load_prior(tmp_path / "list.pth")
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(
-        ExportError, match=r"other\.safetensors: not the weights of a diffusion prior"
+        ModelError, match=r"other\.safetensors: not the weights of a diffusion prior"
     ):
         load_prior(tmp_path / "other.safetensors")
     save_file(
         {k: v for k, v in state.items() if "norm.gamma" not in k}, tmp_path / "less.safetensors"
     )
-    with pytest.raises(ExportError, match=r"less.safetensors: .*missing: net.*norm.gamma"):
+    with pytest.raises(ModelError, match=r"less.safetensors: .*missing: net.*norm.gamma"):
         load_prior(tmp_path / "less.safetensors")
 
 
@@ -274,10 +266,8 @@ def test_each_weight_is_stored_once(step_file: Path, weights: Path, kind: str) -
 def test_command_says_how_near_it_is(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("export.diffusion_prior.export_step", lambda *_: None)
-    monkeypatch.setattr(
-        "export.diffusion_prior.verify_step", lambda *_: {"loss_max_rel_diff": 1e-6}
-    )
+    monkeypatch.setattr("export.graphs.prior.export_step", lambda *_: None)
+    monkeypatch.setattr("export.graphs.prior.verify_step", lambda *_: {"loss_max_rel_diff": 1e-6})
     assert main([str(weights), "-o", str(tmp_path / "a.onnx")]) == 0
     assert "loss_max_rel_diff        1e-06" in capsys.readouterr().out
     assert main([str(weights), "-o", str(tmp_path / "a.onnx"), "--text-length", "0"]) == 2
@@ -294,8 +284,8 @@ def test_command_destroys_nothing(
     def export(_: object, path: Path, *__: object) -> None:
         path.write_text("graph")
 
-    monkeypatch.setattr("export.diffusion_prior.export_step", export)
-    monkeypatch.setattr("export.diffusion_prior.verify_step", lambda *_: {})
+    monkeypatch.setattr("export.graphs.prior.export_step", export)
+    monkeypatch.setattr("export.graphs.prior.verify_step", lambda *_: {})
     run = Path(shutil.copytree(weights.parent, tmp_path / "run"))
     (run / "prior.safetensors").write_bytes(weights.read_bytes())
     for given in (run / weights.name, run):
@@ -435,7 +425,7 @@ def changed(own: Any, **entries: Any) -> str:
 
 def test_a_text_tower_that_pools_before_its_last_norm(own: Any, tmp_path: Path) -> None:
     source = load(str(write_folder(tmp_path / "coca", "coca")), None)
-    with pytest.raises(ExportError, match="text tower of coca gives a prior no tokens"):
+    with pytest.raises(ModelError, match="text tower of coca gives a prior no tokens"):
         null_context(own.prior.model, source, ["a {}."])
 
 

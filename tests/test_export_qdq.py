@@ -23,9 +23,12 @@ from edgeclip.backends.select import preferred
 from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.manifest import Variant
 from edgeclip.tools import golden
-from export import ExportError, fidelity, quantize
+from export import ExportError
 from export.__main__ import main
-from export.bundle import export_bundle, wording
+from export.bundle import export_bundle
+from export.checks import fidelity
+from export.graphs import int8, precisions
+from train.models.wording import wording
 
 Array = NDArray[Any]
 FP32 = EMBEDDED / "image_encoder.fp32.onnx"
@@ -38,7 +41,7 @@ def encoder(folder: Path) -> Path:
         images = list(np.repeat(arrays["images"][:64, ..., None], 3, axis=3))
     pixels = edgeclip.Runtime(device="cpu", purify="none").preprocess(images)
     path = folder / "image_encoder.int8-qdq.onnx"
-    quantize.to_qdq(FP32, path, [{"pixels": pixels[i : i + 16]} for i in range(0, 64, 16)])
+    int8.to_qdq(FP32, path, [{"pixels": pixels[i : i + 16]} for i in range(0, 64, 16)])
     return path
 
 
@@ -97,7 +100,7 @@ def test_a_product_is_what_numpy_makes_of_it(tmp_path: Path, gemm: bool) -> None
     )
     weight[:, 3] *= 1e-4  # its step is below the normal numbers of fp16
     source, target = product(tmp_path / "fp32.onnx", weight, gemm=gemm), tmp_path / "qdq.onnx"
-    assert quantize.to_qdq(source, target, [{"x": calm[:25]}, {"x": calm[25:]}]) == []
+    assert int8.to_qdq(source, target, [{"x": calm[:25]}, {"x": calm[25:]}]) == []
     given = rng.standard_normal((9, 64), np.float32)
     given[0, 0] = 20  # beyond the range, and so cut
     step = np.abs(calm).max() / 127
@@ -109,7 +112,7 @@ def test_a_product_is_what_numpy_makes_of_it(tmp_path: Path, gemm: bool) -> None
     np.testing.assert_allclose(found[:, 3], wanted[:, 3], atol=0.05 * np.abs(wanted[:, 3]).max())
     spiked = calm.copy()
     spiked[7, 3] = 1000
-    assert quantize.to_qdq(source, target, [{"x": spiked}]) == ["product"]
+    assert int8.to_qdq(source, target, [{"x": spiked}]) == ["product"]
     found = run_graph(target, "y", given)
     np.testing.assert_allclose(found, given @ weight, atol=2e-3 * np.abs(wanted).max())
 
@@ -117,7 +120,7 @@ def test_a_product_is_what_numpy_makes_of_it(tmp_path: Path, gemm: bool) -> None
 def test_pictures_come_from_all_over_a_data_set(tmp_path: Path) -> None:
     data = fidelity.load(f"folder:{folder_of_images(tmp_path)}")
     runtime = edgeclip.Runtime(device="cpu", purify="none")
-    batches = quantize.pictures(data, runtime.bundle.manifest.image)
+    batches = precisions.pictures(data, runtime.bundle.manifest.image)
     found = np.concatenate([batch["pixels"] for batch in batches])
     wanted = runtime.preprocess([data[i][0] for i in range(len(data))])
     np.testing.assert_array_equal(found, wanted)

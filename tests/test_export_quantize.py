@@ -19,8 +19,11 @@ import edgeclip
 from edgeclip.backends.select import preferred
 from edgeclip.bundle import Bundle
 from edgeclip.tools import golden
-from export import ExportError, fidelity, quantize, verify
-from export.bundle import Wording, _write_precisions, export_bundle
+from export import ExportError
+from export.bundle import _write_precisions, export_bundle
+from export.checks import fidelity, parity
+from export.graphs import int8
+from train.models.wording import Wording
 
 FAMILIES = ["vit", "vit-quickgelu", "resnet", "siglip"]  # the others add no kind of node
 PROMPTS = ["a dog", "a café", "two small red things beside a much larger blue one"]
@@ -52,11 +55,11 @@ def test_embeddings_are_nearly_open_clips(family: str, precision: str) -> None:
     ids = made.source.tokenizer(PROMPTS)
     with torch.no_grad():
         images, texts = made.source.model.encode_image(pixels), made.source.model.encode_text(ids)
-    bar = verify.MIN_COSINE[precision]
+    bar = parity.MIN_COSINE[precision]
     assert cosines(runtime.encode(pixels.numpy()), images).min() >= bar
     assert cosines(runtime.embed_texts(PROMPTS), texts).min() >= bar
-    parity = bundle.manifest.precisions[precision].parity
-    assert parity["image_max_abs_diff"] > 0  # it is another encoder than the fp32 one
+    measured = bundle.manifest.precisions[precision].parity
+    assert measured["image_max_abs_diff"] > 0  # it is another encoder than the fp32 one
     assert golden.check(runtime)["image"] > 0
 
 
@@ -126,9 +129,9 @@ def test_a_product_that_int8_ruins_stays_in_float(tmp_path: Path, gemm: bool) ->
     spiked[7, 3] = 1000
     for x, kept in ((calm, []), (spiked, ["product"])):
         target = tmp_path / "int8.onnx"
-        (error,) = quantize.product_errors(source, {"x": x}).values()
+        (error,) = int8.product_errors(source, {"x": x}).values()
         assert (error > 0.1) == bool(kept)
-        assert quantize.to_int8(source, target, [{"x": x}], static=True) == kept
+        assert int8.to_int8(source, target, [{"x": x}], static=True) == kept
         found = run_graph(target, "y", x)
         np.testing.assert_allclose(found, x @ weight, atol=0.02 * np.abs(x @ weight).max())
 
@@ -147,7 +150,7 @@ def test_only_large_tables_are_halved(tmp_path: Path) -> None:
         ],
         [numpy_helper.from_array(array, name) for name, array in arrays.items()],
     )
-    quantize._halve_tables(graph)
+    int8._halve_tables(graph)
     onnx.save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10),
         tmp_path / "m.onnx",
@@ -220,7 +223,7 @@ def test_a_bundle_of_int8_alone_and_a_bar_that_is_missed(
     assert list(manifest.precisions) == ["int8"]
     assert not list((tmp_path / "int8").glob("*.fp32.*"))
     assert edgeclip.Runtime(tmp_path / "int8", labels=["a", "b"]).precision == "int8"
-    monkeypatch.setitem(verify.MIN_COSINE, "int8", 0.9999999)
+    monkeypatch.setitem(parity.MIN_COSINE, "int8", 0.9999999)
     with pytest.raises(ExportError, match=r"int8 is not what PyTorch computes: \w+_min_cosine"):
         export_bundle(made.source, tmp_path / "none", wording, precisions=["fp32", "int8"])
     assert not (tmp_path / "none").exists()
@@ -245,15 +248,15 @@ def test_int8_weights_leave_room_for_two_products_in_16_bits(family: str) -> Non
 
 def test_precisions_that_auto_considers(tmp_path: Path) -> None:
     bundle = quantized("vit")
-    for parity, on_cpu, on_gpu in (
+    for measured, on_cpu, on_gpu in (
         ({"top1_agreement": 0.99}, ["fp32", "int8"], ["fp16", "fp32"]),
         ({}, ["fp32"], ["fp32"]),  # without a comparison of answers nothing else is taken unasked
     ):
         variants = {
-            name: dataclasses.replace(variant, parity=parity)
+            name: dataclasses.replace(variant, parity=measured)
             for name, variant in bundle.manifest.precisions.items()
         }
-        folder = tmp_path / str(len(parity))
+        folder = tmp_path / str(len(measured))
         shutil.copytree(bundle.path, folder)
         Bundle.write_manifest(folder, dataclasses.replace(bundle.manifest, precisions=variants))
         assert preferred(Bundle(folder), "cpu") == on_cpu

@@ -15,8 +15,9 @@ from test_export_tokenizer import AWKWARD
 from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.bundle import Bundle
 from edgeclip.text.tokenizer import Tokenizer
-from export.bundle import export_bundle, wording
-from export.checkpoints import Source, load
+from export.bundle import export_bundle
+from train.models.checkpoints import Source, load
+from train.models.wording import wording
 
 NAMES = [
     "ViT-B-32",

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from edgeclip import Runtime
 from edgeclip.storage import sha256
-from export import ExportError
 from export.__main__ import main
-from export.bundle import image_spec
-from export.checkpoints import Source, load
-from export.progress import quiet
-from export.transformers_clip import read_config, to_open_clip
-from export.weight_files import join_sha256
-from train.runs import copy_tokenizer, save_model
+from train.errors import ModelError
+from train.models.checkpoints import Source, load
+from train.models.transformers_clip import read_config, to_open_clip
+from train.models.weight_files import join_sha256
+from train.models.wording import image_spec
+from train.progress import quiet
+from train.run.folder import copy_tokenizer, save_model
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PROMPTS = ["dog", "a photo of a small dog.", "", "9 cats, 2 dogs and 17 birds " * 9]
@@ -301,7 +301,7 @@ def test_an_image_tower_over_base_weights(
     assert "model.safetensors was trained with GELU, the base weights with QuickGELU" in (
         capsys.readouterr().err
     )
-    with pytest.raises(ExportError, match="image tower alone: name its weights with --visual"):
+    with pytest.raises(ModelError, match="image tower alone: name its weights with --visual"):
         load(str(path.parent), None)
 
 
@@ -312,7 +312,7 @@ def test_another_configuration_in_a_folder_called_as_a_model(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ViT-S-16").mkdir()
     (tmp_path / "ViT-S-16" / "config.json").write_text(text)
-    with pytest.raises(ExportError, match="'some' is neither a file nor a tag: ViT-S-16 has no"):
+    with pytest.raises(ModelError, match="'some' is neither a file nor a tag: ViT-S-16 has no"):
         load("ViT-S-16", "some")
 
 
@@ -322,7 +322,7 @@ def test_queries_without_their_keys_are_named(folder: Path) -> None:
     del state["text_model.encoder.layers.1.self_attn.k_proj.bias"]
     assert "transformer.resblocks.1.attn.q_proj.bias" in to_open_clip(state)
     save_file(state, path)
-    with pytest.raises(ExportError, match=r"missing: transformer.resblocks.1.attn.in_proj_bias;"):
+    with pytest.raises(ModelError, match=r"missing: transformer.resblocks.1.attn.in_proj_bias;"):
         load(str(folder), None)
 
 
@@ -341,7 +341,7 @@ def test_without_a_tokenizer_clips_own_is_taken_and_said(
     spec = image_spec(source.model)
     assert (spec.mean, spec.std) == (CLIP_MEAN, CLIP_STD)
     assert (spec.size, spec.resize, spec.interpolation) == ((32, 32), "shortest", "bicubic")
-    with pytest.raises(ExportError, match="its tokenizer 49408: name the right"):
+    with pytest.raises(ModelError, match="its tokenizer 49408: name the right"):
         load(str(write_model(tmp_path / "small", make_model())), None)
 
 
@@ -382,7 +382,7 @@ def test_preprocessing_that_edgeclip_does_not_have(
 ) -> None:
     write_preprocessing(folder, **other)
     with pytest.raises(
-        ExportError, match=f"preprocessor_config.json cannot be .*{message}"
+        ModelError, match=f"preprocessor_config.json cannot be .*{message}"
     ) as caught:
         load(str(folder), None)
     assert "\n" not in str(caught.value)
@@ -404,6 +404,6 @@ def test_preprocessing_that_edgeclip_does_not_have(
 def test_configurations_that_are_not_supported(tmp_path: Path, change: Any, message: str) -> None:
     text = change if isinstance(change, str) else json.dumps(change)
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ExportError, match=message) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         load(str(tmp_path), None)
     assert "\n" not in str(caught.value)

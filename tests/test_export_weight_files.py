@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 from edgeclip.storage import sha256
-from export import ExportError, weight_files
-from export.weight_files import Ignored, join_sha256, read_file, read_weights
+from train.errors import ModelError
+from train.models import weight_files
+from train.models.weight_files import Ignored, join_sha256, read_file, read_weights
 
 # The least that tells a whole model from an image tower.
 MODEL = {
@@ -115,7 +116,7 @@ def test_one_of_several_state_dicts_is_chosen_by_its_key(
     check_same(second.state, EMA)
     assert second.label == f"w.pt#{key}"
     assert second.sha256 == join_sha256([sha256(path), key]) != first.sha256
-    with pytest.raises(ExportError, match=r"w\.pt holds no state dict 'other': its keys are "):
+    with pytest.raises(ModelError, match=r"w\.pt holds no state dict 'other': its keys are "):
         read_weights(f"{path}#other")
 
 
@@ -143,33 +144,33 @@ def test_image_towers(tmp_path: Path, value: dict[str, Any]) -> None:
     if "model" in value:
         check_same(read_weights(path).state, MODEL)
     else:
-        with pytest.raises(ExportError, match="holds an image tower alone: name it with --visual"):
+        with pytest.raises(ModelError, match="holds an image tower alone: name it with --visual"):
             read_weights(path)
 
 
 def test_a_whole_model_is_no_image_tower(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="holds a whole model: name it with --pretrained"):
+    with pytest.raises(ModelError, match="holds a whole model: name it with --pretrained"):
         read_weights(saved(tmp_path, MODEL), "visual")
 
 
 def test_without_a_state_dict_the_keys_are_listed(tmp_path: Path) -> None:
     value = {"epoch": 3, "args": argparse.Namespace(lr=1), "losses": [1.0], "optimizer": {}}
     many = value | {f"more{i}": i for i in range(5)}
-    with pytest.raises(ExportError) as caught:
+    with pytest.raises(ModelError) as caught:
         read_weights(saved(tmp_path, many))
     assert str(caught.value) == (
         f"{tmp_path / 'w.pt'} holds no state dict: its keys are epoch (int), args (Ignored), "
         "losses (list), optimizer (dict), more0 (int), more1 (int) and 3 more; FILE#KEY chooses one"
     )
     for other, told in (({}, "it is empty"), ([1, 2], "it is a list")):
-        with pytest.raises(ExportError, match=f"holds no state dict: {told}"):
+        with pytest.raises(ModelError, match=f"holds no state dict: {told}"):
             read_weights(saved(tmp_path, other))
 
 
 def test_a_dictionary_that_holds_itself(tmp_path: Path) -> None:
     value: dict[str, Any] = {"epoch": 1}
     value["state_dict"] = value
-    with pytest.raises(ExportError, match="holds no state dict"):
+    with pytest.raises(ModelError, match="holds no state dict"):
         read_weights(saved(tmp_path, value))
 
 
@@ -197,7 +198,7 @@ def test_each_dictionary_is_searched_once(
 
     monkeypatch.setattr(weight_files, "_candidates", counted)
     for key in ("", "#model"):
-        with pytest.raises(ExportError, match="holds no state dict"):
+        with pytest.raises(ModelError, match="holds no state dict"):
             read_weights(f"{saved(tmp_path, value)}{key}")
 
 
@@ -301,7 +302,7 @@ def test_no_command_is_run(tmp_path: Path, kind: str) -> None:
         path.write_bytes(pickle.dumps(value["best_acc"], protocol=2))
     else:
         torch.save(value, path, _use_new_zipfile_serialization=kind != "old")
-    with pytest.raises(ExportError, match=r"holds pickled code \(posix.system\), which") as caught:
+    with pytest.raises(ModelError, match=r"holds pickled code \(posix.system\), which") as caught:
         read_weights(path)
     assert "\n" not in str(caught.value)
     assert not made.exists()
@@ -317,7 +318,7 @@ def test_safetensors_are_known_by_content(tmp_path: Path, name: str) -> None:
 def test_a_pickle_that_is_called_safetensors(tmp_path: Path, archive: bool) -> None:
     path = tmp_path / "w.safetensors"
     torch.save(MODEL, path, _use_new_zipfile_serialization=archive)
-    with pytest.raises(ExportError, match=r"no safetensors but a PyTorch checkpoint: rename it"):
+    with pytest.raises(ModelError, match=r"no safetensors but a PyTorch checkpoint: rename it"):
         read_weights(path)
 
 
@@ -325,7 +326,7 @@ def test_a_pickle_that_is_called_safetensors(tmp_path: Path, archive: bool) -> N
 def test_a_pointer_of_git_lfs(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(
-        ExportError, match="pointer of Git LFS: fetch the weights with git lfs pull"
+        ModelError, match="pointer of Git LFS: fetch the weights with git lfs pull"
     ):
         read_weights(tmp_path / name)
 
@@ -351,14 +352,14 @@ def test_shards(tmp_path: Path, suffix: str) -> None:
     check_same(weights.state, MODEL)
     parts = sorted(tmp_path.glob(f"*-of-*{suffix}"))
     assert weights.sha256 == join_sha256([sha256(path) for path in (index, *parts)])
-    with pytest.raises(ExportError, match=f"one of 2 shards: name their index, {index.name}"):
+    with pytest.raises(ModelError, match=f"one of 2 shards: name their index, {index.name}"):
         read_weights(parts[1])
     torch.save([1], parts[1])
     if suffix == ".bin":
-        with pytest.raises(ExportError, match=f"{parts[1].name} holds no state dict: it is a list"):
+        with pytest.raises(ModelError, match=f"{parts[1].name} holds no state dict: it is a list"):
             read_weights(index)
     parts[1].unlink()
-    with pytest.raises(ExportError, match=f"lacks {parts[1].name}, of the shards that"):
+    with pytest.raises(ModelError, match=f"lacks {parts[1].name}, of the shards that"):
         read_weights(index)
 
 
@@ -374,7 +375,7 @@ def test_a_single_shard_is_a_file(tmp_path: Path) -> None:
 def test_broken_indices(tmp_path: Path, text: str) -> None:
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(text)
-    with pytest.raises(ExportError, match="no index of a sharded checkpoint") as caught:
+    with pytest.raises(ModelError, match="no index of a sharded checkpoint") as caught:
         read_weights(path)
     assert "\n" not in str(caught.value)
 

@@ -17,10 +17,11 @@ from test_core_purify import polar_by_vectors, relative_error
 from edgeclip import BundleError, CosPurifier, DiffPurifier, Runtime
 from edgeclip.backends.prior import Prior
 from edgeclip.cli.main import main
-from export.bundle import wording
-from export.diffusion_prior import PRIOR_FILE, null_context
-from train.prior_network import Context
-from train.purification import NullPrior, purify
+from export.graphs.prior import PRIOR_FILE
+from train.models.prior import Context
+from train.models.trained_prior import null_context
+from train.models.wording import wording
+from train.robustness.purification import NullPrior, purify
 
 GENTLE = DiffPurifier(4, 0.5, (100, 999), 3)
 LABELS = ["cat", "dog", "house", "tree"]

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import roofline
 from benchmarks.roofline import DEVICES, Device, Vit, Work, milliseconds
-from export.attention import plain_attention
-from export.towers import VitImageEncoder
+from train.models.self_attention import plain_attention
+from train.models.towers import VitImageEncoder
 
 SPARSE = 2  # the data sheets' headline counts it twice with structured sparsity
 

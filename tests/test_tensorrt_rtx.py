@@ -22,12 +22,12 @@ from edgeclip.backends import tensorrt_builder
 from edgeclip.backends.tensorrt_builder import BuildOptions, build_engine
 from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.errors import DeviceError
-from export.bundle import image_spec
-from export.diffusion_prior import export_step
-from export.quantize import to_fp16
-from export.to_onnx import export_image_encoder, export_text_encoder
+from export.graphs.encoders import export_image_encoder, export_text_encoder
+from export.graphs.fp16 import to_fp16
+from export.graphs.prior import export_step
 from export.to_tensorrt import NO_FP32, compile_graphs, main
-from train.prior_network import DiffusionPrior, Shape
+from train.models.prior import DiffusionPrior, Shape
+from train.models.wording import image_spec
 
 trt: Any = pytest.importorskip("tensorrt_rtx", reason="pip install 'edgeclip[tensorrt-rtx]'")
 

@@ -13,10 +13,10 @@ from test_train_purification import null_prior
 from torch import Tensor
 
 from edgeclip.purify import MAX_SEED, CosPurifier, DiffPurifier
-from train import checks
-from train.checks import CHECKS, Finding, Fixed, Trial
-from train.defence import Defence, View, right
-from train.threat import Bank, Threat, build
+from train.robustness import checks
+from train.robustness.checks import CHECKS, Finding, Fixed, Trial
+from train.robustness.defence import Defence, View, right
+from train.robustness.threat import Bank, Threat, build
 
 EPS = {"linf": 10 / 255, "l2": 0.6}
 GENTLE = CosPurifier(3, 0.01)

@@ -21,9 +21,9 @@ from image_files import chunk, encoded, exif, turned, with_chunks
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 
-from train import class_names, data
-from train.data import DataError
-from train.sources import SOURCES
+from train.data import __main__, class_names, dataset
+from train.data.catalog import SOURCES
+from train.data.dataset import DataError
 
 TEST_ONLY = {"sun397", "eurosat", "imagenet-r", "imagenet-sketch", "caltech101", "caltech256"}
 BY_HAND = {"tiny-imagenet", "imagenet", "imagenet-r", "imagenet-sketch", "cars"}
@@ -52,7 +52,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-def contents(found: data.DataSet) -> data_sets.Found:
+def contents(found: dataset.DataSet) -> data_sets.Found:
     """The class of every image, by its pixels."""
     pairs = [found[i] for i in range(len(found))]
     assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image, _ in pairs)
@@ -61,7 +61,7 @@ def contents(found: data.DataSet) -> data_sets.Found:
 
 def one_line(spec: str, *, train: bool = False, download: bool = False) -> str:
     with pytest.raises(DataError) as caught:
-        data.load(spec, train=train, download=download)
+        dataset.load(spec, train=train, download=download)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -75,7 +75,7 @@ def test_public_data_sets(name: str, tmp_path: Path, requests: list[str]) -> Non
     written = WRITERS[name](tmp_path)
     assert set(written) == ({False} if name in TEST_ONLY else {False, True})
     for train, expected in written.items():
-        found = data.load(f"{name}:{tmp_path}", train=train)
+        found = dataset.load(f"{name}:{tmp_path}", train=train)
         assert found.name == name
         assert len(found.classes) == SOURCES[name].count == len(set(found.classes))
         assert all("_" not in word and word.strip() == word for word in found.classes)
@@ -92,7 +92,7 @@ def test_missing_data_sets(
     name: str, tmp_path: Path, requests: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "h5py", types.ModuleType("h5py"))
-    monkeypatch.setattr("train.fashion.DEBIAN_FASHION_MNIST", tmp_path / "none")
+    monkeypatch.setattr("train.data.fashion_mnist.DEBIAN_FASHION_MNIST", tmp_path / "none")
     for spec, root in ((f"{name}:{tmp_path}", tmp_path), (name, tmp_path / "default")):
         message = one_line(spec)
         assert message.startswith(f"no {SOURCES[name].title} in {root}")
@@ -110,7 +110,7 @@ def test_download_only_when_asked(
     name: str, tmp_path: Path, requests: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "h5py", types.ModuleType("h5py"))
-    monkeypatch.setattr("train.fashion.DEBIAN_FASHION_MNIST", tmp_path / "none")
+    monkeypatch.setattr("train.data.fashion_mnist.DEBIAN_FASHION_MNIST", tmp_path / "none")
     message = one_line(f"{name}:{tmp_path}", download=True)
     if name in BY_HAND:
         assert "get it from http" in message
@@ -125,21 +125,21 @@ def test_download_only_when_asked(
 @pytest.mark.usefixtures("unchecked")
 def test_the_folder_itself_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = data_sets.cifar10(tmp_path)[False]
-    found = data.load(f"CIFAR-10:{tmp_path / 'cifar-10-batches-py'}", train=False)
+    found = dataset.load(f"CIFAR-10:{tmp_path / 'cifar-10-batches-py'}", train=False)
     assert contents(found) == expected
     monkeypatch.chdir(tmp_path)
-    assert contents(data.load("cifar10:cifar-10-batches-py", train=False)) == expected
+    assert contents(dataset.load("cifar10:cifar-10-batches-py", train=False)) == expected
     data_sets.imagenet_r(tmp_path)
-    assert len(data.load(f"imagenet-r:{tmp_path / 'imagenet-r'}", train=False)) == 200
+    assert len(dataset.load(f"imagenet-r:{tmp_path / 'imagenet-r'}", train=False)) == 200
     (tmp_path / "imagenet-r").rename(tmp_path / "renditions")
-    assert len(data.load(f"ImageNet-R:{tmp_path / 'renditions'}", train=False)) == 200
+    assert len(dataset.load(f"ImageNet-R:{tmp_path / 'renditions'}", train=False)) == 200
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_default_place(tmp_path: Path) -> None:
     (tmp_path / "default").mkdir()
     expected = data_sets.stl10(tmp_path / "default")
-    assert contents(data.load("stl10", train=True)) == expected[True]
+    assert contents(dataset.load("stl10", train=True)) == expected[True]
 
 
 def test_damaged_data_sets(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_flowers102_needs_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_fashion_mnist(fashion_folder: Path, fashion: tuple[np.ndarray, np.ndarray]) -> None:
-    found = data.load(f"fashion-mnist:{fashion_folder}", train=False)
+    found = dataset.load(f"fashion-mnist:{fashion_folder}", train=False)
     assert len(found) == 50
     image, label = found[3]
     np.testing.assert_array_equal(image, fashion[0][3])
@@ -195,7 +195,7 @@ def test_fashion_mnist(fashion_folder: Path, fashion: tuple[np.ndarray, np.ndarr
     ],
 )
 def test_parse(spec: str, name: str, path: str | None) -> None:
-    assert data.parse(spec) == (name, None if path is None else Path(path))
+    assert dataset.parse(spec) == (name, None if path is None else Path(path))
 
 
 def test_names_that_are_not_known() -> None:
@@ -231,7 +231,7 @@ def test_class_names_are_words() -> None:
 
 
 def test_names_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    data.main()
+    __main__.main()
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == len(SOURCES) + 2
     assert rows[1].split()[:2] == ["cifar10", "10"]
@@ -248,12 +248,12 @@ def test_folder(layout: str, tmp_path: Path) -> None:
     }
     (tmp_path / layout.format(name="t-shirt") / "notes.txt").write_text("no image")
     put(tmp_path / layout.format(name="t-shirt") / "._0.png")  # what macOS leaves behind
-    found = data.load(f"folder:{tmp_path}", train=False)
+    found = dataset.load(f"folder:{tmp_path}", train=False)
     assert contents(found) == expected
     assert found.classes == ("ankle boot", "t-shirt")
     assert found.templates == ("This is a photo of a {}",)
     if layout == "{name}":
-        assert contents(data.load(f"folder:{tmp_path}", train=True)) == expected
+        assert contents(dataset.load(f"folder:{tmp_path}", train=True)) == expected
     else:
         assert f"expected {tmp_path}/train/<class>/" in one_line(f"folder:{tmp_path}", train=True)
 
@@ -263,7 +263,7 @@ def test_folder_keeps_indices_where_a_split_lacks_a_class(tmp_path: Path) -> Non
         put(tmp_path / "train" / name / "1.png")
     for name in ("a", "c"):
         put(tmp_path / "test" / name / "1.png")
-    found = data.load(f"folder:{tmp_path}", train=False)
+    found = dataset.load(f"folder:{tmp_path}", train=False)
     assert found.classes == ("a", "b", "c")
     assert [label for _, label in (found[0], found[1])] == [0, 2]
 
@@ -271,19 +271,19 @@ def test_folder_keeps_indices_where_a_split_lacks_a_class(tmp_path: Path) -> Non
 def test_folder_of_a_class_named_train(tmp_path: Path) -> None:
     for name in ("bus", "train"):
         put(tmp_path / name / "1.png")
-    assert data.load(f"folder:{tmp_path}", train=False).classes == ("bus", "train")
+    assert dataset.load(f"folder:{tmp_path}", train=False).classes == ("bus", "train")
 
 
 def test_folder_with_names_in_a_file(tmp_path: Path) -> None:
     for name in ("n2", "n1"):
         put(tmp_path / name / "1.png")
     (tmp_path / "classes.txt").write_text("Käse\nice cream\n")
-    assert data.load(f"folder:{tmp_path}", train=False).classes == ("Käse", "ice cream")
+    assert dataset.load(f"folder:{tmp_path}", train=False).classes == ("Käse", "ice cream")
     for text in ("\ufeffKäse\r\nice\u2028cream", "Käse\rice\u2028cream\r\r"):
         (tmp_path / "classes.txt").write_bytes(text.encode())
-        assert data.load(f"folder:{tmp_path}", train=False).classes == ("Käse", "ice\u2028cream")
+        assert dataset.load(f"folder:{tmp_path}", train=False).classes == ("Käse", "ice\u2028cream")
     (tmp_path / "classes.txt").write_text("# a | b\n\\# c\n")  # every line is a name
-    assert data.load(f"folder:{tmp_path}", train=False).classes == ("# a | b", "\\# c")
+    assert dataset.load(f"folder:{tmp_path}", train=False).classes == ("# a | b", "\\# c")
     (tmp_path / "classes.txt").write_text("Käse\n")
     assert "names 1 classes in its text file and has 2 folders" in one_line(f"folder:{tmp_path}")
     for text in ("Käse\n\nice cream", "\nKäse\nice cream", ""):
@@ -305,7 +305,7 @@ def test_folder_with_others_beside_its_splits(splits: tuple[str, ...], tmp_path:
     assert "has extra, more0, more1, ... beside" in one_line(f"folder:{tmp_path}")
     for name in ("extra", *(f"more{i}" for i in range(5))):
         shutil.rmtree(tmp_path / name)
-    found = data.load(f"folder:{tmp_path}", train="train" in splits)
+    found = dataset.load(f"folder:{tmp_path}", train="train" in splits)
     assert found.classes == ("cat",)
     assert len(found) == 1
 
@@ -319,7 +319,7 @@ def test_folder_of_classes_of_one_name(tmp_path: Path) -> None:
     message = one_line(f"folder:{tmp_path}")
     assert "the folders a b and c are one class by name, 'cat'" in message
     (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
-    assert data.load(f"folder:{tmp_path}", train=True).classes == ("cat", "dog", "bird")
+    assert dataset.load(f"folder:{tmp_path}", train=True).classes == ("cat", "dog", "bird")
 
 
 @pytest.mark.parametrize(
@@ -351,17 +351,17 @@ def test_folder_says_what_it_leaves_out(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pi_heif", None)
     expected = {put(tmp_path / name): name[0] for name in ("a/1.jfif", "a/deep/2.jpe", "b/3.tif")}
-    found = data.load(f"folder:{tmp_path}", train=True)
+    found = dataset.load(f"folder:{tmp_path}", train=True)
     assert contents(found) == expected
     (tmp_path / "classes.txt").write_text("a\nb\n")  # is read, and not left out
-    data.load(f"folder:{tmp_path}", train=True)
+    dataset.load(f"folder:{tmp_path}", train=True)
     assert not caplog.records
     for name in ("a/._1.jpg", "b/.thumbnails/3.png", "b/@eaDir/4.png", "5.png", ".c/6.png"):
         put(tmp_path / name)
     for name in (".DS_Store", "8.heic", "README.md", "a/7.heic"):
         (tmp_path / name).touch()
     (tmp_path / "b" / "notes.txt").touch()
-    found = data.load(f"folder:{tmp_path}", train=True)
+    found = dataset.load(f"folder:{tmp_path}", train=True)
     assert contents(found) == expected
     (record,) = caplog.records
     assert record.getMessage() == (
@@ -381,7 +381,7 @@ def test_folder_says_what_it_leaves_out_beside_splits(
         put(tmp_path / name)
     for name in ("test/.a/2.png", "test/3.png", ".4.png", "5.png"):
         put(tmp_path / name)
-    data.load(f"folder:{tmp_path}", train=False)
+    dataset.load(f"folder:{tmp_path}", train=False)
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path}/test: left out 4: 2 hidden or system, 2 outside the class folders"
     ]
@@ -395,16 +395,16 @@ def test_folder_with_links(tmp_path: Path) -> None:
     (tmp_path / "set" / "cat").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "loop").symlink_to(".")
     (tmp_path / "set" / "dog" / "up").symlink_to(".")
-    found = data.load(f"folder:{tmp_path / 'set'}", train=True)
+    found = dataset.load(f"folder:{tmp_path / 'set'}", train=True)
     assert contents(found) == expected
     assert len(found) == 2
     (tmp_path / "set" / "dog" / "gone.png").symlink_to("nowhere")
-    found = data.load(f"folder:{tmp_path / 'set'}", train=True)
+    found = dataset.load(f"folder:{tmp_path / 'set'}", train=True)
     with pytest.raises(DataError, match=r"image 2 of folder cannot be read: .*gone\.png: no such"):
         found[2]
     for name in ("README.md", "notes.txt", ".lock"):
         (tmp_path / "set" / name).symlink_to("nowhere")
-    assert len(data.load(f"folder:{tmp_path / 'set'}", train=True)) == 3
+    assert len(dataset.load(f"folder:{tmp_path / 'set'}", train=True)) == 3
     for name in ("bird", "bird.jpg"):
         (tmp_path / "set" / name).symlink_to("nowhere")
         message = one_line(f"folder:{tmp_path / 'set'}")
@@ -451,7 +451,7 @@ def test_images_of_public_sets_are_decoded_as_all_are(name: str, tmp_path: Path)
     sideways = chunk(b"eXIf", exif(turned(6)))
     broken = chunk(b"tEXt", b"a\0b", damage=1)
     (tmp_path / FILES[name]).write_bytes(with_chunks(encoded(image, "PNG"), broken, sideways))
-    found = data.load(f"{name}:{tmp_path}", train=False)
+    found = dataset.load(f"{name}:{tmp_path}", train=False)
     shapes = [found[i][0].shape for i in range(len(found))]
     assert shapes.count((16, 8, 3)) == 1
     pixels = found[shapes.index((16, 8, 3))][0]
@@ -473,7 +473,7 @@ def test_broken_images_are_named(tmp_path: Path) -> None:
     put(tmp_path / "pets" / "cat" / "1.png")
     broken = tmp_path / "pets" / "cat" / "2.png"
     broken.write_bytes(b"no image")
-    found = data.load(f"folder:{tmp_path / 'pets'}", train=False)
+    found = dataset.load(f"folder:{tmp_path / 'pets'}", train=False)
     found[0]
     with pytest.raises(DataError, match=f"image 1 of folder cannot be read: {broken}: not an im"):
         found[1]
@@ -485,7 +485,7 @@ def test_broken_images_are_named(tmp_path: Path) -> None:
     data_sets.dtd(tmp_path)
     (tmp_path / "dtd" / "dtd" / "images" / "texture5" / "texture5_test.jpg").write_bytes(b"no")
     with pytest.raises(DataError, match=r"image 5 of dtd cannot be read: .*texture5_test\.jpg"):
-        data.load(f"dtd:{tmp_path}", train=False)[5]
+        dataset.load(f"dtd:{tmp_path}", train=False)[5]
 
 
 def test_images_are_upright_rgb(tmp_path: Path) -> None:
@@ -495,7 +495,7 @@ def test_images_are_upright_rgb(tmp_path: Path) -> None:
     exif[0x0112] = 6
     sideways.save(tmp_path / "cat" / "1.jpg", exif=exif)
     sideways.convert("L").save(tmp_path / "cat" / "2.png")
-    found = data.load(f"folder:{tmp_path}", train=False)
+    found = dataset.load(f"folder:{tmp_path}", train=False)
     assert found[0][0].shape == (16, 8, 3)
     assert found[1][0].shape == (8, 16, 3)
 
@@ -512,7 +512,7 @@ def test_data_loader_workers(start: str, tmp_path: Path) -> None:
     data_sets.write_lines(tmp_path / "classes.txt", ["cat", "dog"])
     expected |= {image.tobytes(): ("cat", "dog")[label] for image, label in samples.values()}
     specs = (f"cifar10:{tmp_path}", f"eurosat:{tmp_path}", f"webdataset:{tmp_path / '*.tar'}")
-    sets = [data.load(spec, train=False) for spec in specs]
+    sets = [dataset.load(spec, train=False) for spec in specs]
     loader = DataLoader(
         ConcatDataset(sets),
         batch_size=None,

@@ -13,10 +13,10 @@ from torch import nn
 
 from edgeclip import _core
 from edgeclip.purify import CosPurifier, Purifier
-from export.bundle import null_text
-from export.checkpoints import Source, load
-from train.defence import GRADIENTS, Defence, Seen, right
-from train.model import Classifier, class_embeddings
+from train.models.checkpoints import Source, load
+from train.models.classifier import Classifier, class_embeddings
+from train.models.wording import null_text
+from train.robustness.defence import GRADIENTS, Defence, Seen, right
 
 SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}
 NAMES = ("trousers", "dress", "boot", "bag", "coat")

@@ -17,16 +17,16 @@ from test_train_evaluate import run as evaluate
 
 from edgeclip import BundleError, DiffPurifier
 from edgeclip.purify import from_dict
-from export import ExportError
-from export.checkpoints import load
-from export.diffusion_prior import load_prior
-from train import data, diffusion_prior
+from train import diffusion_prior
+from train.data import dataset
+from train.data.loader import Pictures, batches
 from train.diffusion_prior import Settings, train
-from train.model import Pictures, batches
-from train.prior_network import DiffusionPrior, Shape
-from train.settings import SettingsError
-from train.settings import run as run_command
-from train.subjects import Shipped, open_subject
+from train.errors import ModelError, SettingsError
+from train.models.checkpoints import load
+from train.models.prior import DiffusionPrior, Shape
+from train.models.trained_prior import load_prior
+from train.robustness.subjects import Shipped, open_subject
+from train.run.settings import run as run_command
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_embeddings_are_the_clips_own(settings: Settings, clip: Path) -> None:
     assert found["train"].shape == (150, DIM)
     assert found["test"].shape == (20, DIM)
     source = load(str(clip), None)
-    train_set = data.load(settings.data, train=True)
+    train_set = dataset.load(settings.data, train=True)
     assert found["labels"].tolist() == [train_set[i][1] for i in range(150)]
     torch.testing.assert_close(found["train"].norm(dim=1), torch.ones(150))
     ((images, _, _),) = batches(Pictures(train_set, source.model.visual), [[(3, 0), (149, 0)]], 0)
@@ -343,7 +343,7 @@ def test_evaluations_of_diff_that_make_no_sense(
 def test_prior_made_for_another_clip(made: Conditioned, tmp_path: Path) -> None:
     model = write_folder(tmp_path / "model", "vit", **VISION)
     subject = open_subject(str(model), prior=str(made.weights))
-    with pytest.raises(ExportError, match="the prior is made for embeddings and text tokens of 32"):
+    with pytest.raises(ModelError, match="the prior is made for embeddings and text tokens of 32"):
         subject.defence(["a", "b"], DiffPurifier())
 
 

@@ -21,17 +21,19 @@ from safetensors.torch import load_file
 
 from edgeclip import LabelError
 from edgeclip.storage import sha256
-from export import ExportError
-from export.checkpoints import load
-from export.weight_files import join_sha256
-from train import data, evaluate, report, subjects
-from train.checks import CHECKS
+from train import evaluate
+from train.data import dataset
+from train.data.loader import Pictures, batches, draw
+from train.errors import ModelError, SettingsError
 from train.evaluate import build_parser
-from train.measurement import Measurement
-from train.model import Classifier, Pictures, batches, class_embeddings, draw
-from train.protocols import PROTOCOLS
-from train.settings import SettingsError
-from train.subjects import open_subject
+from train.models.checkpoints import load
+from train.models.classifier import Classifier, class_embeddings
+from train.models.weight_files import join_sha256
+from train.robustness import result_file, subjects
+from train.robustness.checks import CHECKS
+from train.robustness.measurement import Measurement
+from train.robustness.protocols import PROTOCOLS
+from train.robustness.subjects import open_subject
 
 SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}
 MODES = ["exact", "identity", "encoder", "released"]
@@ -107,7 +109,7 @@ def test_every_gradient_has_its_rows(words: list[str], capsys: pytest.CaptureFix
 def test_clean_accuracy_equals_a_plain_loop(words: list[str], subject: Path) -> None:
     found = run(words, "--attack", "pgd", "--template", "a {}", "--template", "the {}")
     source = load(str(subject), None)
-    test_set = data.load(words[2], train=False)
+    test_set = dataset.load(words[2], train=False)
     model = Classifier(source, class_embeddings(source, test_set.classes, ["a {}", "the {}"]))
     keys = draw(len(test_set), 40, seed=0)
     ((images, labels, _),) = batches(Pictures(test_set, source.model.visual), [keys], 0)
@@ -345,7 +347,7 @@ def test_an_image_tower_is_measured_over_the_models_weights(
     base = plain["settings"]["weights_sha256"]
     assert found["settings"]["weights_sha256"] == join_sha256([base, sha256(tower)])
     assert found["settings"]["visual"] == str(tower)
-    assert report.read(Path(words[-1])).model == f"{subject} {tower}"
+    assert result_file.read(Path(words[-1])).model == f"{subject} {tower}"
     with pytest.raises(SettingsError, match=r"other settings \(quick_gelu\)"):
         run(words, *few, "--visual", str(tower), "--quickgelu")
 
@@ -456,9 +458,9 @@ def test_bad_subjects_and_data(words: list[str]) -> None:
         run(words, "--template", "no place")
     with pytest.raises(SettingsError, match="is a folder"):
         run(words, "--out", str(Path(words[-1]).parent))
-    with pytest.raises(ExportError, match="unknown model"):
+    with pytest.raises(ModelError, match="unknown model"):
         run(["nothing-of-this-name", *words[1:]])
-    with pytest.raises(data.DataError, match="unknown data set"):
+    with pytest.raises(dataset.DataError, match="unknown data set"):
         run(words, "--data", "mnist-of-mars")
     for option in ("--data", "--eps", "--out"):
         at = words.index(option)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import write_idx
 
-from train import fashion as pictures
-from train.samples import DataError
+from train.data import augment
+from train.data import fashion_mnist as pictures
+from train.errors import DataError
 
 
 def test_load_reads_idx_files(fashion_folder: Path, fashion: tuple[np.ndarray, np.ndarray]) -> None:
@@ -60,7 +61,7 @@ def test_damaged_data_set(raw: bytes, fashion_folder: Path) -> None:
 
 def test_recolour_paints_ground_and_garment(fashion: tuple[np.ndarray, np.ndarray]) -> None:
     grey = torch.from_numpy(fashion[0][:33, :, :, 0].copy())
-    found = pictures.recolour(grey, torch.Generator().manual_seed(0))
+    found = augment.recolour(grey, torch.Generator().manual_seed(0))
     assert found.shape == (33, 3, 28, 28)
     ground = (grey == 0).unsqueeze(1).expand_as(found)
     assert found[ground].min() >= 0.75
@@ -68,13 +69,13 @@ def test_recolour_paints_ground_and_garment(fashion: tuple[np.ndarray, np.ndarra
     # One colour per picture: every channel of the ground is constant.
     for picture, mask in zip(found, grey == 0, strict=True):
         assert picture[:, mask].std(dim=1).max() < 1e-6
-    again = pictures.recolour(grey, torch.Generator().manual_seed(0))
+    again = augment.recolour(grey, torch.Generator().manual_seed(0))
     torch.testing.assert_close(found, again, rtol=0, atol=0)
 
 
 def test_augment_is_seeded_varied_and_in_range(fashion: tuple[np.ndarray, np.ndarray]) -> None:
     grey = torch.from_numpy(fashion[0][:1, :, :, 0].copy()).repeat(200, 1, 1)
-    found = pictures.augment(grey, torch.Generator().manual_seed(0))
+    found = augment.augment(grey, torch.Generator().manual_seed(0))
     assert found.shape == (200, 3, 28, 28)
     assert found.min() >= 0
     assert found.max() <= 1
@@ -83,5 +84,5 @@ def test_augment_is_seeded_varied_and_in_range(fashion: tuple[np.ndarray, np.nda
     corner = found[:, :, 0, 0].mean(1)
     assert (corner < 0.2).float().mean() > 0.2
     assert (corner > 0.7).float().mean() > 0.2
-    again = pictures.augment(grey, torch.Generator().manual_seed(0))
+    again = augment.augment(grey, torch.Generator().manual_seed(0))
     torch.testing.assert_close(found, again, rtol=0, atol=0)

@@ -11,10 +11,10 @@ from export_models import write_folder
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from export.checkpoints import load
 from train import interpolate
+from train.errors import SettingsError
 from train.interpolate import build_parser
-from train.settings import SettingsError
+from train.models.checkpoints import load
 
 SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}
 

@@ -12,10 +12,11 @@ from export_models import exported
 from torchvision import transforms
 
 import edgeclip
-from train.augment import AUGMENTATIONS
-from train.data import DataError, DataSet
-from train.model import Classifier, Pictures, batches, class_embeddings, draw, generators, seed_of
-from train.samples import ImageFiles
+from train.data.augment import AUGMENTATIONS
+from train.data.dataset import DataError, DataSet
+from train.data.loader import Pictures, batches, draw, generators, seed_of
+from train.data.samples import ImageFiles
+from train.models.classifier import Classifier, class_embeddings
 
 PHOTOS = sorted(Path("examples").glob("*.jpg"))
 NAMES = ("trousers", "dress", "boot")

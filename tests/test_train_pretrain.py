@@ -16,10 +16,10 @@ import open_clip
 import pytest
 import torch
 
-from train import fashion
+from train.data import fashion_mnist
+from train.errors import SettingsError
 from train.pretrain import Settings, contrastive_loss, draw_prompts, learning_rate, main
-from train.runs import Metrics, save_checkpoint, write_small_bpe
-from train.settings import SettingsError
+from train.run.folder import Metrics, save_checkpoint, write_small_bpe
 
 TINY = {"width": 32, "layers": 1, "text_layers": 1, "batch_size": 10, "bpe_merges": 100}
 
@@ -180,6 +180,6 @@ def test_missing_data_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_class_names_are_the_first_synonyms() -> None:
-    assert len(set(fashion.FASHION_CLASSES)) == 10
-    every = [name for names in fashion.FASHION_NAMES for name in names]
+    assert len(set(fashion_mnist.FASHION_CLASSES)) == 10
+    every = [name for names in fashion_mnist.FASHION_NAMES for name in names]
     assert len(set(every)) == len(every), "one name, two classes"

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from export import ExportError
 from train.diffusion_prior import DiffusionPrior
-from train.prior_network import Schedule, Shape
+from train.errors import ModelError
+from train.models.prior import Schedule, Shape
 
 GOLDEN = Path(__file__).parent / "vectors" / "diffusion_prior.npz"
 EPS = 1e-5
@@ -390,7 +390,7 @@ QUERY = "net.causal_transformer.layers.1.0.to_q.weight"
 )
 def test_keys_that_do_not_fit_are_named(state: dict, change: dict, message: str) -> None:
     changed = {key: value for key, value in (state | change).items() if value is not None}
-    with pytest.raises(ExportError, match=message) as error:
+    with pytest.raises(ModelError, match=message) as error:
         DiffusionPrior.from_state_dict(changed)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600
@@ -398,13 +398,13 @@ def test_keys_that_do_not_fit_are_named(state: dict, change: dict, message: str)
 
 @pytest.mark.parametrize("given", [{}, {"model": {}}, {"state_dict": {"a": torch.ones(1)}}])
 def test_states_of_something_else(given: dict) -> None:
-    with pytest.raises(ExportError, match="not the weights of a diffusion prior"):
+    with pytest.raises(ModelError, match="not the weights of a diffusion prior"):
         DiffusionPrior.from_state_dict(given)
 
 
 def test_many_missing_keys_are_not_all_told(state: dict) -> None:
     few = {key: value for key, value in state.items() if "layers.1" not in key or "to_q" in key}
-    with pytest.raises(ExportError, match=r"missing: .*, \.\.\.$"):
+    with pytest.raises(ModelError, match=r"missing: .*, \.\.\.$"):
         DiffusionPrior.from_state_dict(few)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import data_sets
 import pytest
 
-from train.protocols import PROTOCOLS, Protocol, describe, find, missing
-from train.settings import SettingsError
-from train.sources import SOURCES
+from train.data.catalog import SOURCES
+from train.errors import SettingsError
+from train.robustness.protocols import PROTOCOLS, Protocol, describe, find, missing
 
 ATTACKS = {"apgd-ce", "apgd-t", "fab-t", "square", "autoattack", "pgd", "cw", "feature"}
 
@@ -84,7 +84,8 @@ def test_missing_packages_count(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_fetched_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, bool, bool]] = []
     monkeypatch.setattr(
-        "train.data.load", lambda spec, *, train, download: asked.append((spec, train, download))
+        "train.data.dataset.load",
+        lambda spec, *, train, download: asked.append((spec, train, download)),
     )
     protocol = PROTOCOLS["clipure-cifar10"]
     assert missing(protocol) == missing(protocol, download=True) == {}

@@ -1,4 +1,4 @@
-"""train.purification against the released code's output, the core and a float64 loop; and that its
+"""train.robustness.purification against the released code's output, the core and a float64 loop; and that its
 gradients are what each mode promises."""
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from test_core_purify import GOLDEN, polar_by_vectors, purify_by_steps, relative
 
 from edgeclip import _core
 from edgeclip.purify import CosPurifier, DiffPurifier, Purifier
-from train.prior_network import DiffusionPrior, Shape
-from train.purification import PURIFIED, NullPrior, purify
+from train.models.prior import DiffusionPrior, Shape
+from train.robustness.purification import PURIFIED, NullPrior, purify
 
 DIMS = [2, 33, 2049]
 # Small steps, one right onto the null text, some beyond it and back, and nothing at all.

@@ -13,8 +13,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from edgeclip import EdgeclipError
+from train.errors import SettingsError
 from train.report import MARKS, main
-from train.settings import SettingsError
 
 PASSED = [{"name": f"name {i}", "passed": True, "figure": f"{i}.5 %"} for i in range(1, 11)]
 NOTE = "± is half the width of the 95 % Wilson interval of the worst case."
@@ -23,13 +23,13 @@ COS = {"steps": 10, "step_size": 30.0}
 
 @pytest.fixture(autouse=True)
 def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.report.ENOUGH", 1)
+    monkeypatch.setattr("train.robustness.result_file.ENOUGH", 1)
 
 
 def test_few_images_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.report.ENOUGH", 9)
+    monkeypatch.setattr("train.robustness.result_file.ENOUGH", 9)
     text = shown(capsys, plain(tmp_path / "few.json", "1" * 8, "1" * 8))
     assert rows(text, "runs/few")[0][2] == "**8**"
     assert "A **bold n** is below 9: a first look." in text

@@ -18,15 +18,18 @@ from export_models import write_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from edgeclip.storage import sha256
-from export import ExportError
-from export.checkpoints import load
-from export.weight_files import join_sha256
-from train import data, tgazsr
+from train import tgazsr
 from train.attacks import pgd
-from train.model import Classifier, Pictures, class_embeddings, draw, generators
-from train.settings import SettingsError, parse_settings
-from train.settings import run as run_command
-from train.tgazsr import Settings, checked, epoch_keys, learning_rate
+from train.data import dataset
+from train.data.loader import Pictures, draw, generators
+from train.errors import ModelError, SettingsError
+from train.models.checkpoints import load
+from train.models.classifier import Classifier, class_embeddings
+from train.models.weight_files import join_sha256
+from train.run.optimizer import learning_rate
+from train.run.settings import parse_settings
+from train.run.settings import run as run_command
+from train.tgazsr import Settings, checked, epoch_keys
 from train.variants import WEIGHTS, attack, loss_terms
 
 CPU = torch.device("cpu")
@@ -123,7 +126,7 @@ def test_tecoa_is_tga_without_its_terms(settings: Settings) -> None:
 
 def test_attack_on_the_loss_is_stronger_than_noise(settings: Settings) -> None:
     source = load(settings.model, None)
-    pairs = data.load(settings.data, train=True)
+    pairs = dataset.load(settings.data, train=True)
     classifier = Classifier(source, class_embeddings(source, pairs.classes, ["a {}"])).eval()
     images = torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     labels, seeds = torch.arange(30) % 10, torch.arange(30)
@@ -368,7 +371,7 @@ def test_every_setting_counts(settings: Settings) -> None:
 def test_validation_is_an_attack(settings: Settings) -> None:
     """Counted again image by image, with the attack that it claims."""
     source = load(settings.model, None)
-    test_set = data.load(settings.data, train=False)
+    test_set = dataset.load(settings.data, train=False)
     classifier = Classifier(source, class_embeddings(source, test_set.classes, ["a {}"])).eval()
     pictures = Pictures(test_set, source.model.visual)
     chosen = checked(replace(settings, eps=0.03, step_size=0.01, validate_steps=5), 1)
@@ -456,13 +459,13 @@ def test_run_is_neither_overwritten_nor_mixed(settings: Settings, tmp_path: Path
 def test_weights_of_another_architecture(settings: Settings, tmp_path: Path) -> None:
     wide = write_folder(tmp_path / "wide", "vit", **SMALL | {"width": 64})
     file = wide / "open_clip_model.safetensors"
-    with pytest.raises(ExportError, match="does not hold this model's weights"):
+    with pytest.raises(ModelError, match="does not hold this model's weights"):
         run(replace(settings, pretrained=str(file)))
 
 
 def test_folder_without_classes(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(data.DataError, match="no class folders in"):
+    with pytest.raises(dataset.DataError, match="no class folders in"):
         run(replace(settings, data=f"folder:{tmp_path / 'empty'}"))
 
 

@@ -14,9 +14,9 @@ from test_train_defence import toy, toy_images
 from test_train_purification import null_prior
 
 from edgeclip.purify import CosPurifier, DiffPurifier
-from train.defence import GRADIENTS, Defence, Guessed, right
-from train.settings import SettingsError
-from train.threat import ATTACKS, AUTOATTACK, Bank, Stage, Threat, build, plan
+from train.errors import SettingsError
+from train.robustness.defence import GRADIENTS, Defence, Guessed, right
+from train.robustness.threat import ATTACKS, AUTOATTACK, Bank, Stage, Threat, build, plan
 
 OURS = ("pgd", "cw", "feature")
 EPS = {"linf": 8 / 255, "l2": 0.4}
@@ -517,7 +517,7 @@ def guesses(monkeypatch: pytest.MonkeyPatch) -> list[Guessed]:
             super().__init__(defence, seed)
             made.append(self)
 
-    monkeypatch.setattr("train.threat.Guessed", Noted)
+    monkeypatch.setattr("train.robustness.threat.Guessed", Noted)
     return made
 
 

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from export_models import write_folder
 
-from export.checkpoints import load
 from train.attacks import pgd
 from train.attention import attention_map, complementary_attention_map
+from train.data.loader import generators
 from train.losses import squared_distance
-from train.model import Classifier, class_embeddings, generators
-from train.tgazsr import Settings, build_optimizer, checked
+from train.models.checkpoints import load
+from train.models.classifier import Classifier, class_embeddings
+from train.run.optimizer import build_optimizer
+from train.tgazsr import Settings, checked
 from train.variants import attack, loss_terms
 
 SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}

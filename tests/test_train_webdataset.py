@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from data_sets import Found, picture, png, write_lines
 
-from train import data
-from train.data import DataError
+from train.data import dataset
+from train.data.dataset import DataError
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
@@ -34,14 +34,14 @@ def write_shard(path: Path, samples: dict[str, tuple[np.ndarray, int]], kind: st
     write_tar(path, members)
 
 
-def contents(found: data.DataSet) -> Found:
+def contents(found: dataset.DataSet) -> Found:
     pairs = [found[i] for i in range(len(found))]
     return {image.tobytes(): found.classes[label] for image, label in pairs}
 
 
 def one_line(spec: str, *, train: bool = False) -> str:
     with pytest.raises(DataError) as caught:
-        data.load(spec, train=train)
+        dataset.load(spec, train=train)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -81,7 +81,7 @@ def test_patterns(
         assert pattern.partition("{")[0].partition("*")[0] in one_line(spec)
         return
     expected = {key: name for shard in wanted for key, name in shards[shard].items()}
-    found = data.load(spec, train=True)
+    found = dataset.load(spec, train=True)
     assert contents(found) == expected
     assert contents(pickle.loads(pickle.dumps(found))) == expected
     assert found.classes == ("cat", "big dog")
@@ -99,8 +99,8 @@ def test_messages_about_patterns(tmp_path: Path, shards: dict[str, Found]) -> No
 
 def test_folder_with_both_splits(tmp_path: Path, shards: dict[str, Found]) -> None:
     spec = f"webdataset:{tmp_path}"
-    assert contents(data.load(spec, train=True)) == shards["train-00"]
-    assert len(data.load(spec, train=False)) == 12
+    assert contents(dataset.load(spec, train=True)) == shards["train-00"]
+    assert len(dataset.load(spec, train=False)) == 12
     (tmp_path / "train-00.tar").unlink()
     assert "no training shards in" in one_line(spec, train=True)
 
@@ -115,14 +115,14 @@ def test_folder_of_clip_benchmark(tmp_path: Path, shards: dict[str, Found]) -> N
     write_lines(
         root / "zeroshot_classification_templates.txt", ["a photo of a {c}.", 'a "{c}".', ""]
     )
-    train, test = (data.load(f"webdataset:{root}", train=train) for train in (True, False))
+    train, test = (dataset.load(f"webdataset:{root}", train=train) for train in (True, False))
     assert contents(train) == shards["train-00"]
     assert contents(test) == shards["test-08"]
     assert test.classes == ("cat", "big dog")
     assert test.templates == ("a photo of a {}.", 'a "{}".')
     templates = root / "zeroshot_classification_templates.txt"
     templates.write_bytes("\ufeffa {c}.\ra\u2028{c}".encode())
-    assert data.load(f"webdataset:{root}", train=False).templates == ("a {}.", "a\u2028{}")
+    assert dataset.load(f"webdataset:{root}", train=False).templates == ("a {}.", "a\u2028{}")
     templates.write_bytes(b"\xe9 {c}")
     assert "templates.txt: not UTF-8 text" in one_line(f"webdataset:{root}")
 
@@ -132,7 +132,7 @@ def test_folder_of_shards_alone(tmp_path: Path) -> None:
     assert "no shards in" in one_line(f"webdataset:{tmp_path}")
     write_shard(tmp_path / "0.tar", {"a": (picture(), 0)})
     for train in (False, True):
-        assert len(data.load(f"webdataset:{tmp_path}", train=train)) == 1
+        assert len(dataset.load(f"webdataset:{tmp_path}", train=train)) == 1
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_every_suffix_is_an_image(kind: str, tmp_path: Path) -> None:
     write_lines(tmp_path / "classes.txt", ["cat", "dog"])
     samples = {"a": (picture(), 1)}
     write_shard(tmp_path / "0.tar", samples, kind)
-    found = data.load(f"webdataset:{tmp_path}", train=False)
+    found = dataset.load(f"webdataset:{tmp_path}", train=False)
     assert contents(found) == {samples["a"][0].tobytes(): "dog"}
 
 
@@ -189,7 +189,7 @@ def test_an_image_without_its_decoder_is_named(
     heic = (Path(__file__).parent / "vectors" / "red_over_blue.heic").read_bytes()
     write_lines(tmp_path / "classes.txt", ["cat"])
     write_tar(tmp_path / "0.tar", {"a.heic": heic, "a.cls": b"0"})
-    found = data.load(f"webdataset:{tmp_path}", train=False)
+    found = dataset.load(f"webdataset:{tmp_path}", train=False)
     with pytest.raises(DataError, match=r"pip install 'edgeclip\[formats\]'"):
         found[0]
 
@@ -198,7 +198,7 @@ def test_broken_images_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "classes.txt", ["cat"])
     shard = tmp_path / "0.tar"
     write_tar(shard, {"a.jpg": b"no image", "a.cls": b"0"})
-    found = data.load(f"webdataset:{shard}", train=False)
+    found = dataset.load(f"webdataset:{shard}", train=False)
     with pytest.raises(DataError, match=r"image 0 of webdataset cannot be read: .*0\.tar, byte"):
         found[0]
     shard.unlink()

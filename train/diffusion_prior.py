@@ -3,7 +3,7 @@
     python -m train.diffusion_prior --bundle-checkpoint runs/fashion --data fashion-mnist --out runs/prior
 
 The images are embedded once. Each step noises some of the embeddings, and the network of
-train.prior_network learns to predict them, given a prompt of the image's class, the null text (which
+train.models.prior learns to predict them, given a prompt of the image's class, the null text (which
 is all that a purification knows), or no text at all. The run is a folder whose prior.safetensors, the
 mean of the weights over the last steps, has the keys of dalle2-pytorch. It resumes at any step.
 """
@@ -15,7 +15,6 @@ import math
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +23,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edgeclip import storage
-from edgeclip.bundle import MANIFEST
-from export.architectures import CONFIG
-from export.bundle import wording
-from export.checkpoints import Source, load
-from export.diffusion_prior import WEIGHTS, text_tokens
-from train import data
-from train.augment import AUGMENTATIONS
-from train.distributed import choose_device
-from train.model import Classifier, Pictures, batches, seed_of, split
-from train.prior_network import Context, DiffusionPrior, Shape
-from train.runs import Metrics, load_checkpoint, save_checkpoint
-from train.settings import SettingsError, check_number, parse_settings, run, setting
+from train.data import dataset
+from train.data.augment import AUGMENTATIONS
+from train.data.loader import Pictures, batches, seed_of, split
+from train.errors import SettingsError
+from train.models.checkpoints import Source, load
+from train.models.classifier import Classifier
+from train.models.prior import Context, DiffusionPrior, Shape
+from train.models.trained_prior import WEIGHTS, text_tokens
+from train.models.wording import wording
+from train.run.folder import Metrics, check_same_run, open_folder, save_checkpoint
+from train.run.optimizer import learning_rate, parameter_groups, set_learning_rate
+from train.run.processes import choose_device
+from train.run.settings import check_number, parse_settings, run, setting
 
 __all__ = ["DiffusionPrior", "Settings", "train"]
 
@@ -124,7 +124,7 @@ def checked(settings: Settings) -> Settings:
 
 
 def read_texts(source: Source, classes: tuple[str, ...]) -> Texts:
-    """The null text, and each class in each template of the model. Raises ExportError."""
+    """The null text, and each class in each template of the model. Raises ModelError."""
     words = wording(source)
     prompts = [t.replace("{}", name) for name in classes for t in words.templates]
     embeddings, tokens = text_tokens(source, prompts)
@@ -144,7 +144,7 @@ def read_texts(source: Source, classes: tuple[str, ...]) -> Texts:
 
 @torch.no_grad()
 def embed(
-    settings: Settings, source: Source, images: data.DataSet, device: torch.device, *, test: bool
+    settings: Settings, source: Source, images: dataset.DataSet, device: torch.device, *, test: bool
 ) -> tuple[Tensor, Tensor]:
     """Unit embeddings (M, D) of all views of all images, and their classes (M,)."""
     model = Classifier(source, torch.zeros(1, 1), tokens=False).to(device).eval()
@@ -166,26 +166,19 @@ def embeddings(
     settings: Settings, source: Source, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor | None, Texts]:
     """Of training images, their classes, of test images, and texts; from the run's folder if there."""
-    train_set = data.load(settings.data, train=True, download=settings.download)
+    train_set = dataset.load(settings.data, train=True, download=settings.download)
     texts = read_texts(source, train_set.classes)
     file = settings.out / EMBEDDINGS
     if not file.is_file():
         rows, labels = embed(settings, source, train_set, device, test=False)
         found = {"train": rows, "labels": labels}
         if settings.validate:
-            test_set = data.load(settings.data, train=False, download=settings.download)
+            test_set = dataset.load(settings.data, train=False, download=settings.download)
             found["test"] = embed(settings, source, test_set, device, test=True)[0]
         with storage.draft(file) as part:
             save_file(found, part)
     found = load_file(file)
     return found["train"], found["labels"], found.get("test"), texts
-
-
-def learning_rate(step: int, settings: Settings) -> float:
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def choose_texts(
@@ -234,30 +227,6 @@ def validate(prior: DiffusionPrior, texts: Texts, rows: Tensor, seed: int) -> di
     return found
 
 
-def open_folder(settings: Settings, now: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint to go on from, None for a new run. Raises SettingsError for what is neither."""
-    out = settings.out
-    if out.exists() and not out.is_dir():
-        raise SettingsError(f"{out} is a file: --out names a folder")
-    previous = load_checkpoint(out)
-    if previous is None:
-        for name in (CONFIG, MANIFEST):  # some of whose files have the names of this run's
-            if (out / name).is_file():
-                raise SettingsError(f"{out} holds a model or a bundle: name another folder")
-        return None
-    if "prior" not in previous:
-        raise SettingsError(f"{out} holds a run of another kind: name another folder")
-    if not settings.resume:
-        raise SettingsError(f"{out} holds a run already: add --resume, or name another folder")
-    for name, value in now.items():
-        if name not in FREE and previous["training"].get(name) != value:
-            raise SettingsError(
-                f"{out} was begun with {name.replace('_', '-')} {previous['training'].get(name)}, "
-                f"not {value}: resume it with the same, or name another folder"
-            )
-    return previous
-
-
 def train(settings: Settings) -> None:
     """Train, or go on; prior.safetensors is there at the end."""
     settings, device = checked(settings), choose_device(settings.device)
@@ -273,7 +242,9 @@ def train(settings: Settings) -> None:
     told = {key: str(value) if isinstance(value, Path) else value
             for key, value in asdict(settings).items()}  # fmt: skip
     told["weights_sha256"] = source.weights_sha256
-    previous = open_folder(settings, told)
+    previous = open_folder(out, setting="bundle_checkpoint", resume=settings.resume)
+    if previous is not None:
+        check_same_run(out, told, previous["training"], may_change=FREE)
     if previous is not None and previous["step"] == settings.steps and (out / WEIGHTS).is_file():
         print(f"{out} is finished already")
         return
@@ -286,9 +257,7 @@ def train(settings: Settings) -> None:
     prior = DiffusionPrior(Shape(rows.shape[1], settings.depth, settings.heads)).to(device)
     mean = copy.deepcopy(prior).requires_grad_(False)
     trained = [p for p in prior.parameters() if p.requires_grad]
-    matrices, others = ([p for p in trained if (p.ndim >= 2) == x] for x in (True, False))
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay},
-              {"params": others, "weight_decay": 0.0}]  # fmt: skip
+    groups = parameter_groups(trained, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
     step, total = 0, 0.0  # the sum of the losses since the last row of metrics
     if previous is not None:
@@ -306,8 +275,10 @@ def train(settings: Settings) -> None:
     with closing(Metrics(settings.out, step)) as metrics, Progress(*columns) as bar:
         task = bar.add_task("prior", total=settings.steps, completed=step)
         while step < settings.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, settings)
+            rate = learning_rate(
+                step, settings.steps, settings.learning_rate, settings.warmup_steps
+            )
+            set_learning_rate(optimizer, rate)
             loss = batch_loss(settings, prior, texts, rows, labels, step)
             optimizer.zero_grad()
             loss.backward()

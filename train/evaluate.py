@@ -23,13 +23,14 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 
 from edgeclip.purify import from_dict
-from export.weight_options import add_weight_options
-from train.defence import GRADIENTS
-from train.distributed import choose_device, processes
-from train.measurement import Measurement
-from train.protocols import Protocol, Radius, describe, find, missing
-from train.settings import Parser, SettingsError, check_eps, check_number, fraction, run
-from train.threat import ATTACKS
+from train.errors import SettingsError
+from train.models.weight_options import add_weight_options
+from train.robustness.defence import GRADIENTS
+from train.robustness.measurement import Measurement
+from train.robustness.protocols import Protocol, Radius, describe, find, missing
+from train.robustness.threat import ATTACKS
+from train.run.processes import choose_device, processes
+from train.run.settings import Parser, check_eps, check_number, fraction, run
 
 EPILOG = """examples:
   python -m train.evaluate runs/fashion --data fashion-mnist --eps 8/255 --out plain.json

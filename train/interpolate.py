@@ -22,26 +22,19 @@ from rich.table import Table
 
 from edgeclip import storage
 from edgeclip.json_output import to_json
-from export.architectures import CONFIG
-from export.bundle import wording
-from export.checkpoints import Source, load
-from export.weight_files import StateDict
-from export.weight_options import add_weight_options
-from train import data
 from train.attacks import pgd
-from train.distributed import choose_device
-from train.model import (
-    Classifier,
-    Pictures,
-    batches,
-    class_embeddings,
-    count_right,
-    draw,
-    generators,
-    split,
-)
-from train.runs import copy_tokenizer, save_model
-from train.settings import Parser, SettingsError, check_eps, check_number, fraction, run
+from train.data import dataset
+from train.data.loader import Pictures, batches, draw, generators, split
+from train.errors import SettingsError
+from train.models.architectures import CONFIG
+from train.models.checkpoints import Source, load
+from train.models.classifier import Classifier, class_embeddings, count_right
+from train.models.weight_files import StateDict
+from train.models.weight_options import add_weight_options
+from train.models.wording import wording
+from train.run.folder import copy_tokenizer, save_model
+from train.run.processes import choose_device
+from train.run.settings import Parser, check_eps, check_number, fraction, run
 
 EPILOG = """examples:
   python -m train.interpolate runs/fashion runs/fashion-tga --alpha 0.8 --out runs/fashion-tga-80
@@ -80,7 +73,7 @@ def interpolate(original: StateDict, robust: StateDict, alpha: float) -> StateDi
 
 def sweep(args: argparse.Namespace, original: Source, robust: Source) -> list[dict[str, float]]:
     """Clean and attacked accuracy at each alpha; the robust source's model is changed."""
-    test_set = data.load(args.data, train=False, download=args.download)
+    test_set = dataset.load(args.data, train=False, download=args.download)
     classes = class_embeddings(original, test_set.classes, wording(original).templates)
     device = choose_device(args.device)
     ends = original.model.state_dict(), {k: v.clone() for k, v in robust.model.state_dict().items()}

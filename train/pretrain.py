@@ -23,10 +23,11 @@ from open_clip.tokenizer import SimpleTokenizer
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from edgeclip.json_output import to_json
-from export.architectures import CONFIG
-from train import fashion
-from train.runs import load_checkpoint, save_checkpoint, save_model, write_small_bpe
-from train.settings import SettingsError, parse_settings, run, setting
+from train.data import augment, fashion_mnist
+from train.errors import SettingsError
+from train.models.architectures import CONFIG
+from train.run.folder import load_checkpoint, save_checkpoint, save_model, write_small_bpe
+from train.run.settings import parse_settings, run, setting
 
 EPILOG = """examples:
   python -m train.pretrain --data fashion-mnist --out runs/fashion
@@ -122,11 +123,11 @@ def learning_rate(step: int, total: int, settings: Settings) -> float:
 def draw_prompts(rng: random.Random, per_class: int) -> tuple[list[str], torch.Tensor]:
     """`per_class` random wordings of every class, and the class of each, int64 (P,)."""
     prompts, classes = [], []
-    for index, names in enumerate(fashion.FASHION_NAMES):
+    for index, names in enumerate(fashion_mnist.FASHION_NAMES):
         for _ in range(per_class):
             # Half of the wordings are the canonical name, which most label files will use.
             name = names[0] if rng.random() < 0.5 else rng.choice(names)
-            prompts.append(rng.choice(fashion.FASHION_TEMPLATES).format(name))
+            prompts.append(rng.choice(fashion_mnist.FASHION_TEMPLATES).format(name))
             classes.append(index)
     return prompts, torch.tensor(classes)
 
@@ -153,7 +154,9 @@ def contrastive_loss(
 @torch.no_grad()
 def class_embeddings(model: CLIP, tokenizer: SimpleTokenizer, length: int) -> torch.Tensor:
     """Unit embeddings (10, D) of the canonical class names in the first template."""
-    prompts = [fashion.FASHION_TEMPLATES[0].format(name) for name in fashion.FASHION_CLASSES]
+    prompts = [
+        fashion_mnist.FASHION_TEMPLATES[0].format(name) for name in fashion_mnist.FASHION_CLASSES
+    ]
     return model.encode_text(tokenizer(prompts, length), normalize=True)
 
 
@@ -173,8 +176,8 @@ def accuracy(
 def main(settings: Settings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    train_split = fashion.load_split(settings.data, train=True, download=settings.download)
-    test_split = fashion.load_split(settings.data, train=False, download=settings.download)
+    train_split = fashion_mnist.load_split(settings.data, train=True, download=settings.download)
+    test_split = fashion_mnist.load_split(settings.data, train=False, download=settings.download)
     previous = load_checkpoint(settings.out)
     if previous is not None and not settings.resume:
         raise SettingsError(
@@ -215,7 +218,7 @@ def main(settings: Settings) -> None:
             order = torch.randperm(len(train_split.labels), generator=rng)
             for i in range(steps_per_epoch):
                 chosen = order[i * settings.batch_size : (i + 1) * settings.batch_size]
-                images = fashion.augment(train_split.images[chosen], rng) * 2 - 1
+                images = augment.augment(train_split.images[chosen], rng) * 2 - 1
                 prompts, text_labels = draw_prompts(wording, settings.prompts_per_class)
                 rate = learning_rate(epoch * steps_per_epoch + i, total, settings)
                 for group in optimizer.param_groups:
@@ -241,12 +244,16 @@ def main(settings: Settings) -> None:
                 )
 
             model.eval()
-            light = fashion.recolour(test_split.images, torch.Generator().manual_seed(0))
+            light = augment.recolour(test_split.images, torch.Generator().manual_seed(0))
             row = {
                 "epoch": epoch + 1,
                 "loss": loss_sum / steps_per_epoch,
                 "test_accuracy": accuracy(
-                    model, tokenizer, length, fashion.to_rgb(test_split.images), test_split.labels
+                    model,
+                    tokenizer,
+                    length,
+                    augment.to_rgb(test_split.images),
+                    test_split.labels,
                 ),
                 "light_accuracy": accuracy(model, tokenizer, length, light, test_split.labels),
                 "seconds": time.monotonic() - started,

@@ -25,32 +25,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from export.architectures import CONFIG
-from export.checkpoints import Source, load
-from train import data
-from train.augment import AUGMENTATIONS
-from train.distributed import all_sum, choose_device, main_first, processes
+from train.data import dataset
+from train.data.augment import AUGMENTATIONS
+from train.data.loader import Pictures, batches, draw, seed_of, split
+from train.errors import SettingsError
 from train.losses import DISTANCES
-from train.model import (
-    Classifier,
-    Pictures,
-    batches,
-    class_embeddings,
-    count_right,
-    draw,
-    seed_of,
-    split,
+from train.models.checkpoints import Source, load
+from train.models.classifier import Classifier, class_embeddings, count_right
+from train.run.folder import (
+    Metrics,
+    check_same_run,
+    copy_tokenizer,
+    open_folder,
+    save_checkpoint,
+    save_model,
 )
-from train.runs import Metrics, copy_tokenizer, load_checkpoint, save_checkpoint, save_model
-from train.settings import (
-    SettingsError,
-    check_eps,
-    check_number,
-    fraction,
-    parse_settings,
-    run,
-    setting,
-)
+from train.run.optimizer import learning_rate, parameter_groups, set_learning_rate
+from train.run.processes import all_sum, choose_device, main_first, processes
+from train.run.settings import check_eps, check_number, fraction, parse_settings, run, setting
 from train.variants import WEIGHTS, attack, loss_terms
 
 EPILOG = """examples:
@@ -158,22 +150,11 @@ def checked(settings: Settings, world: int) -> Settings:
 
 
 def build_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups = parameter_groups(parameters, settings.weight_decay)
     rate, momentum = settings.learning_rate, settings.momentum
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=momentum)
     return torch.optim.AdamW(groups, lr=rate, betas=(momentum, 0.98))
-
-
-def learning_rate(step: int, total: int, settings: Settings) -> float:
-    """Linear warm-up from the first step, then a cosine towards zero."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def steps_in_epoch(count: int, settings: Settings) -> int:
@@ -242,7 +223,7 @@ def validate(
     return {"clean_accuracy": clean / len(keys), "robust_accuracy": robust / len(keys)}
 
 
-def run_config(settings: Settings, source: Source, train_set: data.DataSet) -> dict[str, Any]:
+def run_config(settings: Settings, source: Source, train_set: dataset.DataSet) -> dict[str, Any]:
     """The run's open_clip_config.json: the model's own, with what was done to it."""
     wording = dict(source.wording)
     told = wording.get("description") or source.title
@@ -258,34 +239,6 @@ def run_config(settings: Settings, source: Source, train_set: data.DataSet) -> d
     for key, value in asdict(settings).items():
         training[key] = str(value) if isinstance(value, Path) else value
     return source.config | {"edgeclip": wording, "training": training}
-
-
-def open_folder(settings: Settings) -> dict[str, Any] | None:
-    """The checkpoint to go on from, None for a new run. Raises SettingsError for what is neither."""
-    out = settings.out
-    if out.exists() and not out.is_dir():
-        raise SettingsError(f"{out} is a file: --out names a folder")
-    previous = load_checkpoint(out)
-    if previous is None:
-        if (out / CONFIG).is_file():
-            raise SettingsError(f"{out} holds a finished model: name another folder")
-        return None
-    if "variant" not in previous.get("training", {}):
-        raise SettingsError(f"{out} holds a run of another kind: name another folder")
-    if not settings.resume:
-        raise SettingsError(f"{out} holds a run already: add --resume, or name another folder")
-    return previous
-
-
-def refuse_other_run(settings: Settings, now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Raises SettingsError unless the checkpoint is an earlier state of this very run."""
-    for name, value in now.items():
-        if name not in FREE and before.get(name) != value:
-            shown = "" if name == "classes" else f" {before.get(name)}, not {value}"
-            raise SettingsError(
-                f"{settings.out} was begun with {'other ' * (not shown)}{name.replace('_', '-')}"
-                f"{shown}: resume it with the same, or name another folder"
-            )
 
 
 def check_fit(settings: Settings, model: Classifier, name: str, steps: int) -> None:
@@ -307,20 +260,23 @@ def check_fit(settings: Settings, model: Classifier, name: str, steps: int) -> N
         )
 
 
-def load_test_set(settings: Settings) -> data.DataSet:
+def load_test_set(settings: Settings) -> dataset.DataSet:
     try:
-        return data.load(settings.data, train=False, download=settings.download)
-    except data.DataError as err:
-        raise data.DataError(f"{err}; or give --validate 0") from err
+        return dataset.load(settings.data, train=False, download=settings.download)
+    except dataset.DataError as err:
+        raise dataset.DataError(f"{err}; or give --validate 0") from err
 
 
 def train(settings: Settings, rank: int, world: int, device: torch.device) -> None:
-    out, previous = settings.out, open_folder(settings)
+    out, previous = (
+        settings.out,
+        open_folder(settings.out, setting="variant", resume=settings.resume),
+    )
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     with main_first(rank):  # what is not there yet is fetched once
-        train_set = data.load(settings.data, train=True, download=settings.download)
+        train_set = dataset.load(settings.data, train=True, download=settings.download)
         if settings.validate:
             test_set = load_test_set(settings)
         source = load(
@@ -354,7 +310,7 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
 
     step = 0
     if previous is not None:
-        refuse_other_run(settings, config["training"], previous["training"])
+        check_same_run(out, config["training"], previous["training"], may_change=FREE)
         model.load_state_dict(previous["model"], strict=False)
         optimizer.load_state_dict(previous["optimizer"])
         step = previous["step"]
@@ -382,9 +338,8 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
             keys = epoch_keys(len(train_set), epoch, settings, rank, world)[done:]
             started = time.monotonic()
             for batch in batches(pictures, keys, settings.workers):
-                rate = learning_rate(step, total, settings)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+                rate = learning_rate(step, total, settings.learning_rate, settings.warmup_steps)
+                set_learning_rate(optimizer, rate)
                 optimizer.zero_grad()
                 batch = [x.to(device) for x in batch]
                 means = accumulate_gradients(settings, model, parallel, original, negations, batch)

@@ -18,8 +18,9 @@ from torch import nn
 
 from train.attacks import pgd
 from train.attention import attention_map, complementary_attention_map
+from train.data.loader import generators
 from train.losses import pmg_terms, squared_distance, tga_terms
-from train.model import Classifier, Output, generators
+from train.models.classifier import Classifier, Output
 
 # The published weights of the two terms beside the cross-entropy; for pmg our choice.
 WEIGHTS = {

@@ -1,0 +1,1 @@
+"""ONNX graphs: encoders, prior, fused classifier, and their conversion to other precisions."""

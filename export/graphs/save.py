@@ -1,0 +1,38 @@
+"""Saving of ONNX graphs, with their weights beside them where they are large."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+from onnx import helper
+
+# Bytes of weights from which these lie beside the graph, where ONNX Runtime maps them into memory
+# rather than parse and copy them; a protobuf would end at 2 GiB.
+SINGLE_FILE = 16 << 20
+LARGEST_MESSAGE = 1_900_000_000  # bytes of weights that a protobuf takes
+
+
+def save(model: onnx_ir.Model, path: Path) -> None:
+    """Write the graph and its weights: one file, or FILE and FILE.data where they are too large."""
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    if weights > SINGLE_FILE:
+        onnx_ir.save(model, path, external_data=f"{path.name}.data")
+    else:
+        onnx_ir.save(onnx_ir.external_data.load_to_model(model), path)
+
+
+def save_model(model: onnx.ModelProto, path: Path) -> None:
+    """One file, or FILE and FILE.data where the weights are too large for one."""
+    external = weight_bytes(model) > SINGLE_FILE
+    onnx.save(model, path, save_as_external_data=external, location=f"{path.name}.data")
+
+
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """Return the size of the weights in bytes."""
+    return sum(
+        int(np.prod(tensor.dims)) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in model.graph.initializer
+    )

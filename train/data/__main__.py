@@ -1,0 +1,21 @@
+"""List the data sets."""
+
+from __future__ import annotations
+
+from train.data.catalog import SOURCES
+from train.data.dataset import OWN
+from train.data.samples import default_root
+
+
+def main() -> None:
+    """List the public data sets."""
+    for name, source in SOURCES.items():
+        splits = "train, test" if source.trains else "test"
+        place = default_root() / source.folder
+        print(f"{name:16}{source.count:5} classes  {splits:12} {place}")
+    for name, what in OWN.items():
+        print(f"{name}:{what}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What a data set is made of: images that are decoded one at a time, and their class indices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from edgeclip.errors import ImageError
+from edgeclip.images.decoding import decode
+from edgeclip.images.folders import Listing, is_skipped
+from train.errors import DataError
+
+
+class Samples(Protocol):
+    """Images, uint8 RGB (H, W, 3), and class indices. Broken ones raise ImageError or OSError."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]: ...
+
+
+def default_root() -> Path:
+    """The folder of all data sets that are named without one."""
+    return Path(os.environ.get("EDGECLIP_DATA") or "~/.cache/edgeclip/data").expanduser()
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """Grey images in memory, uint8 (N, H, W), and integer labels (N,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return np.repeat(self.images[index][..., None], 3, axis=2), int(self.labels[index])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """Image files: their paths as bytes (N,), and int64 labels (N,).
+
+    An array instead of a list: of a million strings, every worker process would soon hold a copy.
+    """
+
+    paths: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, paths: Sequence[str], labels: Sequence[int]) -> ImageFiles:
+        return cls(
+            np.array([os.fsencode(path) for path in paths], dtype=bytes),
+            np.array(labels, dtype=np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return decode(os.fsdecode(self.paths[index])), int(self.labels[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A data set of torchvision, which gives PIL images or, by `decode` as its loader, arrays."""
+
+    data: Any
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        try:
+            image, label = self.data[index]
+        except Exception as err:  # decoders raise anything on a broken file
+            raise ImageError(str(err)) from err
+        return decode(image), int(label)
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted, without those that are skipped.
+
+    Raises DataError for a dangling link that has the suffix of an image or none.
+    """
+    listing = Listing()
+    entries = [entry for entry in os.scandir(folder) if not is_skipped(entry.name)]
+    for entry in entries:
+        if listing.is_lost(entry.path):
+            raise DataError(f"{entry.path} is a link that leads nowhere: remove or repair it")
+    return sorted(entry.name for entry in entries if entry.is_dir())
+
+
+def class_files(
+    folders: Sequence[Path], *, recursive: bool = False, listing: Listing | None = None
+) -> ImageFiles:
+    """Return the images in each folder, labelled with the folder's index.
+
+    What was left out of all the folders, and already of `listing`, is logged in one line. Raises
+    DataError for a folder without images, or one that cannot be read.
+    """
+    listing = listing or Listing()
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        found = listing.read(str(folder), recursive=recursive)
+        if listing.unreadable:
+            raise DataError(f"the folder {listing.unreadable[0]} cannot be read")
+        if not found:
+            raise DataError(
+                f"no images in {folder}: remove the folder, or put its images there"
+                + (f" ({summary})" if (summary := listing.summary()) else "")
+            )
+        paths += found
+        labels += [label] * len(found)
+    listing.report(os.path.commonpath(folders))
+    return ImageFiles.of(paths, labels)

@@ -1,0 +1,1 @@
+"""Models: checkpoints of any origin, towers, the classifier under training, the diffusion prior."""

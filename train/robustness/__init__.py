@@ -1,0 +1,1 @@
+"""Evaluation under attack: threat, defence, checks, measurements and their results."""
