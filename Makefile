@@ -84,13 +84,13 @@ bench: $(VENV)/.dev
 # The CUDA kernels by nvcc for every GPU of CMakeLists.txt, without a warning, and how many registers
 # they use. Needs nvcc, on the PATH or of pip, and no GPU.
 cuda-check: $(VENV)/.dev
-	$(BIN)/python tests/cuda_check.py
+	$(BIN)/python tests/support/cuda_check.py
 
 # These two need nvcc and an NVIDIA GPU, and have an environment of their own, since ONNX Runtime is
 # either for CPUs or for GPUs. GPU=87 builds for one architecture only. On a Jetson TensorRT is the
 # system's, ONNX Runtime the one for CPUs, and what compares with PyTorch is skipped.
 gpu-test: $(GPU_VENV)/.made
-	$(GPU_VENV)/bin/python -m pytest -m gpu tests/test_core_cuda.py tests/test_gpu.py
+	$(GPU_VENV)/bin/python -m pytest -m gpu tests/csrc/test_cuda.py tests/edgeclip/backends/test_cuda_pipeline.py
 
 gpu-bench: $(GPU_VENV)/.made
 	$(GPU_VENV)/bin/edgeclip bench

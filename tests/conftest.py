@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import shutil
 import signal
 import stat
-import struct
 import sys
+
+from tests.support.data_sets import write_idx
+from tests.support.paths import EXAMPLES, VECTORS
 
 # Before anything imports huggingface_hub, through tokenizers or open_clip.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,8 +22,6 @@ import numpy as np
 import pytest
 
 import edgeclip
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,7 +89,7 @@ def rt() -> edgeclip.Runtime:
 @pytest.fixture(scope="session")
 def fashion() -> tuple[np.ndarray, np.ndarray]:
     """The first 200 test images of Fashion-MNIST as uint8 (N, 28, 28, 3), and their labels (N,)."""
-    with np.load(Path(__file__).parent / "vectors" / "fashion_200.npz") as arrays:
+    with np.load(VECTORS / "fashion_200.npz") as arrays:
         grey, labels = arrays["images"], arrays["labels"]
     return np.repeat(grey[..., None], 3, axis=3), labels
 
@@ -109,12 +108,6 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     except OSError as err:
         pytest.skip(f"devices cannot be made or used here: {err}")
     return found
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    """Write a uint8 array in the MNIST family's IDX format, compressed."""
-    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-    path.write_bytes(gzip.compress(header + array.tobytes(), mtime=0))
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import EXAMPLES
 
 from edgeclip.cli.main import build_parser
+from tests.support.paths import EXAMPLES
 
 ROOT = EXAMPLES.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

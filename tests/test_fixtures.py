@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from export_models import made_once
+
+from tests.support.export_models import made_once
 
 
 def test_a_fixture_is_made_once_for_its_arguments() -> None:

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES
 
 from examples import camera
+from tests.support.paths import EXAMPLES
 
 UNIT = EXAMPLES / "edgeclip-camera.service"
 

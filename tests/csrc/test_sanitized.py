@@ -1,0 +1,42 @@
+"""The C++ operations under the address, undefined-behaviour and thread sanitizers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.compilers import CPU_SOURCES, LEVELS, compile_with, works
+from tests.support.paths import ROOT
+
+SOURCES = [
+    *CPU_SOURCES,
+    ROOT / "csrc" / "cuda" / "no_cuda.cc",
+    ROOT / "tests" / "csrc" / "ops_test.cc",
+]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["-fsanitize=address,undefined", *LEVELS], "all"),
+        (["-fsanitize=thread", *LEVELS], "threads"),
+    ],
+    ids=["address", "thread"],
+)
+def test_operations_run_clean(flags: list[str], what: str, tmp_path: Path) -> None:
+    if not works(flags, tmp_path):
+        pytest.skip(f"{' '.join(flags)} does not work here")
+    program = tmp_path / "ops_test"
+    compile_with(flags, SOURCES, program)
+    # A preloaded library would come before the sanitizer's own, which it refuses.
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    done = subprocess.run(
+        [program, what], check=False, capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "ok\n"

@@ -1,0 +1,135 @@
+"""Which device a bundle gets: the best that works, and what is said about those that do not."""
+
+from __future__ import annotations
+
+import os
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from edgeclip import DeviceError, _core
+from edgeclip.backends import select
+from edgeclip.backends.engine_cache import BuildOptions, EngineCache, EngineKey
+from edgeclip.bundle import Bundle
+from edgeclip.cli.main import main
+from tests.support.paths import EXAMPLES
+
+
+def key(graphs: tuple[str, ...], **changes: object) -> EngineKey:
+    fields = {
+        "module": "tensorrt",
+        "version": "10.3.0",
+        "capability": (8, 7),
+        "device": "Orin",
+        "options": BuildOptions(),
+        "flags": (),
+    }
+    return EngineKey(graphs=graphs, **{**fields, **changes})
+
+
+BAG = str(EXAMPLES / "bag.png")
+ORDER = ["tensorrt", "cuda", "cpu"]
+
+
+def open_auto() -> select.ImageSide:
+    return select.open_image_side(Bundle(), "auto", "auto", batch_size=1, threads=1)
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_auto_goes_on_to_the_next_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: int
+) -> None:
+    real, tried = select._open, []
+
+    def some_fail(bundle: Bundle, device: str, *_: object) -> select.ImageSide:
+        tried.append(device)
+        if device in ORDER[:broken]:
+            raise DeviceError(f"{device} is broken")
+        return real(bundle, "cpu", "fp32", 1, 1)
+
+    monkeypatch.setattr(select, "_open", some_fail)
+    monkeypatch.setattr(select, "available_devices", lambda: ["cuda", "cpu"])
+    monkeypatch.setattr(select, "stored_engines", lambda _: [Path("an.engine")])
+    open_auto()
+    assert tried == ORDER[: broken + 1]
+    said = [record.getMessage() for record in caplog.records]
+    expected = [f"{a} is broken; using {b}" for a, b in pairwise(ORDER)]
+    assert said == expected[:broken]
+
+
+def test_where_nothing_works_the_last_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> select.ImageSide:
+        raise DeviceError("broken")
+
+    monkeypatch.setattr(select, "_open", fail)
+    with pytest.raises(DeviceError, match="broken"):
+        open_auto()
+
+
+def test_a_driver_that_does_not_work_is_a_device_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is tried on it."""
+
+    def broken() -> dict[str, object]:
+        raise RuntimeError("no CUDA-capable device is detected")
+
+    monkeypatch.setattr(_core, "cuda_built", lambda: True)
+    monkeypatch.setattr(_core, "cuda_device", broken, raising=False)
+    with pytest.raises(DeviceError, match="do not work here: no CUDA-capable device"):
+        select.open_image_side(Bundle(), "cuda", "auto", batch_size=1, threads=1)
+
+
+def test_engines_are_those_of_the_bundles_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, cache = Bundle(), EngineCache()
+    cache.save(key(("another graph",)), b"engine", {"golden": 0.0})
+    mine = cache.save(key(select.graph_hashes(bundle, "fp32")), b"engine of mine", {"golden": 0.0})
+    monkeypatch.setattr(select._core, "cuda_built", lambda: True)
+    assert select.stored_engines(bundle) == [mine]
+    monkeypatch.setattr(select._core, "cuda_built", lambda: False)
+    assert select.stored_engines(bundle) == []  # nothing could run them
+
+
+def test_the_latest_engine_whatever_its_options(caplog: pytest.LogCaptureFixture) -> None:
+    cache, graphs = EngineCache(), ("graph",)
+    assert cache.latest(key(graphs)) is None
+    old = cache.save(key(graphs), b"old", {"golden": 0.0})
+    new = cache.save(key(graphs, options=BuildOptions(max_batch=2)), b"new", {"golden": 0.0})
+    os.utime(old, (1, 1))
+    assert cache.latest(key(graphs, options=BuildOptions(max_batch=4))) == new
+    for other in ({"version": "10.13.0"}, {"device": "Thor"}, {"capability": (11, 0)}):
+        assert cache.latest(key(graphs, **other)) is None
+    new.write_bytes(b"damaged")
+    os.utime(new, (2, 2))
+    assert cache.latest(key(graphs)) == old
+    assert "is damaged" in caplog.text
+
+
+@pytest.mark.skipif(_core.cuda_built(), reason="of an extension without CUDA")
+@pytest.mark.parametrize("command", [["classify", BAG, "--label", "bag"], ["doctor"]])
+def test_tensorrt_without_cuda_is_a_line(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--device", "tensorrt"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: device 'tensorrt' needs edgeclip with its CUDA kernels")
+
+
+@pytest.mark.skipif(_core.cuda_built(), reason="of an extension without CUDA")
+def test_build_without_cuda_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "--precision", "fp32"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.match(
+        "error: (device 'tensorrt' needs edgeclip with its CUDA|TensorRT is not)", error
+    )
+    for arguments, said in (
+        (["--precision", "int8"], "invalid choice"),
+        (["--images", BAG], "--images and --labels go together"),
+        (["--max-batch", "65"], "up to 64"),
+    ):
+        try:
+            status = main(["build", *arguments])
+        except SystemExit as err:
+            status = err.code
+        assert status == 2
+        assert said in capsys.readouterr().err

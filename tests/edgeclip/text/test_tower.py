@@ -1,0 +1,351 @@
+"""The text side: batches change no embedding, labels are encoded once, and memory is let go."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sqlite3
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeclip import EdgeclipError, Label, LabelError, Runtime
+from edgeclip.bundle import EMBEDDED, Bundle
+from edgeclip.text import tower
+from edgeclip.text.cache import FILE, LabelCache
+from tests.support.paths import EXAMPLES
+
+TEMPLATES = ["a {}.", "a very long way to say that there is a {} in this picture.", "{}"]
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts each run of a text encoder took, as it goes."""
+    runs: list[int] = []
+    open_encoder = tower.OnnxEncoder
+
+    def watched(*args: object, **options: object) -> object:
+        encoder = open_encoder(*args, **options)
+        embed = encoder.embed
+        encoder.embed = lambda ids: (runs.append(len(ids)), embed(ids))[1]
+        return encoder
+
+    monkeypatch.setattr(tower, "OnnxEncoder", watched)
+    return runs
+
+
+def alone(rt: Runtime, texts: list[str]) -> np.ndarray:
+    return np.concatenate([rt.embed_texts([one]) for one in texts])
+
+
+def test_batches_change_no_embedding(rt: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [template.format(n) for n in ("bag", "ankle boot", "bag") for template in TEMPLATES]
+    expected = alone(rt, texts)
+    for tokens in (1, 20, 10_000):
+        monkeypatch.setattr(tower, "RUN_TOKENS", tokens)
+        np.testing.assert_allclose(rt.embed_texts(texts), expected, atol=1e-6)
+    assert rt.embed_texts([]).shape == (0, 128)
+
+
+def test_runs_are_bounded_and_equal_prompts_encoded_once(encoded: list[int]) -> None:
+    rt = Runtime()
+    texts = [f"thing {i}" for i in range(2000)]
+    seen: list[tuple[int, int]] = []
+    found = rt.embed_texts([*texts, *texts, "THING 7"], progress=lambda *x: seen.append(x))
+    assert sum(encoded) == 2000
+    longest = rt.tokenize(texts).shape[1]
+    assert max(encoded) * longest <= tower.RUN_TOKENS * 1.5  # those of a run are of one length
+    assert min(encoded[:-1]) * longest >= tower.RUN_TOKENS / 2
+    assert [total for _, total in seen] == [4001] * len(encoded)
+    assert seen[-1] == (4001, 4001)
+    np.testing.assert_array_equal(found[:2000], found[2000:4000])
+    np.testing.assert_array_equal(found[4000], found[7])
+
+
+def test_only_new_labels_are_encoded(
+    labels: list[str], encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Runtime().labels(labels, TEMPLATES)
+    assert sum(encoded) == len(labels) * len(TEMPLATES)
+    encoded.clear()
+    second = Runtime()
+    found = second.labels(labels, TEMPLATES)
+    np.testing.assert_array_equal(found.embeddings, first.embeddings)
+    assert second.labels(labels, TEMPLATES) is found
+    assert encoded == []
+    more = Runtime().labels(["something new", *reversed(labels)], TEMPLATES)
+    assert sum(encoded) == len(TEMPLATES)
+    assert more.names == ("something new", *reversed(labels))
+    np.testing.assert_array_equal(more.embeddings[1:], first.embeddings[::-1])
+    np.testing.assert_allclose(
+        more.null_scores, more.embeddings @ second.bundle.null_text, atol=1e-6
+    )
+    encoded.clear()
+    Runtime().labels([Label("bag", ("a bag.",))])
+    assert sum(encoded) == 1
+    monkeypatch.setenv("EDGECLIP_CACHE_SIZE", "0")
+    Runtime().labels(["bag"], TEMPLATES)
+    assert sum(encoded) == 1 + len(TEMPLATES)
+
+
+@pytest.fixture
+def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it, and from then on no tokenizer can be loaded."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the tokenizer was loaded")
+
+    return lambda: monkeypatch.setattr(tower, "Tokenizer", refuse)
+
+
+def test_labels_that_are_the_same_tokens(
+    cache: Path, encoded: list[int], no_tokenizer: Callable[[], None]
+) -> None:
+    """New, half in the cache, in the cache: always an error, and nothing is encoded for it."""
+    rt = Runtime()
+    pairs = (("Trousers", "trousers"), ("caf\u00e9", "cafe\u0301"), ("a  b", "a b"))
+    for a, b in pairs:
+        with pytest.raises(LabelError, match=f"{a!r} and {b!r} cannot be told apart"):
+            rt.labels(["bag", a, b])
+    assert encoded == []
+    for a, _ in pairs:
+        rt.labels([a])
+    encoded.clear()
+    for a, b in pairs:
+        with pytest.raises(LabelError, match=f"{a!r} and {b!r} cannot be told apart"):
+            rt.labels([a, b])
+    assert encoded == []
+    for _, b in pairs:  # one alone is as good as ever
+        assert rt.labels([b]).names == (b,)
+    no_tokenizer()
+    for a, b in pairs:
+        with pytest.raises(LabelError, match=f"{a!r} and {b!r} cannot be told apart"):
+            Runtime().labels([a, b])
+        with pytest.raises(LabelError, match="cannot be told apart"):
+            Runtime(labels=[a, b])
+
+
+def test_own_prompts_hold_the_name(rt: Runtime) -> None:
+    own = [Label(name, ("a sketch of a {}",)) for name in ("bag", "dress")]
+    expected = rt.labels(["bag", "dress"], ["a sketch of a {}"])
+    np.testing.assert_array_equal(rt.labels(own).embeddings, expected.embeddings)
+
+
+def test_cut_prompts_are_logged_whether_cached_or_not(
+    caplog: pytest.LogCaptureFixture, no_tokenizer: Callable[[], None]
+) -> None:
+    length = Runtime().bundle.manifest.text.context_length
+    long, template = "bag " * length, "a " * length + "{}"
+    with pytest.raises(LabelError, match=f"it reads {length} tokens, and they differ only after"):
+        Runtime().labels(["dress", "bag"], [template])
+    seen = []
+    for _ in range(2):
+        rt = Runtime()
+        caplog.clear()
+        rt.labels(["dress", long], ["{}", "a {}."])
+        rt.labels(["dress"], [template])
+        rt.labels(["dress"], [template])  # in memory
+        rt.labels(["dress"])
+        seen.append(caplog.messages)
+        no_tokenizer()
+    assert seen[0] == seen[1]
+    own, of_template = seen[0]
+    assert own.startswith("label 'bag bag")
+    assert f"longer than the {length} tokens that the model reads, and its end is cut" in own
+    assert of_template.startswith("label 'dress': ")
+    assert "the label itself is cut off: shorten the template" in of_template
+
+
+def test_what_computes_has_labels_of_its_own(
+    labels: list[str], encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But a LabelSet may be used wherever the encoder is the same."""
+    first = Runtime()
+    made = first.labels(labels)
+    encoded.clear()
+    monkeypatch.setattr("edgeclip.text.cache.processor", lambda: "another processor")
+    other = Runtime()
+    np.testing.assert_allclose(other.labels(labels).embeddings, made.embeddings, atol=1e-6)
+    assert sum(encoded) == len(labels) * len(first.bundle.manifest.templates)
+    assert other.text_identity() == first.text_identity()
+    assert other.labels(made) is made
+    towers = [tower.TextTower(Bundle(None), "int8", device=name) for name in ("cpu", "cuda")]
+    assert towers[0].identity == towers[1].identity
+    towers[0].labels(labels)
+    with pytest.raises(EdgeclipError, match="cuda"):  # which these tests have not
+        towers[1].labels(labels)
+
+
+def test_another_encoder_has_other_labels(tmp_path: Path, labels: list[str]) -> None:
+    rt = Runtime()
+    rt.labels(labels)
+    other = Path(shutil.copytree(EMBEDDED, tmp_path / "bundle"))
+    manifest = other / "manifest.json"
+    changed = manifest.read_text().replace('"clean": "lower"', '"clean": "whitespace"')
+    assert changed != manifest.read_text()
+    manifest.write_text(changed)
+    Runtime(other).labels(labels)
+    assert Runtime(other).text_identity() != rt.text_identity()
+    assert sum(share.labels for share in LabelCache().shares()) == 2 * len(labels)
+
+
+def test_spoilt_label_is_encoded_again(
+    cache: Path, labels: list[str], encoded: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Runtime().labels(labels)
+    db = sqlite3.connect(cache / FILE)
+    with db:
+        db.execute("UPDATE labels SET vector = zeroblob(512) WHERE rowid = 3")
+    db.close()
+    encoded.clear()
+    with caplog.at_level(logging.WARNING):
+        found = Runtime().labels(labels)
+    np.testing.assert_allclose(found.embeddings, first.embeddings, atol=1e-6)
+    assert encoded == [len(Runtime().bundle.manifest.templates)]
+    assert "1 labels in it are damaged; encoding them again" in caplog.text
+    (cache / FILE).write_bytes(b"spoilt")
+    np.testing.assert_allclose(Runtime().labels(labels).embeddings, first.embeddings, atol=1e-6)
+    encoded.clear()
+    Runtime().labels(labels)
+    assert encoded == []
+
+
+def test_interrupted_encoding_keeps_what_is_done(
+    encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tower, "BLOCK_PROMPTS", 20)
+    names = [f"thing {i}" for i in range(100)]
+    seen: list[tuple[int, int]] = []
+
+    def interrupt(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done >= 60:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Runtime().labels(names, ["{}"], progress=interrupt)
+    assert seen == [(20, 100), (40, 100), (60, 100)]
+    encoded.clear()
+    seen.clear()
+    assert len(Runtime().labels(names, ["{}"], progress=lambda *x: seen.append(x))) == 100
+    assert sum(encoded) == 60
+    assert seen[-1] == (60, 60)
+
+
+@pytest.fixture
+def alive(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[object]]:
+    """The text encoders that were opened."""
+    opened: list[weakref.ref[object]] = []
+    open_encoder = tower.OnnxEncoder
+
+    def watched(*args: object, **options: object) -> object:
+        encoder = open_encoder(*args, **options)
+        opened.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr(tower, "OnnxEncoder", watched)
+    return opened
+
+
+def test_labels_let_go_of_the_encoder(alive: list[weakref.ref[object]]) -> None:
+    rt = Runtime()
+    rt.labels(["bag"])
+    assert [ref() for ref in alive] == [None]
+    rt.labels(["bag", "coat"])
+    assert [ref() for ref in alive] == [None, None]
+    rt.embed_texts(["a coat"])
+    rt.labels(["dress"])
+    rt.tokenize(["a coat"])
+    assert [ref() is not None for ref in alive] == [False, False, True]
+    rt.release_text()
+    assert alive[2]() is None
+    rt.load_text()
+    rt.labels(["shirt"])
+    rt.labels(["gown"])
+    assert [ref() is not None for ref in alive] == [False, False, False, True]
+    assert rt.labels(["shirt", "gown"]).names == ("shirt", "gown")
+
+
+def test_memory_is_returned_when_nothing_holds_the_encoder(
+    alive: list[weakref.ref[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rt = Runtime()
+    seen: list[object] = []
+    monkeypatch.setattr(tower, "trim_memory", lambda: seen.append(alive[0]()))
+    rt.labels(["bag"])
+    assert seen == [None]
+
+
+def test_encoder_is_let_go_after_a_failure(alive: list[weakref.ref[object]]) -> None:
+    rt = Runtime()
+
+    def fail(*_: int) -> None:
+        raise RuntimeError("of the caller")
+
+    with pytest.raises(RuntimeError):
+        rt.labels(["bag"], progress=fail)
+    assert alive[0]() is None
+    assert len(rt.labels(["bag"])) == 1
+
+
+def test_release_waits_for_those_who_use_it(alive: list[weakref.ref[object]]) -> None:
+    rt = Runtime()
+    encoding, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: int) -> None:
+        encoding.set()
+        assert go_on.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(rt.labels, ["bag"], progress=wait)
+        assert encoding.wait(30)
+        rt.labels(["coat"])
+        rt.release_text()
+        assert len(alive) == 1  # one encoder for both
+        assert alive[0]() is not None
+        go_on.set()
+        slow.result()
+    assert alive[0]() is None
+
+
+def test_text_from_many_threads(labels: list[str]) -> None:
+    expected = Runtime().embed_texts([f"a {name}." for name in labels])
+    rt = Runtime()
+
+    def turn(i: int) -> None:
+        name = labels[i % len(labels)]
+        found = rt.labels([name, f"new {i}"], ["a {}."]).embeddings[0]
+        np.testing.assert_allclose(found, expected[i % len(labels)], atol=1e-6)
+        np.testing.assert_allclose(rt.embed_texts([f"a {name}."])[0], found, atol=1e-6)
+        rt.release_text()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(turn, range(40)))
+
+
+def test_labels_in_memory_do_not_wait_for_new_ones(labels: list[str]) -> None:
+    rt = Runtime(labels=labels)
+    encoding, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: int) -> None:
+        encoding.set()
+        assert go_on.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        new = pool.submit(rt.labels, ["something new"], progress=wait)
+        assert encoding.wait(30)
+        assert rt.classify(EXAMPLES / "bag.png", labels)[0].label == "bag"  # while the other waits
+        assert not new.done()
+        go_on.set()
+        assert len(new.result()) == 1
+
+
+def test_cache_size_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGECLIP_CACHE_SIZE", "lots")
+    with pytest.raises(EdgeclipError, match="EDGECLIP_CACHE_SIZE is 'lots'"):
+        Runtime()

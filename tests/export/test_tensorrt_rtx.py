@@ -1,0 +1,197 @@
+"""Exported graphs, compiled by TensorRT-RTX for GPUs that are not here.
+
+`pytest -m slow tests/export/test_tensorrt_rtx.py` compiles models of full size, and prints tables.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edgeclip.backends import tensorrt_builder
+from edgeclip.backends.tensorrt_builder import BuildOptions, build_engine
+from edgeclip.bundle import EMBEDDED, Bundle
+from edgeclip.errors import DeviceError
+from export.graphs.encoders import export_image_encoder, export_text_encoder
+from export.graphs.fp16 import to_fp16
+from export.graphs.prior import export_step
+from export.to_tensorrt import NO_FP32, compile_graphs, main
+from tests.support.export_models import CONFIGS, exported, source_of
+from tests.support.paths import TESTS
+from tests.support.prior_models import with_prior
+from tests.support.tensorrt_surfaces.record import surface
+from train.models.prior import DiffusionPrior, Shape
+from train.models.wording import image_spec
+
+trt: Any = pytest.importorskip("tensorrt_rtx", reason="pip install 'edgeclip[tensorrt-rtx]'")
+
+TURING = (7, 5)
+GPUS = tensorrt_builder.capabilities(trt)
+FEW = (TURING, (8, 6), (12, 0))  # the oldest, one between, and the newest family
+HARMLESS = "TensorRT: ModelImporter.cpp:1071: Make sure input ids has Int64 binding."
+SURFACES = TESTS / "support" / "tensorrt_surfaces"
+
+
+@pytest.fixture(autouse=True)
+def no_warnings(caplog: pytest.LogCaptureFixture) -> Any:
+    """TensorRT warns where a profile does not fit the graph, and builds all the same."""
+    yield
+    said = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
+    assert said <= {HARMLESS}
+
+
+def compile_for(path: Path, gpus: Any, context_length: int = 77) -> None:
+    """Every GPU takes the graph; for Turing TensorRT-RTX has no product of float32 matrices."""
+    options = BuildOptions(context_length=context_length)
+    for gpu in gpus:
+        if gpu == TURING and "fp16" not in path.name:
+            with pytest.raises(DeviceError, match=NO_FP32):
+                build_engine(path, trt, options, capability=gpu)
+        else:
+            assert len(build_engine(path, trt, options, capability=gpu)) > 10_000
+
+
+def sizes(path: Path) -> dict[str, list[int]]:
+    """The shapes of inputs and outputs as TensorRT infers them, -1 for what is symbolic."""
+    builder = trt.Builder(tensorrt_builder.trt_logger(trt))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, tensorrt_builder.trt_logger(trt))
+    assert parser.parse_from_file(str(path))
+    found = [network.get_input(i) for i in range(network.num_inputs)]
+    found += [network.get_output(i) for i in range(network.num_outputs)]
+    return {tensor.name: list(tensor.shape) for tensor in found}
+
+
+def test_what_is_recorded_of_this_version_is_what_it_has() -> None:
+    path = SURFACES / f"tensorrt_rtx-{trt.__version__}.json"
+    if not path.exists():
+        pytest.skip(f"the names of TensorRT-RTX {trt.__version__} are not recorded")
+    recorded = json.loads(path.read_text())
+    assert surface(trt, "tensorrt_rtx", recorded["source"]) == recorded
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_encoders_of_every_family(family: str, precision: str, tmp_path: Path) -> None:
+    bundle = exported(family).bundle
+    manifest = bundle.manifest
+    image, text = (bundle.encoder(kind, "fp32") for kind in ("image_encoder", "text_encoder"))
+    if precision == "fp16":
+        for i, path in enumerate((image, text)):
+            to_fp16(path, tmp_path / f"{i}.fp16.onnx")
+        image, text = (tmp_path / f"{i}.fp16.onnx" for i in range(2))
+    found = sizes(image)
+    assert found["pixels"] == [-1, 3, *manifest.image.size]
+    assert found["embedding"] == [-1, manifest.embed_dim]
+    length = -1 if manifest.text.dynamic_length else manifest.text.context_length
+    assert sizes(text) == {"ids": [-1, length], "embedding": [-1, manifest.embed_dim]}
+    for path in (image, text):
+        compile_for(path, GPUS if family == "vit" else FEW, manifest.text.context_length)
+
+
+def test_the_step_of_a_prior() -> None:
+    bundle = with_prior().bundle
+    assert bundle.manifest.prior is not None
+    path = bundle.graph(bundle.manifest.prior.file)
+    row = [-1, bundle.manifest.embed_dim]
+    rows = {"z": row, "timestep": [-1], "noise": row, "loss": [-1], "gradient": row}
+    assert sizes(path) == rows
+    compile_for(path, FEW)
+
+
+def test_the_embedded_bundle(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "engines"
+    assert main([str(EMBEDDED), "--capability", "75", "86", "-o", str(out)]) == 0
+    said, err = capsys.readouterr()
+    assert err == ""
+    assert said.count("no fp32") == 3  # of two graphs, and why
+    assert sorted(path.name for path in out.iterdir()) == [
+        "image_encoder.fp32.sm86.engine",
+        "text_encoder.fp32.sm86.engine",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["image_encoder", "text_encoder"])
+def test_int8_graphs_are_not_for_tensorrt(kind: str) -> None:
+    with pytest.raises(DeviceError, match=r"cannot read .*QuantizeLinear: "):
+        build_engine(Bundle(EMBEDDED).encoder(kind, "int8"), trt, BuildOptions())
+
+
+def test_a_profile_that_the_graph_cannot_take_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    text = Bundle(EMBEDDED).encoder("text_encoder", "fp32")
+    build_engine(text, trt, BuildOptions(context_length=33), capability=(8, 6))
+    assert "kMAX values are not self-consistent" in caplog.text
+    caplog.clear()
+
+
+def test_progress_and_cancelling() -> None:
+    path, seen = EMBEDDED / "image_encoder.fp32.onnx", []
+    options = BuildOptions()
+    build_engine(path, trt, options, progress=lambda *step: seen.append(step), capability=(8, 6))
+    phases = {phase for phase, _, _ in seen}
+    assert "Building engine" in phases
+    assert any(phase.startswith("Building engine > ") for phase in phases)
+    assert all(0 <= done <= steps for _, done, steps in seen)
+
+    def fail(phase: str, done: int, steps: int) -> None:
+        raise ZeroDivisionError("of the caller")
+
+    with pytest.raises(ZeroDivisionError, match="of the caller"):
+        build_engine(path, trt, options, progress=fail, capability=(8, 6))
+
+    def interrupt(phase: str, done: int, steps: int) -> None:
+        if done == 1:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(path, trt, options, progress=interrupt, capability=(8, 6))
+    assert build_engine(path, trt, options, capability=(8, 6))
+
+
+def compile_and_print(found: dict[str, Path], context_length: int, name: str, capsys: Any) -> None:
+    options = BuildOptions(context_length=context_length)
+    with capsys.disabled():
+        print(f"\n{name}")
+        assert compile_graphs(found, trt, GPUS, options) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14", "ViT-B-16-SigLIP"])
+def test_models_of_full_size(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = source_of(name, tmp_path)
+    length = int(source.tokenizer.context_length)
+    found = {
+        f"{kind}.{precision}": tmp_path / f"{kind}.{precision}.onnx"
+        for precision in ("fp32", "fp16")
+        for kind in ("image_encoder", "text_encoder")
+    }
+    size = image_spec(source.model).size
+    export_image_encoder(source.model, size, found["image_encoder.fp32"])
+    export_text_encoder(source.model, length, found["text_encoder.fp32"])
+    del source
+    for kind in ("image_encoder", "text_encoder"):
+        to_fp16(found[f"{kind}.fp32"], found[f"{kind}.fp16"])
+    compile_and_print(found, length, name, capsys)
+
+
+@pytest.mark.slow
+def test_the_step_of_a_prior_of_full_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of CLIPure-Diff for ViT-L-14: 24 layers of 32 heads."""
+    torch.manual_seed(0)
+    prior = DiffusionPrior(Shape(768, depth=24, heads=32)).eval().requires_grad_(False)
+    text = torch.randn(1, 78, 768)
+    context = prior.context(torch.nn.functional.normalize(text[:, 0], dim=1), text[:, 1:])
+    path = tmp_path / "prior.onnx"
+    export_step(prior, path, context, "exact")
+    del prior
+    compile_and_print({"prior": path}, 77, "prior of 24 layers", capsys)

@@ -1,0 +1,120 @@
+"""tokenizer.json gives open_clip's ids, on any text."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from open_clip.tokenizer import HFTokenizer, SigLipTokenizer, SimpleTokenizer
+
+from edgeclip.text.tokenizer import CLEANERS
+from export import ExportError
+from export.tokenizer import clean_kind, convert, pad_id
+from tests.support.export_models import write_bpe, write_sentencepiece_like
+from tests.support.texts import AWKWARD, random_text, runtime
+
+
+def texts() -> list[str]:
+    rng = random.Random(0)
+    return AWKWARD + [random_text(rng) for _ in range(2000)]
+
+
+def differing(tokenizer: object, folder: Path) -> list[str]:
+    """The texts whose padded ids are not open_clip's."""
+    prompts = texts()
+    pad, length = pad_id(tokenizer), tokenizer.context_length
+    ours = runtime(tokenizer, folder)(prompts)
+    theirs = tokenizer(prompts).tolist()
+    return [
+        prompt
+        for prompt, found, wanted in zip(prompts, ours, theirs, strict=True)
+        if found + [pad] * (length - len(found)) != wanted
+    ]
+
+
+def test_clip_tokenizer_gives_open_clips_ids(tmp_path: Path) -> None:
+    assert differing(SimpleTokenizer(), tmp_path) == []
+
+
+@pytest.mark.parametrize(("merges", "length"), [(0, 16), (300, 77)])
+def test_reduced_vocabularies_give_open_clips_ids(tmp_path: Path, merges: int, length: int) -> None:
+    write_bpe(tmp_path / "bpe.txt.gz", merges)
+    tokenizer = SimpleTokenizer(str(tmp_path / "bpe.txt.gz"), context_length=length)
+    assert differing(tokenizer, tmp_path) == []
+    used = {i for row in runtime(tokenizer, tmp_path)(texts()) for i in row}
+    assert max(used) < tokenizer.vocab_size
+
+
+def test_a_trailing_newline_in_the_merges_is_harmless(tmp_path: Path) -> None:
+    import gzip
+
+    path = tmp_path / "bpe.txt.gz"
+    write_bpe(path)
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + b"\n"))
+    assert differing(SimpleTokenizer(str(path)), tmp_path) == []
+
+
+def test_canonicalized_text_gives_open_clips_ids(tmp_path: Path) -> None:
+    assert differing(SimpleTokenizer(clean="canonicalize"), tmp_path) == []
+
+
+def test_case_is_kept_where_open_clip_keeps_it(tmp_path: Path) -> None:
+    tokenizer = SimpleTokenizer(clean="whitespace")
+    with_marks = [text for text in texts() if "_of_text>" in text.lower()]
+    assert set(differing(tokenizer, tmp_path)) <= set(with_marks)
+    used = {i for row in runtime(tokenizer, tmp_path)(texts()) for i in row}
+    assert max(used) < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("clean", sorted(CLEANERS))
+def test_transformers_tokenizer_gives_open_clips_ids(tmp_path: Path, clean: str) -> None:
+    write_sentencepiece_like(tmp_path)
+    tokenizer = HFTokenizer(str(tmp_path), context_length=16, clean=clean)
+    assert pad_id(tokenizer) == 1
+    assert differing(tokenizer, tmp_path) == []
+
+
+def test_the_start_mark_is_not_looked_for_inside_punctuation(tmp_path: Path) -> None:
+    tokenizer = SimpleTokenizer()
+    start = tokenizer.sot_token_id
+    found = runtime(tokenizer, tmp_path)(["a <start_of_text> b", "a !<start_of_text> b"])
+    assert [row.count(start) for row in found] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reduction_mask": "simple"}, "reduction_mask"),
+        ({"additional_special_tokens": ["<x>"]}, "additional_special_tokens"),
+    ],
+)
+def test_simple_tokenizers_that_cannot_be_repeated(settings: dict, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        convert(SimpleTokenizer(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokenizer_mode": "clips"}, "tokenizer_mode 'clips'"),
+        ({"strip_sep_token": True}, "strip_sep_token"),
+        ({"padding_side": "left"}, "on the left"),
+        ({"truncation_side": "left"}, "on the left"),
+    ],
+)
+def test_transformers_tokenizers_that_cannot_be_repeated(
+    tmp_path: Path, settings: dict, message: str
+) -> None:
+    write_sentencepiece_like(tmp_path)
+    with pytest.raises(ExportError, match=message):
+        convert(HFTokenizer(str(tmp_path), context_length=16, **settings))
+
+
+def test_other_tokenizers_are_refused() -> None:
+    with pytest.raises(ExportError, match="SigLipTokenizer is not supported"):
+        convert(object.__new__(SigLipTokenizer))
+    tokenizer = SimpleTokenizer()
+    tokenizer.clean_fn = str.upper
+    with pytest.raises(ExportError, match="cleans text in a way of its own"):
+        clean_kind(tokenizer)

@@ -1,0 +1,76 @@
+"""Toy models under attack."""
+
+from __future__ import annotations
+
+import types
+
+import torch
+from torch import nn
+
+from edgeclip.purify import Purifier
+from train.models.classifier import Classifier
+from train.models.prior import DiffusionPrior, Shape
+from train.robustness.defence import Defence
+from train.robustness.purification import NullPrior
+
+
+def toy(classes: int = 5, side: int = 8, purifier: Purifier = None, seed: int = 0) -> Defence:
+    """A defence whose every number can be said: class k is sign pattern k."""
+    patterns = Patterns(classes, side, seed)
+    texts = 0.8 * torch.eye(classes + 1)[1:]
+    texts[:, 0] = 0.6
+    source = types.SimpleNamespace(model=patterns)
+    return Defence(
+        Classifier(source, texts, tokens=False), torch.eye(classes + 1)[0], purifier
+    ).eval()
+
+
+def toy_images(
+    defence: Defence, count: int, weakest: float = 4 / 255, strongest: float = 20 / 255
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and classes: the class's pattern, from hardly visible to clear, in a little noise."""
+    patterns = defence.model.encoder.model
+    rng = torch.Generator().manual_seed(1)
+    labels = torch.arange(count) % len(patterns.signs)
+    strength = torch.linspace(weakest, strongest, count)[torch.randperm(count, generator=rng)]
+    side = patterns.visual.preprocess_cfg["size"][0]
+    shown = strength[:, None] * patterns.signs.detach()[labels]
+    shown = 0.5 + shown + 0.01 * torch.randn(shown.shape, generator=rng)
+    return shown.view(count, 3, side, side).clamp(0, 1), labels
+
+
+def null_prior(dim: int, seed: int = 0, *, exact: bool = True, size: float = 0.3) -> NullPrior:
+    """A small prior in float64 whose prediction depends on everything it is given, and a text."""
+    torch.manual_seed(seed)
+    prior = DiffusionPrior(Shape(dim, depth=1, heads=1))
+    for parameter in prior.parameters():
+        parameter.data += size * torch.randn_like(parameter)
+    prior.double().requires_grad_(False)
+    with torch.no_grad():
+        context = prior.context(
+            torch.randn(1, dim, dtype=torch.float64), torch.randn(1, 5, dim, dtype=torch.float64)
+        )
+    return NullPrior(prior, context, exact=exact).eval()
+
+
+class Patterns(nn.Module):
+    """As much of an open_clip model as a Classifier needs: how much of each sign pattern is there.
+
+    The first dimension is the same for all images, so that they lie around it as CLIP's lie around
+    the prompts without a class.
+    """
+
+    def __init__(self, classes: int, side: int, seed: int) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(seed)
+        pixels = 3 * side * side
+        self.signs = nn.Parameter(torch.randn(classes, pixels, generator=rng).sign())
+        self.logit_scale = torch.tensor(20.0).log()
+        cfg = {"size": (side, side), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+        self.visual = types.SimpleNamespace(preprocess_cfg=cfg)
+
+    def encode_image(self, pixels: torch.Tensor, normalize: bool) -> torch.Tensor:
+        assert not normalize
+        flat = pixels.flatten(1)
+        found = flat @ self.signs.T / flat.shape[1]
+        return torch.cat([torch.full_like(found[:, :1], 0.06), found], dim=1)

@@ -1,0 +1,444 @@
+"""Weights from every kind of file, and what is said about those that do not fit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from edgeclip.storage import sha256
+from tests.support.export_models import WORDING, write_folder
+from tests.support.paths import TESTS
+from train.errors import ModelError
+from train.models.checkpoints import Source, load, state_sha256
+from train.models.weight_files import join_sha256, read_weights
+
+OPENAI_BUFFERS = {"input_resolution": 32, "context_length": 24, "vocab_size": 814}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("models") / "vit", "vit")
+
+
+@pytest.fixture(scope="module")
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "open_clip_model.safetensors")
+
+
+class Archive(nn.Module):
+    """What OpenAI's archives are to a reader: parameters by name in float16, and three buffers."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for key, value in weights.items():
+            *path, name = key.split(".")
+            place: nn.Module = self
+            for part in path:
+                if not hasattr(place, part):
+                    place.add_module(part, nn.Module())
+                place = getattr(place, part)
+            place.register_parameter(name, nn.Parameter(value.half(), requires_grad=False))
+        for name, number in OPENAI_BUFFERS.items():
+            self.register_buffer(name, torch.tensor(number))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def save_torchscript(weights: dict[str, torch.Tensor], path: Path) -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; OpenAI's files are still there
+        torch.jit.save(torch.jit.trace(Archive(weights), torch.zeros(1)), str(path))
+
+
+def save_as(kind: str, weights: dict[str, torch.Tensor], folder: Path) -> Path:
+    path = folder / ("weights.safetensors" if kind == "safetensors" else "weights.pt")
+    if kind == "safetensors":
+        save_file(weights, path)
+    elif kind == "state dict":
+        torch.save(weights, path)
+    elif kind == "open_clip checkpoint":
+        state = {f"module.{key}": value for key, value in weights.items()}
+        torch.save({"epoch": 3, "name": "x", "state_dict": state, "optimizer": {}}, path)
+    elif kind == "training run":
+        torch.save({"model": weights, "epoch": 3}, path)
+    elif kind == "OpenAI archive":
+        save_torchscript(weights, path)
+    elif kind == "OpenAI state dict":
+        half = {key: value.half() for key, value in weights.items()}
+        torch.save(half | {k: torch.tensor(v) for k, v in OPENAI_BUFFERS.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "safetensors",
+        "state dict",
+        "open_clip checkpoint",
+        "training run",
+        "OpenAI archive",
+        "OpenAI state dict",
+    ],
+)
+def test_weights_of_every_form(
+    kind: str,
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = save_as(kind, weights, tmp_path)
+    source = load(str(folder), str(path))
+    found = source.model.state_dict()
+    tolerance = 1e-3 if kind.startswith("OpenAI") else 0  # float16
+    for key, value in weights.items():
+        assert found[key].dtype == torch.float32
+        torch.testing.assert_close(found[key], value, rtol=tolerance, atol=tolerance)
+    assert source.weights_sha256 == sha256(path)
+    assert source.pretrained == path.name
+    quick = any(type(m).__name__ == "QuickGELU" for m in source.model.modules())
+    assert quick == kind.startswith("OpenAI")
+    assert ("trained with QuickGELU: building" in capsys.readouterr().err) == quick
+
+
+def test_a_folder_brings_weights_and_wording(folder: Path) -> None:
+    source = load(str(folder), None)
+    assert (source.name, source.pretrained) == ("vit", "open_clip_model.safetensors")
+    assert source.wording == WORDING
+    assert not source.model.training
+    assert source.tokenizer.vocab_size == source.model.vocab_size  # bpe_path is the folder's
+
+
+def test_random_weights_are_the_same_each_time(folder: Path) -> None:
+    first, second = (load(str(folder), "random") for _ in range(2))
+    assert first.pretrained == "random"
+    assert first.weights_sha256 == second.weights_sha256
+    assert first.weights_sha256 == state_sha256(first.model.state_dict())
+
+
+def has_quick_gelu(source: Source) -> bool:
+    found = any(type(m).__name__ == "QuickGELU" for m in source.model.modules())
+    assert source.quick_gelu == found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "quick", "told"),
+    [
+        ("epoch_9.pt", False, "assuming GELU, which vit has: --quickgelu if epoch_9.pt was"),
+        ("ViT-B-32-openai.pt", True, "assuming QuickGELU, for 'openai' in the name of"),
+        ("b32_400m_MetaCLIP.pt", True, "assuming QuickGELU, for 'metaclip' in the name of"),
+        ("vit-quickgelu.pt", True, "assuming QuickGELU, for 'quickgelu' in the name of"),
+        ("dfn2b.pt", True, "assuming QuickGELU, for 'dfn' in the name of dfn2b.pt: --no-quickgelu"),
+        ("DFN5B_H14.pt", True, "assuming QuickGELU, for 'dfn' in the name of DFN5B_H14.pt"),
+        ("sdfnet.pt", False, "assuming GELU, which vit has: --quickgelu if sdfnet.pt was"),
+        ("notopenai.pt", False, "assuming GELU, which vit has: --quickgelu if notopenai.pt was"),
+    ],
+)
+def test_an_activation_that_is_assumed_is_said(
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    quick: bool,
+    told: str,
+) -> None:
+    torch.save(weights, tmp_path / name)
+    assert has_quick_gelu(load(str(folder), str(tmp_path / name))) == quick
+    assert told in capsys.readouterr().err
+    for asked in (True, False):
+        source = load(str(folder), str(tmp_path / name), quick_gelu=asked)
+        assert has_quick_gelu(source) == asked
+        assert "assuming" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_activation_that_a_folder_names_is_taken(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], known: bool
+) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["quick_gelu"] = known
+    (tmp_path / "run" / "open_clip_config.json").write_text(json.dumps(config))
+    other = tmp_path / "openai.safetensors"
+    shutil.copy(folder / "open_clip_model.safetensors", other)
+    for pretrained in (None, str(other)):
+        assert has_quick_gelu(load(str(tmp_path / "run"), pretrained)) == known
+    assert has_quick_gelu(load(str(tmp_path / "run"), None, quick_gelu=not known)) != known
+    assert "GELU" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tag", "quick"), [("openai", True), ("metaclip_400m", True), ("laion2b_s34b_b79k", False)]
+)
+def test_an_activation_that_a_tag_names_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tag: str,
+    quick: bool,
+) -> None:
+    """Of ViT-B-32, shrunk: nothing is fetched."""
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    del config["text_cfg"]["tokenizer_kwargs"]
+    config["text_cfg"]["vocab_size"] = 49408
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"ViT-B-32": config})
+    model = load("ViT-B-32", "random").model
+    save_file(model.state_dict(), tmp_path / "fetched")
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda _: tmp_path / "fetched")
+    source = load("ViT-B-32", tag)
+    assert has_quick_gelu(source) == quick
+    assert source.pretrained == tag
+    told = capsys.readouterr().err
+    assert "assuming" not in told
+    assert ("trained with QuickGELU" in told) == quick
+    assert not has_quick_gelu(load("ViT-B-32", tag, quick_gelu=False))
+
+
+def half(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Another image tower: FARE's files hold its keys alone."""
+    return {
+        key.removeprefix("visual."): value / 2
+        for key, value in weights.items()
+        if key.startswith("visual.")
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "visual.", "module.", "model.visual.", "module.visual."])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_image_tower_is_put_over_base_weights(
+    folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path, prefix: str, wrapped: bool
+) -> None:
+    tower = {prefix + key: value for key, value in half(weights).items()}
+    path = tmp_path / "fare.pt"
+    torch.save({"vision_encoder_state_dict": tower, "epoch": 2} if wrapped else tower, path)
+    source = load(str(folder), None, visual=str(path))
+    for key, value in source.model.state_dict().items():
+        wanted = weights[key] / 2 if key.startswith("visual.") else weights[key]
+        assert torch.equal(value, wanted)
+    base = sha256(folder / "open_clip_model.safetensors")
+    assert source.record == {
+        "model": "vit",
+        "pretrained": "open_clip_model.safetensors",
+        "weights_sha256": join_sha256([base, sha256(path)]),
+        "base_sha256": base,
+        "visual": "fare.pt",
+        "visual_sha256": sha256(path),
+    }
+    assert source.title == "vit, weights open_clip_model.safetensors, image encoder fare.pt"
+
+
+def test_an_image_tower_has_the_bases_activation(
+    folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    torch.save(half(weights), tmp_path / "w.pt")
+    torch.save(weights, tmp_path / "openai.pt")
+    base = str(tmp_path / "openai.pt")
+    assert has_quick_gelu(load(str(folder), base, visual=str(tmp_path / "w.pt")))
+    save_torchscript(weights, tmp_path / "archive.pt")
+    base = str(tmp_path / "archive.pt")
+    assert has_quick_gelu(load(str(folder), base, visual=str(tmp_path / "w.pt")))
+    assert not has_quick_gelu(load(str(folder), None, visual=str(tmp_path / "w.pt")))
+
+
+def test_image_towers_that_do_not_fit(
+    folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    tower, path = half(weights), tmp_path / "w.pt"
+    wrong = {key: value for key, value in tower.items() if key != "proj"}
+    torch.save(wrong | {"ln_pre.bias": torch.zeros(7), "extra": torch.zeros(1)}, path)
+    with pytest.raises(ModelError) as caught:
+        load(str(folder), None, visual=str(path))
+    assert str(caught.value) == (
+        "w.pt does not hold this model's image tower; missing: visual.proj; unknown: visual.extra; "
+        "of another shape: visual.ln_pre.bias is (7,), not (64,)"
+    )
+    torch.save(tower, path)
+    with pytest.raises(ModelError, match="image tower alone: name it with --visual"):
+        load(str(folder), str(path))
+    with pytest.raises(ModelError, match="whole model: name it with --pretrained"):
+        load(str(folder), None, visual=str(folder / "open_clip_model.safetensors"))
+    with pytest.raises(ModelError, match=r"nothing.pt does not exist: --visual names a file"):
+        load(str(folder), None, visual="nothing.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("logit_scale", float("nan"), "holds infinite values or NaN, in logit_scale"),
+        ("logit_scale", float("inf"), "holds infinite values or NaN, in logit_scale"),
+        ("logit_scale", 1000.0, r"has the logit scale inf, exp\(1000\)"),
+        ("logit_scale", -1000.0, r"has the logit scale 0, exp\(-1000\)"),
+        ("visual.proj", float("nan"), "holds infinite values or NaN, in visual.proj"),
+    ],
+)
+def test_weights_that_no_model_answers_with(
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    tmp_path: Path,
+    key: str,
+    value: float,
+    message: str,
+) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(weights | {key: torch.full_like(weights[key], value)}, path)
+    with pytest.raises(ModelError, match=f"w.safetensors {message}") as caught:
+        load(str(folder), str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_in_shards_of_a_folder(
+    folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "open_clip_model.safetensors").unlink()
+    table = {}
+    for i, key in enumerate(weights):
+        name = f"open_clip_model-{i % 2 + 1:05}-of-00002.safetensors"
+        table[key] = name
+    for name in set(table.values()):
+        save_file({k: weights[k] for k in weights if table[k] == name}, tmp_path / "run" / name)
+    index = tmp_path / "run" / "open_clip_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": table}))
+    source = load(str(tmp_path / "run"), None)
+    assert source.pretrained == index.name
+    assert all(torch.equal(v, weights[k]) for k, v in source.model.state_dict().items())
+
+
+def test_scalars_of_another_shape_fit(
+    folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    save_file(weights | {"logit_scale": torch.tensor([3.0])}, tmp_path / "w.safetensors")
+    assert load(str(folder), str(tmp_path / "w.safetensors")).model.logit_scale.item() == 3
+
+
+def test_weights_of_another_model(
+    folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "w.safetensors"
+    wrong = {key: value for key, value in weights.items() if key != "visual.proj"}
+    save_file(wrong | {"ln_final.bias": torch.zeros(7), "extra": torch.zeros(1)}, path)
+    with pytest.raises(ModelError) as caught:
+        load(str(folder), str(path))
+    message = str(caught.value)
+    assert "missing: visual.proj" in message
+    assert "unknown: extra" in message
+    assert "of another shape: ln_final.bias is (7,), not (32,)" in message
+    assert "\n" not in message
+
+
+class Code:
+    """Pickles as a call, which must not be made."""
+
+    def __reduce__(self) -> tuple:
+        return (pytest.fail, ("pickled code was run",))
+
+
+def test_pickled_code_is_not_run(tmp_path: Path) -> None:
+    torch.save({"state_dict": Code()}, tmp_path / "zip.pt")
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Code()))
+    for name in ("zip.pt", "bare.pt"):
+        with pytest.raises(ModelError, match="pickled code") as caught:
+            read_weights(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [
+        ("w.safetensors", b"not safetensors at all"),
+        ("w.safetensors", b""),
+        ("w.pt", b""),
+        ("w.pt", b"random bytes, and many of them"),
+        ("w.pt", b"PK\x03\x04 the beginning of an archive"),
+    ],
+)
+def test_broken_files(tmp_path: Path, name: str, contents: bytes) -> None:
+    (tmp_path / name).write_bytes(contents)
+    with pytest.raises(ModelError, match=name) as caught:
+        read_weights(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [[1, 2], {}, {"epoch": 3}, {"state_dict": {"a": 1}}])
+def test_files_without_a_state_dict(tmp_path: Path, value: object) -> None:
+    torch.save(value, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="holds no state dict"):
+        read_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "message"),
+    [
+        ("ViT-B-23", "openai", "did you mean .*ViT-B-32"),
+        ("zzzzzzzz", "openai", "list_models"),
+        ("ViT-B-32", None, "--pretrained is missing.*laion2b_s34b_b79k"),
+        ("ViT-B/32", "no_such_tag", "neither a file nor a tag.*laion2b_s34b_b79k"),
+        ("ViT-S-16", "no_such_tag", "ViT-S-16 has no tags"),
+        ("roberta-ViT-B-32", "random", "text tower of Hugging Face's"),
+        ("tests", None, "no open_clip_config.json or config.json"),
+    ],
+)
+def test_models_that_are_not_there(model: str, pretrained: str | None, message: str) -> None:
+    if model == "tests":
+        model = str(TESTS)
+    with pytest.raises(ModelError, match=message):
+        load(model, pretrained)
+
+
+def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(config: object) -> str:
+        raise OSError("no network\nand a long story")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", offline)
+    with pytest.raises(ModelError, match=r"cannot fetch the weights 'openai' of RN50: no network$"):
+        load("RN50", "openai")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("not json", "no configuration of open_clip's"),
+        ("[]", "no configuration of open_clip's"),
+        ({"model_cfg": {}}, "no configuration of open_clip's"),
+        ({"model_cfg": {"embed_dim": 8, "vision_cfg": {"widht": 1}, "text_cfg": {}}}, "be built"),
+    ],
+)
+def test_configurations_that_are_wrong(tmp_path: Path, change: object, message: str) -> None:
+    text = change if isinstance(change, str) else json.dumps(change)
+    (tmp_path / "open_clip_config.json").write_text(text)
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=message) as caught:
+        load(str(tmp_path), "random")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_another_vocabulary(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    del config["model_cfg"]["text_cfg"]["tokenizer_kwargs"]
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="has 814 text tokens, its tokenizer 49408"):
+        load(str(tmp_path), "random")
+
+
+def test_folders_that_lack_a_file(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text((folder / "open_clip_config.json").read_text())
+    with pytest.raises(ModelError, match=r"holds no open_clip_model.safetensors"):
+        load(str(tmp_path), None)
+    with pytest.raises(ModelError, match=r"nothing.pt does not exist"):
+        load(str(tmp_path), "nothing.pt")
+    with pytest.raises(ModelError, match=r"the tokenizer of .* cannot be loaded"):
+        load(str(tmp_path), "random")

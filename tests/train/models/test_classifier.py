@@ -1,0 +1,124 @@
+"""Training sees the pixels, the prompts and the logits that the device does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from torchvision import transforms
+
+import edgeclip
+from tests.support.export_models import exported
+from train.data.augment import AUGMENTATIONS
+from train.data.dataset import DataError, DataSet
+from train.data.loader import Pictures, batches, draw, generators, seed_of
+from train.data.samples import ImageFiles
+from train.models.classifier import Classifier, class_embeddings
+
+PHOTOS = sorted(Path("examples").glob("*.jpg"))
+NAMES = ("trousers", "dress", "boot")
+
+
+@pytest.fixture
+def photos() -> DataSet:
+    paths = [str(path) for path in PHOTOS]
+    return DataSet("photos", NAMES, ("a {}.",), ImageFiles.of(paths, [0, 1, 2]))
+
+
+@pytest.mark.parametrize("family", ["vit", "siglip", "resnet"])
+def test_logits_are_the_runtimes(photos: DataSet, family: str) -> None:
+    made = exported(family)
+    rt = edgeclip.Runtime(made.bundle, purify="none", decode="exact")
+    templates = made.bundle.manifest.templates
+    classes = class_embeddings(made.source, NAMES, templates)
+    np.testing.assert_allclose(classes, rt.labels(NAMES).embeddings, atol=1e-6)
+
+    model = Classifier(made.source, classes).eval()
+    pictures = Pictures(photos, made.source.model.visual)
+    (batch,) = batches(pictures, [[(i, 0) for i in range(3)]], workers=0)
+    images, labels, _ = batch
+    assert labels.tolist() == [0, 1, 2]
+    assert 0 <= images.min() < images.max() <= 1
+    with torch.no_grad():
+        found = model(images)
+    scores = found.logits.softmax(1).numpy()
+    for row, answer in zip(scores, rt.classify([str(p) for p in PHOTOS], NAMES), strict=True):
+        for prediction in answer:
+            assert row[prediction.index] == pytest.approx(prediction.score, abs=1e-5)
+    with torch.no_grad():
+        normalised = transforms.Normalize(*(PREPROCESS[k] for k in ("mean", "std")))(images)
+        reference = made.source.model.encode_image(normalised)
+    torch.testing.assert_close(found.embedding, reference, rtol=1e-5, atol=1e-5)
+    assert (found.tokens is None) == (family == "resnet")
+
+
+@pytest.mark.parametrize("same", ["Dress", " dress ", "dress"])
+def test_classes_of_the_same_tokens_are_refused(same: str) -> None:
+    source = exported("vit").source
+    with pytest.raises(DataError, match=f"classes 'dress' and '{same}' cannot be told apart"):
+        class_embeddings(source, ("boot", "dress", same), ("a {}.", "the {}"))
+
+
+PREPROCESS = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}  # of every exported family
+
+
+def test_pixels_are_open_clips(photos: DataSet) -> None:
+    """Without the normalisation; the resize rounds to whole levels, as Pillow's does."""
+    visual = exported("vit").source.model.visual
+    config = open_clip.transform.PreprocessCfg(
+        **visual.preprocess_cfg | {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    )
+    reference = open_clip.transform.image_transform_v2(config, is_train=False)
+    pictures = Pictures(photos, visual)
+    for i in range(3):
+        image, _ = photos[i]
+        wanted = reference(transforms.ToPILImage()(image))
+        assert (pictures[i, 0][0] - wanted).abs().max() <= 1 / 255 + 1e-6
+
+
+def test_workers_change_nothing(photos: DataSet) -> None:
+    pictures = Pictures(photos, exported("vit").source.model.visual, AUGMENTATIONS["crop"])
+    keys = [[(0, 5), (2, 6)], [(1, 7), (1, 8)]]
+    alone, helped = (list(batches(pictures, keys, workers)) for workers in (0, 1))
+    for mine, theirs in zip(alone, helped, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(alone[1][0][0], alone[1][0][1]), "another seed, another picture"
+
+
+@pytest.mark.parametrize("name", [name for name, made in AUGMENTATIONS.items() if made])
+@pytest.mark.parametrize("size", [(1, 1), (7, 33), (28, 28)])
+def test_augmentations(name: str, size: tuple[int, int]) -> None:
+    augment = AUGMENTATIONS[name]
+    assert augment is not None
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+
+    def make(seed: int) -> torch.Tensor:
+        return augment(image, torch.Generator().manual_seed(seed))
+
+    made = [make(seed) for seed in range(20)]
+    for found in made:
+        assert found.shape == image.shape
+        assert found.dtype == torch.float32
+        assert 0 <= found.min() <= found.max() <= 1
+    assert torch.equal(make(3), made[3])
+    if size != (1, 1):
+        assert len({tuple(found.ravel().tolist()) for found in made}) > 1
+
+
+def test_draw_takes_images_once_by_the_seed() -> None:
+    keys = draw(50, 20, seed=1)
+    assert len({index for index, _ in keys}) == len({seed for _, seed in keys}) == 20
+    assert draw(50, 20, seed=1) == keys != draw(50, 20, seed=2)
+    assert draw(50, 10, seed=1) == keys[:10]
+    assert sorted(index for index, _ in draw(5, 100, seed=0)) == [0, 1, 2, 3, 4]
+
+
+def test_seeds_are_apart() -> None:
+    assert len({seed_of(a, b) for a in range(40) for b in range(40)}) == 1600
+    assert seed_of(1, 23) != seed_of(12, 3)
+    first, second = generators(torch.tensor([3, 4]), torch.device("cpu"))
+    assert not torch.equal(torch.rand(3, generator=first), torch.rand(3, generator=second))

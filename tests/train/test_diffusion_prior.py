@@ -1,0 +1,366 @@
+"""Training a prior, and measuring what it is worth: on a tiny CLIP and a few images, in seconds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from edgeclip import BundleError, DiffPurifier
+from edgeclip.purify import from_dict
+from tests.support.evaluation import run as evaluate
+from tests.support.export_models import write_folder
+from tests.support.prior_models import DIM, VISION, Conditioned, with_prior, write_prior
+from train import diffusion_prior
+from train.data import dataset
+from train.data.loader import Pictures, batches
+from train.diffusion_prior import Settings, train
+from train.errors import ModelError, SettingsError
+from train.models.checkpoints import load
+from train.models.prior import DiffusionPrior, Shape
+from train.models.trained_prior import load_prior
+from train.robustness.subjects import Shipped, open_subject
+from train.run.settings import run as run_command
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("clip") / "tiny", "vit", embed_dim=DIM, **VISION)
+
+
+@pytest.fixture
+def settings(clip: Path, fashion_folder: Path, tmp_path: Path) -> Settings:
+    return Settings(
+        bundle_checkpoint=str(clip),
+        data=f"fashion-mnist:{fashion_folder}",
+        out=tmp_path / "run",
+        depth=1,
+        heads=1,
+        steps=8,
+        batch_size=9,
+        learning_rate=3e-3,
+        warmup_steps=2,
+        validate=20,
+        checkpoint_every=3,
+        threads=1,
+        device="cpu",
+    )
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def killed(settings: Settings, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends before it has taken that step."""
+    whole = diffusion_prior.batch_loss
+
+    def until(*args: Any) -> torch.Tensor:
+        if args[-1] == step:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusion_prior, "batch_loss", until)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+
+
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings)
+    other = replace(settings, out=settings.out.with_name("parts"))
+    killed(other, 5, monkeypatch)
+    assert not (other.out / "prior.safetensors").exists()
+    assert torch.load(other.out / "checkpoint.pt", weights_only=True)["step"] == 3
+    embeddings = (other.out / "embeddings.safetensors").stat().st_mtime_ns
+    killed(replace(other, resume=True), 7, monkeypatch)
+    train(replace(other, resume=True, checkpoint_every=100))
+    assert (other.out / "embeddings.safetensors").stat().st_mtime_ns == embeddings
+    ours, theirs = (x.out / "prior.safetensors" for x in (settings, other))
+    assert ours.read_bytes() == theirs.read_bytes()
+    states = [torch.load(x.out / "checkpoint.pt", weights_only=True) for x in (settings, other)]
+    for name in ("prior", "mean"):
+        for key, value in states[0][name].items():
+            assert torch.equal(value, states[1][name][key])
+    assert rows(settings.out)[-1] == rows(other.out)[-1]
+
+
+def test_resumed_run_tells_the_same_losses(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its checkpoints are not of the steps whose losses are told."""
+    monkeypatch.setattr(diffusion_prior, "SHOWN", 4)
+    train(settings)
+    other = replace(settings, out=settings.out.with_name("parts"))
+    killed(other, 7, monkeypatch)
+    train(replace(other, resume=True))
+    for found, wanted in zip(rows(other.out), rows(settings.out), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_run_that_is_finished_stays_so(settings: Settings) -> None:
+    train(settings)
+    before = (settings.out / "prior.safetensors").read_bytes(), rows(settings.out)
+    train(replace(settings, resume=True))
+    assert ((settings.out / "prior.safetensors").read_bytes(), rows(settings.out)) == before
+
+
+def test_training_lowers_the_loss(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(diffusion_prior, "SHOWN", 20)
+    train(replace(settings, steps=80, batch_size=64, warmup_steps=5, checkpoint_every=100))
+    *told, last = rows(settings.out)
+    assert [row["step"] for row in told] == [20, 40, 60, 80]
+    assert told[-1]["loss"] < 0.6 * told[0]["loss"]
+    assert last.keys() == {"step", *(f"test_loss_{a}_{b}" for a, b in diffusion_prior.RANGES)}
+    assert 0 < last["test_loss_900_999"] < 1  # a guess of zero
+    assert f"--prior {settings.out} -o BUNDLE" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_weights_load_under_the_released_keys(settings: Settings) -> None:
+    train(replace(settings, steps=3, validate=0, depth=2, heads=3))
+    found = load_prior(settings.out)
+    assert found.model.shape == Shape(DIM, 2, 3)
+    checkpoint = torch.load(settings.out / "checkpoint.pt", weights_only=True)
+    for key, value in found.model.state_dict().items():
+        assert torch.equal(value, checkpoint["mean"][key])
+    assert not torch.equal(
+        checkpoint["mean"]["net.learned_query"], checkpoint["prior"]["net.learned_query"]
+    )
+    assert all(row.keys() == {"step", "loss"} for row in rows(settings.out))
+    rest = {"checkpoint.pt", "embeddings.safetensors", "metrics.jsonl", "prior.safetensors"}
+    assert {path.name for path in settings.out.iterdir()} == rest | {"tensorboard"}
+
+
+def test_embeddings_are_the_clips_own(settings: Settings, clip: Path) -> None:
+    train(replace(settings, steps=3, validate=20))
+    found = load_file(settings.out / "embeddings.safetensors")
+    assert found["train"].shape == (150, DIM)
+    assert found["test"].shape == (20, DIM)
+    source = load(str(clip), None)
+    train_set = dataset.load(settings.data, train=True)
+    assert found["labels"].tolist() == [train_set[i][1] for i in range(150)]
+    torch.testing.assert_close(found["train"].norm(dim=1), torch.ones(150))
+    ((images, _, _),) = batches(Pictures(train_set, source.model.visual), [[(3, 0), (149, 0)]], 0)
+    cfg = source.model.visual.preprocess_cfg
+    mean, std = (torch.tensor(cfg[name])[:, None, None] for name in ("mean", "std"))
+    with torch.no_grad():
+        wanted = source.model.encode_image((images - mean) / std, normalize=True)
+    torch.testing.assert_close(found["train"][[3, 149]], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_settings_matter(settings: Settings) -> None:
+    short = replace(settings, steps=3, validate=0)
+    train(short)
+    mine = (settings.out / "prior.safetensors").read_bytes()
+    for i, change in enumerate(({"seed": 1}, {"null_text": 0.0}, {"no_text": 0.5})):
+        other = replace(short, out=settings.out.with_name(f"other{i}"), **change)
+        train(other)
+        assert (other.out / "prior.safetensors").read_bytes() != mine
+    again = replace(short, out=settings.out.with_name("again"))
+    train(again)
+    assert (again.out / "prior.safetensors").read_bytes() == mine
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 0}, "--depth must be 1 or more, got 0"),
+        ({"heads": 0}, "--heads must be 1 or more"),
+        ({"batch_size": 0}, "--batch-size must be 1 or more"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be 0 or more"),
+        ({"decay": 1.5}, "--decay must be from 0 to 1, got 1.5"),
+        ({"null_text": -0.1}, "--null-text must be from 0 to 1"),
+        ({"null_text": 0.6, "no_text": 0.5}, "together above 1"),
+        ({"warmup_steps": 8}, "--warmup-steps must be below --steps 8"),
+        ({"validate": -1}, "--validate must be 0 or more"),
+        ({"views": 0}, "--views must be 1 or more"),
+        ({"device": "tpu"}, "--device must be auto, cpu or cuda"),
+    ],
+)
+def test_wrong_settings_are_one_line(settings: Settings, change: dict, message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as error:
+        train(replace(settings, **change))
+    assert "\n" not in str(error.value)
+    assert not settings.out.exists()
+
+
+def test_folders_that_are_not_this_run(settings: Settings, clip: Path, tmp_path: Path) -> None:
+    short = replace(settings, steps=3, validate=0)
+    train(short)
+    with pytest.raises(SettingsError, match="holds a run already: add --resume"):
+        train(short)
+    with pytest.raises(SettingsError, match="begun with depth 1, not 2: resume it with the same"):
+        train(replace(short, resume=True, depth=2))
+    other = write_folder(tmp_path / "other", "vit", embed_dim=DIM, seed=2, **VISION)
+    with pytest.raises(SettingsError, match="begun with bundle-checkpoint"):
+        train(replace(short, resume=True, bundle_checkpoint=str(other)))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="is a file: --out names a folder"):
+        train(replace(short, out=tmp_path / "file"))
+    torch.save({"model": {}, "step": 1}, other / "checkpoint.pt")
+    with pytest.raises(SettingsError, match="holds a run of another kind"):
+        train(replace(short, out=other))
+
+
+@pytest.mark.parametrize("marker", ["manifest.json", "open_clip_config.json"])
+def test_bundle_or_model_is_not_overwritten(settings: Settings, marker: str) -> None:
+    settings.out.mkdir()
+    for name in (marker, "embeddings.safetensors"):
+        (settings.out / name).write_text("mine")
+    with pytest.raises(SettingsError, match="holds a model or a bundle: name another folder"):
+        train(settings)
+    assert (settings.out / "embeddings.safetensors").read_text() == "mine"
+
+
+def test_clip_whose_texts_are_of_another_width(settings: Settings, tmp_path: Path) -> None:
+    other = write_folder(tmp_path / "other", "vit", **VISION)  # 48 wide, its text tokens 32
+    with pytest.raises(SettingsError, match="a prior needs a CLIP in which these are the same"):
+        train(replace(settings, bundle_checkpoint=str(other)))
+
+
+def test_command_line(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train.diffusion_prior", "--bundle-checkpoint", settings.bundle_checkpoint, "--data",
+             settings.data, "--out", str(settings.out)]  # fmt: skip
+    for more, status in (
+        (["--steps", "3", "--warmup-steps", "1", "--depth", "1", "--validate", "0"], 0),
+        (["--null-text", "2"], 2),
+        (["--bundle-checkpoint", "nothing-of-this-name"], 2),
+        (["--steps", "few"], 2),
+    ):
+        monkeypatch.setattr("sys.argv", [*words, *more])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_command(diffusion_prior.main)
+        assert end.value.code == status
+        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert len(lines) == (status != 0)
+    assert (settings.out / "prior.safetensors").is_file()
+
+
+# What train.evaluate makes of it.
+
+
+@pytest.fixture(scope="module")
+def made() -> Conditioned:
+    return with_prior()
+
+
+@pytest.fixture
+def words(made: Conditioned, fashion_folder: Path, tmp_path: Path) -> list[str]:
+    line = f"{made.bundle.path} --data fashion-mnist:{fashion_folder} --eps 4/255 --steps 2 -n 6"
+    line += " --batch-size 4 --queries 5 --check-samples 0 --device cpu --attack pgd"
+    return [*line.split(), "--out", str(tmp_path / "found.json")]
+
+
+DIFF = [
+    "--purify",
+    "diff",
+    "--purify-steps",
+    "2",
+    "--purify-step-size",
+    "0.5",
+    "--purify-timesteps",
+    "100",
+    "999",
+]
+DIFF += ["--purify-seed", "3"]
+
+
+def test_evaluation_of_diff(words: list[str], made: Conditioned) -> None:
+    found = evaluate(words, *DIFF, "--prior", str(made.weights))
+    told = found["settings"]["purification"]
+    assert told == {
+        "method": "diff", "steps": 2, "step_size": 0.5, "timesteps": [100, 999], "seed": 3,
+        "prior_sha256": made.prior.weights_sha256, "gradient": "exact",
+    }  # fmt: skip
+    assert from_dict(told) == DiffPurifier(2, 0.5, (100, 999), 3)
+    rows = [(row["attack"], row["gradient"]) for row in found["results"]]
+    assert rows == [("pgd", mode) for mode in ("exact", "identity", "encoder", "released")]
+    assert found["finished"] == 6
+    assert found["agreement"] < 1e-2
+    assert found["settings"]["eot"] == 1
+    resumed = evaluate(words, *DIFF, "--prior", str(made.weights))
+    assert resumed["samples"] == found["samples"]
+    assert resumed["settings"] == found["settings"]
+
+
+def test_evaluation_with_a_seed_that_is_not_known(words: list[str], made: Conditioned) -> None:
+    more = [*DIFF, "--prior", str(made.weights), "--eot", "2", "--gradient", "exact"]
+    found = evaluate(words, *more, "-n", "4")
+    assert found["settings"]["eot"] == 2
+    assert list(found["samples"]) == ["clean", "pgd/exact"]
+
+
+def test_evaluation_of_a_model_without_a_bundle(words: list[str], made: Conditioned) -> None:
+    more = [*DIFF, "--prior", str(made.weights), "--gradient", "exact", "-n", "4"]
+    found = evaluate([str(made.folder), *words[1:]], *more)
+    told = found["settings"]["purification"]
+    assert (told["gradient"], told["prior_sha256"]) == ("exact", made.prior.weights_sha256)
+
+
+def test_diff_as_published_is_the_default(words: list[str], made: Conditioned) -> None:
+    more = ["--purify", "diff", "--prior", str(made.weights), "--gradient", "encoder", "-n", "2"]
+    found = evaluate(words, *more)
+    assert from_dict(found["settings"]["purification"]) == DiffPurifier()
+
+
+def test_evaluations_of_diff_that_make_no_sense(
+    words: list[str], made: Conditioned, tmp_path: Path
+) -> None:
+    other = str(write_prior(tmp_path / "other.safetensors", seed=1))
+    own = ["--prior", str(made.weights)]
+    for more, message in (
+        (DIFF, "--purify diff needs the prior's weights: name its run with --prior"),
+        (
+            [*DIFF, "--prior", other],
+            "has not the prior .*other.safetensors: export it with --prior",
+        ),
+        ([*own, "--purify", "cos", "--purify-seed", "3"], "go with --purify diff"),
+        ([*own, "--purify", "cos", "--purify-timesteps", "0", "9"], "go with --purify diff"),
+        ([*own, "--purify-seed", "3"], "go with --purify diff"),
+        ([*own, *DIFF, "--purify-timesteps", "9", "8"], "timesteps must be the first and the last"),
+        ([*own, *DIFF, "--purify-timesteps", "0", "1000"], "prior has the timesteps 0 to 999"),
+        ([*own, *DIFF, "--purify-seed=-1"], "purification seed must be"),
+        ([*own, *DIFF, "--purify-steps=-1"], "purification steps must be"),
+    ):
+        with pytest.raises((SettingsError, BundleError), match=message) as error:
+            evaluate(words, *more)
+        assert "\n" not in str(error.value)
+
+
+def test_prior_made_for_another_clip(made: Conditioned, tmp_path: Path) -> None:
+    model = write_folder(tmp_path / "model", "vit", **VISION)
+    subject = open_subject(str(model), prior=str(made.weights))
+    with pytest.raises(ModelError, match="the prior is made for embeddings and text tokens of 32"):
+        subject.defence(["a", "b"], DiffPurifier())
+
+
+def test_attacked_model_is_the_one_that_is_shipped(made: Conditioned) -> None:
+    """The whole defence in PyTorch against the bundle's runtime, by the published setting too."""
+    subject = open_subject(str(made.bundle.path), prior=str(made.weights))
+    assert subject.prior_gradient == "exact"
+    names = ["cat", "dog", "house"]
+    raw = list(np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8))
+    shown = torch.stack([torch.from_numpy(x).permute(2, 0, 1) / 255 for x in raw])
+    for purifier in (DiffPurifier(2, 0.5, (100, 999), 3), DiffPurifier(3, 30.0)):
+        defence = subject.defence(names, purifier)
+        shipped = Shipped(subject, names, purifier, "fp32")
+        with torch.no_grad():
+            wanted = defence(shown).softmax(1).numpy()
+        np.testing.assert_allclose(shipped.probabilities(raw), wanted, atol=1e-3)
+
+
+def test_contract_names_the_network_here() -> None:
+    assert diffusion_prior.DiffusionPrior is DiffusionPrior

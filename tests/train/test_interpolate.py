@@ -1,0 +1,115 @@
+"""Weights between two encoders: the arithmetic, the run and the sweep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.support.export_models import write_folder
+from train import interpolate
+from train.errors import SettingsError
+from train.interpolate import build_parser
+from train.models.checkpoints import load
+
+SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[str]:
+    """Two models that differ in the image encoder alone, as before and after fine-tuning."""
+    folders = [write_folder(tmp_path / str(i), "vit", **SMALL) for i in range(2)]
+    weights = folders[1] / "open_clip_model.safetensors"
+    rng = torch.Generator().manual_seed(0)
+    state = {
+        key: value + 0.1 * torch.randn(value.shape, generator=rng) if "visual" in key else value
+        for key, value in load_file(weights).items()
+    }
+    save_file(state, weights)
+    return [str(folder) for folder in folders]
+
+
+def half_tower(folder: str, path: Path) -> Path:
+    """A file of another image tower alone, as FARE's are."""
+    state = load_file(Path(folder) / "open_clip_model.safetensors")
+    tower = {k.removeprefix("visual."): v / 2 for k, v in state.items() if k.startswith("visual.")}
+    torch.save(tower, path)
+    return path
+
+
+def run(words: list[str]) -> None:
+    interpolate.main(build_parser().parse_args(words))
+
+
+@pytest.mark.parametrize("alpha", ["0", "1", "1/4"])
+def test_run_holds_the_weights_between(pair: list[str], tmp_path: Path, alpha: str) -> None:
+    out = tmp_path / "out"
+    run([*pair, "--alpha", alpha, "--out", str(out)])
+    share = eval(alpha)  # a constant of this test
+    first, second, between = (load(str(f), None) for f in (*pair, out))
+    states = [source.model.state_dict() for source in (first, second, between)]
+    for key, value in states[2].items():
+        wanted = (1 - share) * states[0][key].double() + share * states[1][key].double()
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=1e-7)
+    told = json.loads((out / "open_clip_config.json").read_text())["interpolation"]
+    assert told["alpha"] == pytest.approx(share)
+    assert told["weights_sha256"]["robust"] == second.weights_sha256
+    assert between.config["model_cfg"] == second.config["model_cfg"]
+    assert between.wording["templates"] == second.wording["templates"]
+    assert between.tokenizer(["a cat"]).tolist() == second.tokenizer(["a cat"]).tolist()
+    with pytest.raises(SettingsError, match="holds a model already"):
+        run([*pair, "--alpha", alpha, "--out", str(out)])
+
+
+def test_sweep(
+    pair: list[str], fashion_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "frontier"
+    words = [*pair, "--sweep", "--points", "3", "--data", f"fashion-mnist:{fashion_folder}"]
+    run([*words, "--eps", "2/255", "--steps", "2", "-n", "20", "--out", str(out)])
+    found = json.loads((out / "frontier.json").read_text())
+    assert [row["alpha"] for row in found["results"]] == [0, 0.5, 1]
+    for row in found["results"]:
+        assert 0 <= row["robust_accuracy"] <= row["clean_accuracy"] <= 1
+    with Image.open(out / "frontier.png") as picture:
+        assert picture.width > 500
+    shown = capsys.readouterr().out
+    assert "eps 2/255" in shown
+    assert f"{found['results'][1]['clean_accuracy']:.1%}" in shown
+
+
+def test_bad_settings(pair: list[str], tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    with pytest.raises(SettingsError, match=r"--alpha must be from 0 to 1, got 1\.5"):
+        run([*pair, "--alpha", "1.5", *out])
+    with pytest.raises(SettingsError, match="--sweep needs --data and --eps"):
+        run([*pair, "--sweep", *out])
+    with pytest.raises(SettingsError, match="for 8 of 255 give --eps 8/255"):
+        run([*pair, "--sweep", "--data", "fashion-mnist", "--eps", "8", *out])
+    stranger = write_folder(tmp_path / "stranger", "vit", seed=5, **SMALL)
+    with pytest.raises(SettingsError, match="the two text encoders differ"):
+        run([pair[0], str(stranger), "--alpha", "0.5", *out])
+    with pytest.raises(SettingsError, match="--points must be 2 or more"):
+        run([*pair, "--sweep", "--data", "fashion-mnist", "--eps", "0.1", "--points", "1", *out])
+    with pytest.raises(SettingsError, match="is a file"):
+        run([*pair, "--alpha", "0.5", "--out", pair[0] + "/bpe.txt.gz"])
+    other = write_folder(tmp_path / "other", "vit", **SMALL | {"layers": 2})
+    with pytest.raises(SettingsError, match="of different architectures: see visual"):
+        run([pair[0], str(other), "--alpha", "0.5", *out])
+
+
+def test_the_original_may_have_another_image_tower(pair: list[str], tmp_path: Path) -> None:
+    tower, out = half_tower(pair[0], tmp_path / "fare.pt"), tmp_path / "out"
+    run([*pair, "--visual", str(tower), "--alpha", "0", "--out", str(out)])
+    found, original = load(str(out), None).model.state_dict(), load(pair[0], None).model
+    for key, value in original.state_dict().items():
+        assert torch.equal(found[key], value / 2 if key.startswith("visual.") else value)
+
+
+def test_two_activations_are_not_mixed(pair: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="one of the two models has QuickGELU"):
+        run([*pair, "--quickgelu", "--alpha", "0", "--out", str(tmp_path / "out")])

@@ -1,0 +1,138 @@
+"""Attention maps and losses against the golden values, and against finite differences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.paths import VECTORS
+from train.attention import attention_map, complementary_attention_map
+from train.losses import pmg_terms, squared_distance, tga_terms
+
+VIEWS = ("adv_target", "clean_original", "clean_target")
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    with np.load(VECTORS / "tga_losses.npz") as arrays:
+        return {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
+
+
+def maps(golden: dict[str, torch.Tensor], kind: str) -> list[torch.Tensor]:
+    """The maps of the three views; kind is "" or "comp_"."""
+    text, non_class = (golden[name][golden["labels"]] for name in ("text", "non_class_text"))
+    size = int(golden["image_size"])
+    if kind:
+        return [
+            complementary_attention_map(golden[f"tokens_{view}"], text, non_class, size)
+            for view in VIEWS
+        ]
+    return [attention_map(golden[f"tokens_{view}"], text, size) for view in VIEWS]
+
+
+@pytest.mark.parametrize("kind", ["", "comp_"])
+def test_maps_are_the_published_ones(golden: dict[str, torch.Tensor], kind: str) -> None:
+    for view, found in zip(VIEWS, maps(golden, kind), strict=True):
+        torch.testing.assert_close(found, golden[f"{kind}map_{view}"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["", "comp_"])
+@pytest.mark.parametrize("distance", ["l2", "l1", "cos"])
+def test_losses_are_the_published_ones(
+    golden: dict[str, torch.Tensor], kind: str, distance: str
+) -> None:
+    terms = tga_terms(
+        golden["logits_adv"],
+        golden["labels"],
+        *maps(golden, kind),
+        alpha=float(golden["alpha"]),
+        beta=float(golden["beta"]),
+        distance=distance,
+    )
+    torch.testing.assert_close(
+        torch.stack(terms), golden[f"{kind}loss_{distance}"], rtol=1e-5, atol=0
+    )
+
+
+def test_gradients_equal_finite_differences() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randn(2, 10, 6, dtype=torch.float64, requires_grad=True)
+    clean = torch.randn(2, 10, 6, dtype=torch.float64)
+    text, other = (torch.nn.functional.normalize(torch.randn(2, 6).double(), dim=1) for _ in "ab")
+    logits, labels = torch.randn(2, 3).double(), torch.tensor([0, 2])
+
+    def loss(tokens: torch.Tensor, kind: int) -> torch.Tensor:
+        def attention(t: torch.Tensor) -> torch.Tensor:
+            if kind:
+                return complementary_attention_map(t, text, other, 9)
+            return attention_map(t, text, 9)
+
+        views = (attention(tokens), attention(clean), attention(tokens * 1.1 + 0.1))
+        return sum(tga_terms(logits, labels, *views, alpha=0.3, beta=0.2))
+
+    for kind in (0, 1):
+        assert torch.autograd.gradcheck(lambda t, k=kind: loss(t, k), tokens)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_prefix_tokens_count_in_the_norm_alone(prefix: int) -> None:
+    """Against a plain loop over the published definition."""
+    rng = np.random.default_rng(0)
+    tokens, text = rng.normal(size=(2, prefix + 9, 6)), rng.normal(size=(2, 6))
+    found = attention_map(torch.tensor(tokens), torch.tensor(text), 3, prefix=prefix)
+    for i in range(2):
+        scaled = tokens[i] / np.sqrt((tokens[i] ** 2).sum(0))
+        scores = np.array([patch @ text[i] for patch in scaled[prefix:]])
+        wanted = (scores - scores.min()) / (scores.max() - scores.min())
+        np.testing.assert_allclose(found[i, 0].numpy().ravel(), wanted, rtol=1e-12)
+
+
+def test_image_whose_patches_agree_has_no_attention() -> None:
+    tokens = torch.ones(1, 10, 6, requires_grad=True)
+    found = attention_map(tokens, torch.full((1, 6), 6**-0.5), 9)
+    found.sum().backward()
+    assert (found == 0).all()
+    assert tokens.grad is not None
+    assert tokens.grad.isfinite().all()
+
+
+def test_pmg_terms_equal_plain_sums() -> None:
+    rng = np.random.default_rng(0)
+    adv, reference, clean = (rng.normal(size=(4, 5)) * 3 for _ in range(3))
+    labels = np.array([0, 4, 2, 2])
+
+    def softmax(logits: np.ndarray) -> np.ndarray:
+        return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+    def kl(p: np.ndarray, q: np.ndarray) -> float:
+        return float((p * np.log(p / q)).sum(1).mean())
+
+    p = softmax(adv)
+    wanted = [
+        -np.log(p[np.arange(4), labels]).mean(),
+        0.5 * kl(softmax(reference), p),
+        2.0 * kl(softmax(clean), p),
+    ]
+    arrays = (torch.tensor(x) for x in (adv, labels, reference, clean))
+    found = pmg_terms(*arrays, alpha=0.5, beta=2.0)
+    np.testing.assert_allclose([term.item() for term in found], wanted, rtol=1e-10)
+
+
+def test_squared_distance_is_of_each_image() -> None:
+    a, b = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    assert squared_distance(a, b).tolist() == [4.0, 25.0]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    tokens, text = torch.randn(2, 10, 6), torch.randn(2, 6)
+    with pytest.raises(ValueError, match=r"expected tokens \(B, prefix \+ P, D\)"):
+        attention_map(tokens, text[:1], 9)
+    with pytest.raises(ValueError, match="expected 1 tokens and a square of patches, got 9"):
+        attention_map(tokens[:, :9], text, 9)
+    attention = attention_map(tokens, text, 9)
+    arguments = (torch.randn(2, 3), torch.tensor([0, 1]), attention, attention, attention)
+    with pytest.raises(ValueError, match="alpha and beta must be 0 or more"):
+        tga_terms(*arguments, alpha=-0.1, beta=0.0)
+    with pytest.raises(ValueError, match="distance must be one of l2, l1, cos"):
+        tga_terms(*arguments, alpha=0.1, beta=0.1, distance="l3")

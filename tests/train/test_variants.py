@@ -1,0 +1,168 @@
+"""Each variant's attack and loss, between two different encoders, against plain arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.support.export_models import write_folder
+from train.attacks import pgd
+from train.attention import attention_map, complementary_attention_map
+from train.data.loader import generators
+from train.losses import squared_distance
+from train.models.checkpoints import load
+from train.models.classifier import Classifier, class_embeddings
+from train.run.optimizer import build_optimizer
+from train.tgazsr import Settings, checked
+from train.variants import attack, loss_terms
+
+SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}
+SETTINGS = Settings(data="", out=Path(), eps=0.1, step_size=0.04, attack_steps=3)
+LABELS = torch.tensor([2, 0, 1, 1])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, Classifier, torch.Tensor]:
+    """The trained encoder, the original one, and the denying texts."""
+    folder = tmp_path_factory.mktemp("models")
+    sources = [
+        load(str(write_folder(folder / str(i), "vit", seed=i, **SMALL)), None) for i in range(2)
+    ]
+    names = ["cat", "dog", "bird"]
+    texts, denied = (class_embeddings(sources[0], names, [t]) for t in ("a {}", "not a {}"))
+    trained, original = (Classifier(source, texts).eval() for source in sources)
+    return trained, original, denied
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def chosen(variant: str, **changes: Any) -> Settings:
+    weights = {} if variant in ("tecoa", "at", "fare") else {"alpha": 0.3, "beta": 0.7}
+    return checked(replace(SETTINGS, variant=variant, **weights, **changes), 1)
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    p, q = (x.double().softmax(1).numpy() for x in (p, q))
+    return float((p * np.log(p / q)).sum(1).mean())
+
+
+DISTANCES = {
+    "l2": lambda a, b: np.sqrt(((a - b) ** 2).sum((1, 2, 3))).mean(),
+    "l1": lambda a, b: np.abs(a - b).mean(),
+    "cos": lambda a, b: np.mean(
+        [
+            1 - (x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum())
+            for x, y in zip(a, b, strict=True)
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("variant", ["tga", "comp", "tecoa", "at", "pmg", "fare"])
+def test_terms(models: Any, images: torch.Tensor, variant: str, distance: str) -> None:
+    trained, original, denied = models
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    attacked = (images + 0.1 * noise).clamp(0, 1)
+    settings = chosen(variant, distance=distance)
+    with torch.no_grad():
+        found = loss_terms(settings, trained, original, denied, images, attacked, LABELS)
+        adv, clean = trained(attacked), trained(images)
+        source, reference = original(images), original(attacked)
+    probabilities = adv.logits.double().softmax(1).numpy()
+    ce = -np.log(probabilities[np.arange(4), LABELS.numpy()]).mean()
+    if variant == "fare":
+        wanted = {"fare": ((adv.embedding - source.embedding) ** 2).sum(1).mean().item()}
+    elif variant in ("tecoa", "at"):
+        wanted = {"ce": ce}
+    elif variant == "pmg":
+        general, calm = kl(reference.logits, adv.logits), kl(clean.logits, adv.logits)
+        wanted = {"ce": ce, "general": 0.3 * general, "clean": 0.7 * calm}
+    else:
+        text = trained.classes[LABELS]
+
+        def attention(tokens: torch.Tensor) -> np.ndarray:
+            if variant == "comp":
+                return complementary_attention_map(tokens, text, denied[LABELS], 16).numpy()
+            return attention_map(tokens, text, 16).numpy()
+
+        maps = [attention(output.tokens) for output in (adv, source, clean)]
+        measure = DISTANCES[distance]
+        wanted = {
+            "ce": ce,
+            "ar": 0.3 * measure(maps[0], maps[1]),
+            "amc": 0.7 * measure(maps[2], maps[1]),
+        }
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].item() == pytest.approx(value, rel=1e-4, abs=1e-7), name
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("variant", ["tga", "comp", "tecoa", "at", "pmg", "fare"])
+def test_attack(models: Any, images: torch.Tensor, variant: str, norm: str) -> None:
+    trained, original, _ = models
+    seeds = torch.arange(4)
+    settings = chosen(variant, norm=norm)
+    found = attack(settings, trained, original, images, LABELS, seeds, steps=3)
+
+    def plain(model: Classifier) -> torch.Tensor:
+        shared: dict[str, Any] = {
+            "eps": 0.1, "step_size": 0.04, "steps": 3, "norm": norm,
+            "generator": generators(seeds, images.device),
+        }  # fmt: skip
+        if variant != "fare":
+            return pgd(lambda x: model(x).logits, images, LABELS, **shared)
+        with torch.no_grad():
+            target = original(images).embedding
+        return pgd(lambda x: model(x).embedding, images, target, loss=squared_distance, **shared)
+
+    assert torch.equal(found, plain(trained))
+    assert not torch.allclose(found, plain(original), atol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_two_steps_of_the_optimizer(optimizer: str) -> None:
+    """Matrices decay, vectors do not; momentum is what the setting says."""
+    settings = replace(
+        SETTINGS, optimizer=optimizer, learning_rate=0.1, momentum=0.6, weight_decay=0.5
+    )
+    start, gradient = np.array([[2.0, -3.0]]), np.array([[0.5, 4.0]])
+    matrix, vector = (torch.nn.Parameter(torch.tensor(x)) for x in (start, start[0]))
+    made = build_optimizer([matrix, vector], settings)
+    for _ in range(2):
+        matrix.grad, vector.grad = torch.tensor(gradient), torch.tensor(gradient[0])
+        made.step()
+
+    def expected(decay: float) -> np.ndarray:
+        value, first, second = start.copy(), np.zeros((1, 2)), np.zeros((1, 2))
+        for step in (1, 2):
+            if optimizer == "sgd":
+                first = 0.6 * first + gradient + decay * value
+                value = value - 0.1 * first
+            else:
+                first, second = 0.6 * first + 0.4 * gradient, 0.98 * second + 0.02 * gradient**2
+                corrected = first / (1 - 0.6**step), second / (1 - 0.98**step)
+                value = value * (1 - 0.1 * decay)
+                value = value - 0.1 * corrected[0] / (np.sqrt(corrected[1]) + 1e-8)
+        return value
+
+    np.testing.assert_allclose(matrix.detach().numpy(), expected(0.5), rtol=1e-6)
+    np.testing.assert_allclose(vector.detach().numpy(), expected(0.0)[0], rtol=1e-6)
+
+
+def test_cross_entropy_is_not_of_the_original(models: Any, images: torch.Tensor) -> None:
+    trained, original, denied = models
+    terms = loss_terms(chosen("tecoa"), trained, original, denied, images, images, LABELS)
+    with torch.no_grad():
+        other = F.cross_entropy(original(images).logits, LABELS)
+    assert abs(terms["ce"].item() - other.item()) > 1e-3
