@@ -18,8 +18,7 @@ from train.data.loader import generators
 from train.losses import squared_distance
 from train.models.checkpoints import load
 from train.models.classifier import Classifier, class_embeddings
-from train.run.optimizer import build_optimizer
-from train.tgazsr import Settings, checked
+from train.tgazsr import Settings, build_optimizer, checked
 from train.variants import attack, loss_terms
 
 SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}
