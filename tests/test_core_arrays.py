@@ -59,16 +59,16 @@ class _Tensor(ctypes.Structure):
 class Handmade:
     """A dense uint8 array in memory of any kind, beginning after an offset, without strides."""
 
-    def __init__(self, array: np.ndarray, kind: int) -> None:
-        self.array, self.kind = array, kind
+    def __init__(self, array: np.ndarray, kind: int, index: int = 0) -> None:
+        self.array, self.kind, self.index = array, kind, index
         self.shape = (ctypes.c_int64 * array.ndim)(*array.shape)
         address = array.ctypes.data - 5
-        self.tensor = _Tensor(address, kind, 0, array.ndim, 1, 8, 1, self.shape, None, 5)
+        self.tensor = _Tensor(address, kind, index, array.ndim, 1, 8, 1, self.shape, None, 5)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return self.kind, 0
+        return self.kind, self.index
 
-    def __dlpack__(self) -> object:
+    def __dlpack__(self, stream: int | None = None) -> object:
         new = ctypes.pythonapi.PyCapsule_New
         new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p] * 3
         return new(ctypes.addressof(self.tensor), b"dltensor", None)
@@ -138,12 +138,18 @@ def test_devices_and_producers_that_do_not_fit(image: np.ndarray) -> None:
             raise BufferError("not now")
 
     tensor = torch.from_numpy(image)
-    with pytest.raises(TypeError, match=r"\[preprocess\] image gives no DLPack capsule"):
+    with pytest.raises(
+        TypeError, match="expected image to return a DLPack capsule from __dlpack__, got object"
+    ):
         pixels(Nothing(tensor))
     with pytest.raises(BufferError, match="not now"):
         pixels(Failing(tensor))
-    with pytest.raises(TypeError, match="image is on a device of another kind, DLPack's number 15"):
+    with pytest.raises(
+        TypeError, match="expected image in CPU or CUDA memory, got DLPack device type 15"
+    ):
         pixels(Handmade(image, kind=15))
+    with pytest.raises(TypeError, match="expected image on GPU 0, got GPU 1: choose a GPU with"):
+        pixels(Handmade(image, kind=2, index=1))
     np.testing.assert_array_equal(pixels(Handmade(image, kind=1)), pixels(image))
     np.testing.assert_array_equal(pixels(Handmade(image, kind=3)), pixels(image))  # pinned
     with pytest.raises(TypeError, match="expected image to be a NumPy array, or to have __cuda_"):
