@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgeclip import _core
+from edgeclip import DeviceError, _core
+from edgeclip.device import cuda_errors
 
 NORMALIZE = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
@@ -156,8 +157,20 @@ def test_devices_and_producers_that_do_not_fit(image: np.ndarray) -> None:
         pixels([[1, 2, 3]])
 
 
-@pytest.mark.skipif(_core.cuda_built(), reason="of an extension without CUDA")
-def test_without_cuda_it_is_said() -> None:
+@pytest.mark.skipif(_core.cuda_built(), reason="built with CUDA")
+def test_cuda_objects_need_a_cuda_build() -> None:
     for make in (_core.CudaStream, _core.CudaEvent, lambda: _core.CudaMemory(8), _core.cuda_device):
-        with pytest.raises(RuntimeError, match=r"\[cuda\] edgeclip was built without CUDA"):
+        with pytest.raises(_core.CudaError, match=r"\[cuda\] edgeclip was built without CUDA"):
             make()
+
+
+def test_cuda_error_is_a_runtime_error_of_the_core() -> None:
+    assert _core.CudaError.__bases__ == (RuntimeError,)
+    assert f"{_core.CudaError.__module__}.{_core.CudaError.__name__}" == "edgeclip._core.CudaError"
+
+
+def test_only_cuda_errors_become_device_errors() -> None:
+    with pytest.raises(DeviceError, match="out of memory"), cuda_errors():
+        raise _core.CudaError("out of memory")
+    with pytest.raises(RuntimeError, match=r"\[other\] failed"), cuda_errors():
+        raise RuntimeError("[other] failed")
