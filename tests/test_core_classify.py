@@ -319,7 +319,7 @@ def with_value(array: np.ndarray, index: tuple[int, ...], value: float) -> np.nd
             {"classes": with_value(W, (5, 0), np.nan)},
             (
                 "the logits of embedding 0 contain NaN or infinity: "
-                "look at classes, null_scores and logit_scale"
+                "check classes, null_scores and logit_scale"
             ),
         ),
     ],

@@ -195,7 +195,7 @@ def test_doctor_prints_it(level: str) -> None:
         assert f"core {level}," in done.stdout
     else:
         assert done.returncode == 2
-        assert f"error: EDGECLIP_SIMD={level}: this machine has no more than" in done.stderr
+        assert f"error: EDGECLIP_SIMD={level}: this machine supports at most" in done.stderr
 
 
 def test_empty_is_unset() -> None:
