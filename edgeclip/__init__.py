@@ -8,7 +8,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 try:
     from edgeclip._core import __version__
 except ImportError as err:
-    if "_core" not in str(err):
+    if err.name != "edgeclip._core":
         raise
     raise ImportError(
         "edgeclip's compiled core is missing: in a checkout, run `make build` "

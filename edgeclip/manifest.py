@@ -14,6 +14,7 @@ from pathlib import PurePath
 from typing import Any
 
 from edgeclip import purify
+from edgeclip._core import INTERPOLATIONS, RESIZES
 from edgeclip.errors import BundleError
 from edgeclip.labels import check_templates
 from edgeclip.purify import Purifier
@@ -21,8 +22,6 @@ from edgeclip.purify import Purifier
 SCHEMA_VERSION = 1
 # Of encoders; int8-qdq, for TensorRT, says explicitly where int8 begins and ends (Q/DQ).
 PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq")
-RESIZES = ("shortest", "longest", "squash")  # as open_clip means them
-INTERPOLATIONS = ("bicubic", "bilinear")
 CLEANINGS = ("whitespace", "lower", "canonicalize")  # of texts, before the tokenizer
 PRIOR_GRADIENTS = ("exact", "forward")
 DEFAULT_TEMPLATES = ("a photo of a {}.",)

@@ -16,12 +16,10 @@ from edgeclip.errors import DeviceError
 
 @contextmanager
 def cuda_errors() -> Iterator[None]:
-    """Turns the core's errors about CUDA, which begin with the operation's name, into DeviceError."""
+    """Raise the core's CUDA errors as DeviceError."""
     try:
         yield
-    except RuntimeError as err:
-        if not str(err).startswith("["):
-            raise
+    except _core.CudaError as err:
         raise DeviceError(str(err)) from err
 
 

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgeclip._core import MIN_SINE
 from edgeclip.purify import CosPurifier, DiffPurifier
 from train.models.prior import Context, DiffusionPrior
 
 PURIFIED = ("exact", "identity", "released")  # gradients through a purification
-MIN_SINE = 1e-5  # as in csrc/math.h: closer to the null text there is no direction towards it
 
 
 class NullPrior(nn.Module):

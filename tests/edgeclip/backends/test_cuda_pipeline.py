@@ -145,6 +145,14 @@ def test_more_label_sets_than_are_kept(device: str) -> None:
         check_same([ours.classify(image, labels)], [theirs.classify(image, labels)])
 
 
+def test_a_failed_allocation_is_a_device_error() -> None:
+    message = r"\[cuda\] cudaMalloc\(\d+ bytes\): cudaErrorMemoryAllocation"
+    with pytest.raises(_core.CudaError, match=message):
+        _core.CudaMemory(1 << 50)
+    with pytest.raises(edgeclip.DeviceError, match=message):
+        DeviceArray((1 << 50,), np.uint8)
+
+
 def test_a_frame_on_the_gpu(device: str) -> None:
     ours, theirs = runtimes(device)
     image = frame(48, 64)

@@ -42,6 +42,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("emulated")
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", f"-I{ROOT}"]
     flags += ["-isystem", str(SHIM), "-isystem", sysconfig.get_path("include")]
+    flags += ["-isystem", str(ROOT / "csrc" / "third_party")]
     flags += ["-isystem", pybind11.get_include(), "-Wno-unknown-pragmas"]
     flags += [f'-DEDGECLIP_VERSION="{edgeclip.__version__}"']
 
