@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from edgeclip.drawing.captions import LINE, draw_captions, own_font
+from edgeclip.drawing.captions import LINE, builtin_font, draw_captions
 from edgeclip.errors import EdgeclipError
 from edgeclip.storage import is_stream
 
@@ -188,7 +188,7 @@ def _sheet(tiles: Sequence[_Tile]) -> Image.Image:
         left, top = GAP + tile.column * right, GAP + round(tile.row * down)
         sheet.paste(caption, (left, top))
         sheet.paste(tile.image, (left, top + LINE))
-    draw, font = ImageDraw.Draw(sheet), own_font()
+    draw, font = ImageDraw.Draw(sheet), builtin_font()
     left, top = GAP + 2 * right, GAP + rows * down - 4
     draw.text((left, top), "0", "black", font)
     draw.text((left + width, top), "1", "black", font, anchor="ra")
