@@ -15,6 +15,7 @@ from pathlib import Path
 import edgeclip
 from benchmarks.latency import bundle_for, picture, versions_of
 from benchmarks.timing import machine, process, publish
+from edgeclip.precisions import PRECISIONS
 
 EPILOG = """examples:
   python -m benchmarks.coldstart
@@ -32,7 +33,7 @@ def measure(model: str, repeats: int) -> dict[str, tuple[float, float]]:
         picture(4000, 3000).save(photo, quality=90)
         commands = {"edgeclip, embedded bundle": [*command, *EXAMPLE]}
         for precision in edgeclip.Bundle(folder).manifest.precisions:
-            if precision != "fp16":  # which CPUs do not compute in
+            if "cpu" in PRECISIONS[precision].auto_devices:
                 options = [photo, *EXAMPLE[1:], "--bundle", str(folder), "--precision", precision]
                 commands[f"edgeclip {model} {precision}, 12 megapixels"] = [*command, *options]
         for ours in commands.values():

@@ -31,6 +31,7 @@ import edgeclip
 from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
 from edgeclip.images.decoding import decode
+from edgeclip.precisions import PRECISIONS
 from edgeclip.tools.bench import picture
 
 EPILOG = """examples:
@@ -230,7 +231,7 @@ def main() -> None:
     runtimes = {
         name: edgeclip.Runtime(bundle, precision=name, purify=purifier)
         for name in bundle.manifest.precisions
-        if name != "fp16"  # which CPUs do not compute in
+        if "cpu" in PRECISIONS[name].auto_devices
     }
     rt = runtimes["int8"]
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from pathlib import Path
 import edgeclip
 from benchmarks.latency import bundle_for, versions_of
 from benchmarks.timing import machine, publish
+from edgeclip.precisions import PRECISIONS
 
 EPILOG = """examples:
   python -m benchmarks.memory
@@ -86,7 +87,8 @@ def main() -> None:
     if not Path("/proc/self/status").is_file():
         sys.exit("benchmarks.memory: needs Linux's /proc")
     folder = bundle_for(args.model)
-    precisions = [p for p in edgeclip.Bundle(folder).manifest.precisions if p != "fp16"]
+    names = edgeclip.Bundle(folder).manifest.precisions
+    precisions = [name for name in names if "cpu" in PRECISIONS[name].auto_devices]
     for name in precisions:
         run(OURS, str(folder), name)  # a first start tries the precision, with both encoders
     found = {f"edgeclip {name}": run(OURS, str(folder), name) for name in precisions}

@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 from edgeclip.bundle import GOLDEN, Bundle
 from edgeclip.errors import BundleError
 from edgeclip.manifest import Manifest
+from edgeclip.precisions import PRECISIONS, REFERENCE
 
-# Largest distance between unit embeddings: sqrt(2 - 2c) for the minimum cosine c enforced at export,
-# 0.999 and 0.99, except for fp32.
-TOLERANCE = {"fp32": 1e-4, "fp16": 0.045, "int8": 0.142, "int8-qdq": 0.142}
 # A device may be this much further off than the exporter was: other kernels round other values.
 DEVICE_FACTOR, DEVICE_OFFSET = 2.0, 0.01
 
@@ -80,15 +78,17 @@ class GoldenValues:
 def embedding_limit(manifest: Manifest, precision: str, kind: str) -> float:
     """Return the largest distance of a unit embedding, image or text, from its golden one.
 
-    Where export measured the distance, a device may be somewhat further off, within TOLERANCE.
+    Where export measured the distance, a device may be somewhat further off, within the
+    precision's tolerance.
     """
     parity = manifest.precisions[precision].parity
     # Older bundles have the worst of both kinds only.
     cosine = parity.get(f"golden_{kind}_min_cosine", parity.get("golden_min_cosine"))
-    if precision == "fp32" or cosine is None:
-        return TOLERANCE[precision]
+    tolerance = PRECISIONS[precision].tolerance
+    if precision == REFERENCE or cosine is None:
+        return tolerance
     exported = math.sqrt(max(2 - 2 * cosine, 0))
-    return min(TOLERANCE[precision], DEVICE_FACTOR * exported + DEVICE_OFFSET)
+    return min(tolerance, DEVICE_FACTOR * exported + DEVICE_OFFSET)
 
 
 def largest_distance(rows: NDArray[np.float32], expected: NDArray[np.float32]) -> float:

@@ -17,6 +17,7 @@ from edgeclip.backends.trials import best, trials
 from edgeclip.bundle import Bundle
 from edgeclip.errors import DeviceError
 from edgeclip.manifest import Manifest
+from edgeclip.precisions import REFERENCE, by_preference
 
 if TYPE_CHECKING:
     from edgeclip.backends.cuda_pipeline import GpuPipeline
@@ -26,14 +27,6 @@ logger = logging.getLogger(__name__)
 
 ORDER = ("tensorrt", "cuda", "cpu")  # the best first
 DEVICES = ("auto", *reversed(ORDER))
-# The precisions that `auto` considers on a device, and, where a bundle has none of them, the others.
-# int8 is for CPUs: a GPU has no kernels for the way in which it is written. CPUs compute fp16 in fp32.
-PREFERRED = {
-    "cpu": (("fp32", "int8"), ("fp16", "int8-qdq")),
-    "cuda": (("fp16", "fp32"), ("int8-qdq", "int8")),
-    "tensorrt": (("fp16", "fp32"), ("int8-qdq", "int8")),
-}
-PLAINEST = "fp32"
 MARGIN = 0.7  # of fp32's time, which a faster precision has to stay below: it is less exact
 MAX_GPU_BATCH = 64  # images whose pixels have memory of their own
 
@@ -112,7 +105,7 @@ def _open_tensorrt(bundle: Bundle, precision: str, threads: int) -> ImageSide:
     check_cuda("tensorrt")
     trt, cache = import_tensorrt(), EngineCache()
     names = bundle.manifest.precisions
-    order = [name for group in PREFERRED["tensorrt"] for name in group if name in names]
+    order = [row.name for row in by_preference("tensorrt") if row.name in names]
     for name in order if precision == "auto" else [precision]:
         path = cache.latest(image_engine_key(bundle, name, trt))
         if path is not None:  # checked against the golden values when it was built here
@@ -237,7 +230,7 @@ def choose_precision(bundle: Bundle, precision: str, device: str, threads: int) 
     candidates = preferred(bundle, device)
     found = trials(bundle, candidates, device, threads, timed=len(candidates) > 1)
     try:
-        return best(found, PLAINEST, MARGIN)
+        return best(found, REFERENCE, MARGIN)
     except DeviceError as err:
         if any(trial.error for trial in found.values()):
             raise
@@ -252,12 +245,11 @@ def preferred(bundle: Bundle, device: str) -> list[str]:
     Among them are only those known to give the model's answers (export --data), fp32 always.
     """
     variants = bundle.manifest.precisions
-    known = [n for n, v in variants.items() if n == PLAINEST or "top1_agreement" in v.parity]
-    for names in (known, list(variants)):
-        for group in PREFERRED[device]:
-            if found := [name for name in group if name in names]:
-                return found
-    raise AssertionError("a bundle has a precision")  # as its manifest was checked for
+    verified = [n for n, v in variants.items() if n == REFERENCE or "top1_agreement" in v.parity]
+    rows = [row for row in by_preference(device) if row.name in (verified or variants)]
+    # A bundle may have only precisions that are meant for other devices.
+    intended = [row for row in rows if device in row.auto_devices]
+    return [row.name for row in intended or rows]
 
 
 def check_known(bundle: Bundle, precision: str) -> None:
