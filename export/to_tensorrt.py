@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgeclip.backends import tensorrt_builder
-from edgeclip.backends.tensorrt_builder import BuildOptions, build_engine, import_tensorrt
+from edgeclip.backends import tensorrt_module
+from edgeclip.backends.engine_cache import BuildOptions
+from edgeclip.backends.tensorrt_builder import build_engine
+from edgeclip.backends.tensorrt_module import import_tensorrt
 from edgeclip.bundle import Bundle
 from edgeclip.cli.options import Parser, positive
 from edgeclip.errors import BundleError, EdgeclipError
@@ -143,7 +145,7 @@ def _warnings(notes: dict[str, None], name: str) -> Iterator[None]:
             if record.levelno == logging.WARNING:
                 notes[f"warning: {name}: {record.getMessage()}"] = None
 
-    handler, log = Handler(logging.WARNING), logging.getLogger(tensorrt_builder.__name__)
+    handler, log = Handler(logging.WARNING), logging.getLogger(tensorrt_module.__name__)
     kept, log.propagate = log.propagate, False
     log.addHandler(handler)
     try:
@@ -185,10 +187,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> list[str]:
     trt = import_tensorrt("tensorrt_rtx")
-    there = tensorrt_builder.capabilities(trt)
+    there = tensorrt_module.capabilities(trt)
     asked = list(dict.fromkeys(options.capability or there))
     for capability in asked:
-        tensorrt_builder.check_capability(trt, capability)
+        tensorrt_module.check_capability(trt, capability)
     bundle = Bundle(options.bundle)
     precisions = precisions_of(bundle, options.precision)
     if options.out is not None:

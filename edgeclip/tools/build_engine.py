@@ -13,16 +13,12 @@ from numpy.typing import NDArray
 
 from edgeclip.backends.base import EMBEDDING, Encoder, unit
 from edgeclip.backends.cuda_pipeline import GpuPipeline
+from edgeclip.backends.engine_cache import BuildOptions, EngineCache
 from edgeclip.backends.golden_values import GoldenValues, largest_distance
 from edgeclip.backends.select import check_known, image_engine_key, preferred
-from edgeclip.backends.tensorrt_builder import (
-    BuildOptions,
-    EngineCache,
-    Progress,
-    build_engine,
-    import_tensorrt,
-)
+from edgeclip.backends.tensorrt_builder import Progress, build_engine
 from edgeclip.backends.tensorrt_encoder import TensorRTEncoder
+from edgeclip.backends.tensorrt_module import import_tensorrt
 from edgeclip.bundle import Bundle
 from edgeclip.errors import DeviceError
 from edgeclip.images.decoding import ImageSource

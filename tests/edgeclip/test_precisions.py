@@ -15,10 +15,9 @@ CONVERTED = [row for row in PRECISIONS.values() if row.name != REFERENCE]
 
 
 def test_names_and_their_order() -> None:
-    names = list(PRECISIONS)
-    assert names == ["fp32", "fp16", "int8", "int8-qdq"]
+    assert list(PRECISIONS) == ["fp32", "fp16", "int8", "int8-qdq"]
     assert engine_precisions() == ["fp16", "fp32", "int8-qdq"]
-    assert PRECISIONS_OF_ENGINES == ("auto", *engine_precisions())
+    assert ("auto", *engine_precisions()) == PRECISIONS_OF_ENGINES
 
 
 @pytest.mark.parametrize(

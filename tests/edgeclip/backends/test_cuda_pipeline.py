@@ -18,8 +18,8 @@ import pytest
 import edgeclip
 from edgeclip import Runtime, _core
 from edgeclip.backends.cuda_array import DeviceArray, copy
+from edgeclip.backends.engine_cache import BuildOptions, EngineCache
 from edgeclip.backends.select import available_devices, image_engine_key
-from edgeclip.backends.tensorrt_builder import BuildOptions, EngineCache
 from edgeclip.bundle import Bundle
 from edgeclip.cli.main import main
 from edgeclip.purify import CosPurifier
@@ -326,7 +326,7 @@ def test_build_keeps_an_engine_and_uses_it(capsys: pytest.CaptureFixture[str]) -
     check_same(ours.classify(images, LABELS), theirs.classify(images, LABELS))
     assert main(["build", "--precision", "fp32", "--max-batch", "2", "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["engine"] == str(first.path)
-    with pytest.raises(edgeclip.DeviceError, match="a TensorRT engine gives embeddings only"):
+    with pytest.raises(edgeclip.DeviceError, match="a TensorRT engine has no tokens"):
         rt.explain(EXAMPLES / "bag.png", "bag")
 
 
@@ -364,7 +364,7 @@ def test_without_an_engine_it_is_said_how_to_get_one(
 ) -> None:
     trt = pytest.importorskip("tensorrt")
     monkeypatch.setenv("EDGECLIP_CACHE", str(tmp_path))
-    with pytest.raises(edgeclip.DeviceError, match=r"no TensorRT engine of .*: edgeclip build"):
+    with pytest.raises(edgeclip.DeviceError, match=r"no TensorRT engine of .*: run edgeclip build"):
         Runtime(device="tensorrt")
     assert EngineCache().latest(image_engine_key(Bundle(), "fp32", trt)) is None
 

@@ -183,7 +183,7 @@ def test_step_equals_pytorch(made: Conditioned, plain: np.ndarray, null_prior: N
 
 
 def test_step_for_other_embeddings_is_refused(made: Conditioned) -> None:
-    with pytest.raises(BundleError, match="which is not what the manifest says"):
+    with pytest.raises(BundleError, match="which contradicts the manifest"):
         Prior(made.bundle.graph(PRIOR_FILE), DIM + 1, device="cpu")
 
 

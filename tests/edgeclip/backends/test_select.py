@@ -112,7 +112,7 @@ def test_tensorrt_without_cuda_is_a_line(
 ) -> None:
     assert main([*command, "--device", "tensorrt"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: device 'tensorrt' needs edgeclip with its CUDA kernels")
+    assert error.startswith("error: device 'tensorrt' needs edgeclip's CUDA kernels")
 
 
 @pytest.mark.skipif(_core.cuda_built(), reason="of an extension without CUDA")
@@ -120,7 +120,7 @@ def test_build_without_cuda_is_a_line(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["build", "--precision", "fp32"]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert re.match(
-        "error: (device 'tensorrt' needs edgeclip with its CUDA|TensorRT is not)", error
+        "error: (device 'tensorrt' needs edgeclip's CUDA|TensorRT is not)", error
     )
     for arguments, said in (
         (["--precision", "int8"], "invalid choice"),

@@ -18,15 +18,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edgeclip.backends import engine_cache, tensorrt_builder
-from edgeclip.backends.tensorrt_builder import (
-    BuildOptions,
-    EngineCache,
-    EngineKey,
-    Gpu,
-    build_engine,
-    engine_key,
-)
+from edgeclip.backends import engine_cache, tensorrt_module
+from edgeclip.backends.engine_cache import BuildOptions, EngineCache, EngineKey, Gpu
+from edgeclip.backends.tensorrt_builder import build_engine, engine_key
 from edgeclip.bundle import EMBEDDED
 from edgeclip.errors import DeviceError, EdgeclipError
 from tests.support import fake_tensorrt
@@ -235,7 +229,7 @@ def test_timings_that_are_damaged_or_foreign_are_replaced(
     path.write_bytes(data)
     with caplog.at_level(logging.INFO):
         assert built(jetpack, IMAGE, timing_cache=path)["known_timings"] == ""
-    assert f"{path} is of another TensorRT or GPU, or damaged" in caplog.text
+    assert f"{path} is damaged, or from another TensorRT or GPU" in caplog.text
     assert path.read_bytes() == f"timings 10.3.0 GPU\n{IMAGE.name}\n".encode()
 
 
@@ -244,7 +238,7 @@ def test_timings_that_cannot_be_written_cost_no_engine(
 ) -> None:
     (tmp_path / "file").touch()
     assert built(jetpack, IMAGE, timing_cache=tmp_path / "file" / "orin.timings")
-    assert "cannot keep kernel timings" in caplog.text
+    assert "cannot write kernel timings" in caplog.text
 
 
 def test_no_timings_are_kept_of_a_build_that_failed(jetpack: ModuleType, tmp_path: Path) -> None:
@@ -332,7 +326,7 @@ def test_the_last_error_is_the_reason(trt: ModuleType, caplog: pytest.LogCapture
     with pytest.raises(DeviceError) as err:
         build_engine(IMAGE, trt, BuildOptions())
     assert str(err.value) == (
-        f"{trt.__name__} {trt.__version__} built no engine of {IMAGE}: "
+        f"{trt.__name__} {trt.__version__} cannot build {IMAGE}: "
         "Error Code 10: Could not find any implementation for node x"
     )
     assert [record.levelname for record in caplog.records] == ["ERROR"]
@@ -344,7 +338,7 @@ def test_the_last_error_is_the_reason(trt: ModuleType, caplog: pytest.LogCapture
         "WARNING",
         "TensorRT: Profile kMAX values are not self-consistent",
     )
-    assert tensorrt_builder.trt_logger(trt).last_error == ""
+    assert tensorrt_module.trt_logger(trt).last_error == ""
 
 
 def test_without_a_driver(trt: ModuleType) -> None:
@@ -361,19 +355,19 @@ def test_import(monkeypatch: pytest.MonkeyPatch, jetpack: ModuleType) -> None:
     rtx = fake_tensorrt.module(RTX[0])
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", rtx)
     monkeypatch.setitem(sys.modules, "tensorrt", jetpack)
-    assert tensorrt_builder.import_tensorrt() is jetpack
+    assert tensorrt_module.import_tensorrt() is jetpack
     monkeypatch.setattr(jetpack, "__version__", "8.6.2")
     with pytest.raises(
         DeviceError, match=r"tensorrt 8.6.2 is too old, edgeclip needs 10.3 or later: pip"
     ):
-        tensorrt_builder.import_tensorrt()
+        tensorrt_module.import_tensorrt()
 
 
 @pytest.mark.parametrize(
     ("module", "message"),
     [
         ("raise ModuleNotFoundError(name='tensorrt')", "tensorrt is not installed: pip install"),
-        ("import tensorrt_bindings_of_nobody", r"installed in part \(No module named"),
+        ("import tensorrt_bindings_of_nobody", r"only partly installed \(No module named"),
         (
             "raise ImportError('libnvinfer.so.10: cannot open\\nshared object file')",
             r"libraries do not load \(libnvinfer.so.10: cannot open shared object file\)",
@@ -390,7 +384,7 @@ def test_a_module_that_does_not_import(
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(DeviceError, match=message) as err:
-        tensorrt_builder.import_tensorrt()
+        tensorrt_module.import_tensorrt()
     assert "--system-site-packages" in str(err.value)
     assert "\n" not in str(err.value)
 
@@ -547,5 +541,5 @@ def test_without_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         with pytest.raises(EdgeclipError, match="set EDGECLIP_CACHE"):
             call()
     (tmp_path / "engines").touch()
-    with pytest.raises(EdgeclipError, match=r"cannot keep the engine in .*engines"):
+    with pytest.raises(EdgeclipError, match=r"cannot write the engine to .*engines"):
         EngineCache(tmp_path / "engines").save(key(), b"engine", {"image": 0.0})

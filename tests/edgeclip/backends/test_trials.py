@@ -112,7 +112,7 @@ def test_a_wrong_precision_by_its_name_is_used_with_one_warning(
         caplog.clear()
         assert Runtime(copy, precision="int8").precision == "int8"
         (said,) = (record.getMessage() for record in caplog.records)
-        assert "int8 is not right on this cpu (golden image embeddings differ by" in said
+        assert "int8 misses the golden outputs on this cpu (golden image embeddings differ by" in said
         assert "use precision auto" in said
     caplog.clear()
     Runtime(copy, precision="fp32")
@@ -123,12 +123,12 @@ def test_where_all_are_wrong_it_is_an_error(
     copy: Path, capsys: pytest.CaptureFixture[str], times: dict[str, float]
 ) -> None:
     spoil(spoil(copy, "image_encoder.fp32.onnx"), "image_encoder.int8.onnx")
-    with pytest.raises(DeviceError, match=r"no precision gives its golden outputs \(fp32: golden"):
+    with pytest.raises(DeviceError, match=r"no precision reproduces the golden outputs \(fp32: golden"):
         Runtime(copy)
     assert main(["classify", BAG, "--label", "bag", "--bundle", str(copy)]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
     assert main(["doctor", str(copy)]) == 2
-    assert "no precision gives its golden outputs" in capsys.readouterr().err
+    assert "no precision reproduces the golden outputs" in capsys.readouterr().err
 
 
 def test_doctor_fails_only_for_what_would_be_used(
