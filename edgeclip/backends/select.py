@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 ORDER = ("tensorrt", "cuda", "cpu")  # best first
 DEVICES = ("auto", *reversed(ORDER))
 MARGIN = 0.7  # a less exact precision is chosen only below this fraction of fp32's time
-MAX_GPU_BATCH = 64  # images whose pixels fit in the buffers on the GPU
+MAX_GPU_BATCH = 64  # capacity of the pixel buffer on the GPU, in images
 
 
 @dataclass(frozen=True)

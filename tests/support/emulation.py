@@ -16,17 +16,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from edgeclip.backends import onnx_cuda
-
 CORE = os.environ["EDGECLIP_EMULATED_CORE"]
 spec = importlib.util.spec_from_file_location("edgeclip._core", CORE)
 assert spec is not None
 assert spec.loader is not None
 core = importlib.util.module_from_spec(spec)
-sys.modules["edgeclip._core"] = core
+sys.modules["edgeclip._core"] = core  # before anything imports edgeclip
 spec.loader.exec_module(core)
 
-from edgeclip.backends import onnx_runtime, select
+from edgeclip.backends import onnx_cuda, onnx_runtime, select
 from tests.support import fake_tensorrt
 
 HostFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -66,5 +64,4 @@ def enqueue_on_cpu(encoder: Any, count: int) -> None:
 
 onnx_cuda.OnnxGpuEncoder.enqueue = enqueue_on_cpu
 for module in (select, onnx_runtime):
-    if hasattr(module, "available_devices"):
-        module.available_devices = lambda: ["cuda", "cpu"]
+    module.available_devices = lambda: ["cuda", "cpu"]

@@ -14,6 +14,7 @@ import enum
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,6 +50,7 @@ def module(name: str) -> ModuleType:
     """Return a new module with the names of a surface."""
     surface = json.loads((SURFACES / f"{name}.json").read_text())
     trt = ModuleType(surface["module"])
+    trt.__spec__ = ModuleSpec(trt.__name__, None)  # PyTorch looks it up
     trt.__version__ = surface["version"]
     trt._fake = Fake()
     for attribute in surface["names"]:
