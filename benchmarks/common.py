@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import edgeclip
+from edgeclip.precisions import PRECISIONS
 
 STEPS, STEP_SIZE = 10, 30.0  # CLIPure-Cos as published
 MATRIX = 2048  # rows of the matrix product whose rate is the limit
-PRECISIONS = ("fp32", "int8")  # of bundles that benchmarks export, unless they name others
+EXPORTED = ("fp32", "int8")  # precisions of bundles that benchmarks export, unless they name others
 
 Report = dict[str, Any]  # what a benchmark writes as JSON
 
@@ -50,7 +51,7 @@ def add_repeats(parser: argparse.ArgumentParser, default: int) -> None:
     )
 
 
-def bundle_for(model: str, precisions: tuple[str, ...] = PRECISIONS) -> Path:
+def bundle_for(model: str, precisions: tuple[str, ...] = EXPORTED) -> Path:
     """Return a bundle of the model with random weights in build/benchmarks, exporting it once."""
     suffix = "" if "int8" in precisions else "-".join(["", *precisions])
     folder = Path("build/benchmarks") / f"{model}{suffix}"
@@ -63,7 +64,7 @@ def bundle_for(model: str, precisions: tuple[str, ...] = PRECISIONS) -> Path:
 
 def cpu_precisions(bundle: edgeclip.Bundle) -> list[str]:
     """Return the precisions of a bundle that CPUs compute in."""
-    return [name for name in bundle.manifest.precisions if name != "fp16"]
+    return [name for name in bundle.manifest.precisions if "cpu" in PRECISIONS[name].auto_devices]
 
 
 def versions_of(*packages: str) -> dict[str, str]:

@@ -17,11 +17,10 @@ from edgeclip import purify
 from edgeclip._core import INTERPOLATIONS, RESIZES
 from edgeclip.errors import BundleError
 from edgeclip.labels import check_templates
+from edgeclip.precisions import PRECISIONS
 from edgeclip.purify import Purifier
 
 SCHEMA_VERSION = 1
-# Of encoders; int8-qdq, for TensorRT, says explicitly where int8 begins and ends (Q/DQ).
-PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq")
 CLEANINGS = ("whitespace", "lower", "canonicalize")  # of texts, before the tokenizer
 PRIOR_GRADIENTS = ("exact", "forward")
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
@@ -205,7 +204,7 @@ class Manifest:
             check_templates(value, name)
         _check(bool(self.precisions), "precisions must name one at least", self.precisions)
         for name in self.precisions:
-            _check(name in PRECISIONS, f"precision must be one of {PRECISIONS}", name)
+            _check(name in PRECISIONS, f"precision must be one of {tuple(PRECISIONS)}", name)
         _check(_table(self.files, str), "files must be sha256 by name", self.files)
         timesteps = None if self.prior is None else self.prior.timesteps
         purify.check_prior(self.purification, timesteps)

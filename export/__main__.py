@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from edgeclip import storage
 from edgeclip.backends.onnx_runtime import import_onnxruntime
 from edgeclip.errors import EdgeclipError
-from edgeclip.manifest import PRECISIONS, PRIOR_GRADIENTS
+from edgeclip.manifest import PRIOR_GRADIENTS
+from edgeclip.precisions import PRECISIONS, REFERENCE
 from export import ExportError
 from train.models import wording
 from train.models.weight_options import add_weight_options
@@ -57,9 +58,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--precision",
         nargs="+",
         choices=PRECISIONS,
-        default=["fp32"],
-        help="of the encoders, one or several: int8 for CPUs, fp16 for GPUs, int8-qdq for TensorRT "
-        "(default: fp32)",
+        default=[REFERENCE],
+        help="precisions of the encoders: "
+        + ", ".join(f"{row.name} for {row.hardware}" for row in PRECISIONS.values())
+        + f" (default: {REFERENCE})",
     )
     add(
         "--data",
@@ -150,7 +152,7 @@ def run(options: argparse.Namespace) -> None:
         for name, value in variant.parity.items():
             is_fraction = "cosine" in name or "agreement" in name or "accuracy" in name
             print(f"    {name:24} {value:.7f}" if is_fraction else f"    {name:24} {value:.1e}")
-    if options.data is None and set(options.precision) != {"fp32"}:
+    if options.data is None and set(options.precision) != {REFERENCE}:
         print("whether its answers are the same was not measured: name a data set with --data")
     if manifest.prior is not None:
         for name, value in manifest.prior.parity.items():

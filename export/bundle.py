@@ -19,6 +19,7 @@ from edgeclip.manifest import (
     TextSpec,
     Variant,
 )
+from edgeclip.precisions import PRECISIONS, REFERENCE
 from edgeclip.purify import Purifier
 from export import ExportError, output
 from export.checks.parity import cpu_ms, verify
@@ -44,7 +45,7 @@ def export_bundle(
     out: Path,
     words: Wording,
     *,
-    precisions: Sequence[str] = ("fp32",),
+    precisions: Sequence[str] = (REFERENCE,),
     data: DataSet | None = None,
     robustness: tuple[Robustness, ...] = (),
     purification: Purifier = None,
@@ -67,8 +68,9 @@ def export_bundle(
     """
     out = out.resolve()  # a link stays, what it points to is replaced
     check_target(out, force)
-    if "int8-qdq" in precisions and data is None:
-        raise ExportError("int8-qdq takes its ranges from images: name a data set with --data")
+    for name in precisions:
+        if PRECISIONS[name].needs_images and data is None:
+            raise ExportError(f"{name} takes its ranges from images: name a data set with --data")
     image = image_spec(source.model)
     with workshop(out) as work:
         manifest = _write_encoders(work, source, image, words)
@@ -114,7 +116,7 @@ def _write_precisions(
     variants = {precision: _variant(precision) for precision in precisions}
     manifest = dataclasses.replace(manifest, precisions=variants)
     for precision, variant in variants.items():
-        if precision != "fp32":
+        if precision != REFERENCE:
             with step(f"making {precision} encoders"):
                 images = () if data is None else pictures(data, manifest.image)
                 convert_encoders(work, original, variant, precision, manifest, source, images)
@@ -157,7 +159,7 @@ def _write_fused(work: Path, manifest: Manifest) -> None:
 
 
 def _variant(precision: str) -> Variant:
-    text = "fp32" if precision == "int8-qdq" else precision  # texts are encoded once, and cached
+    text = PRECISIONS[precision].text
     return Variant(f"image_encoder.{precision}.onnx", f"text_encoder.{text}.onnx")
 
 
@@ -165,7 +167,7 @@ def _write_encoders(work: Path, source: Source, image: ImageSpec, words: Wording
     """The fp32 encoders, of which all others are made."""
     model = source.model
     context_length = int(source.tokenizer.context_length)
-    names = _variant("fp32")
+    names = _variant(REFERENCE)
     with step("exporting the image encoder"):
         tokens = encoders.export_image_encoder(model, image.size, work / names.image_encoder)
     with step("exporting the text encoder"):
@@ -184,5 +186,5 @@ def _write_encoders(work: Path, source: Source, image: ImageSpec, words: Wording
         templates=words.templates,
         null_templates=words.null_templates,
         purification=None,
-        precisions={"fp32": names},
+        precisions={REFERENCE: names},
     )

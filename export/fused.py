@@ -26,7 +26,7 @@ from edgeclip.bundle import Bundle
 from edgeclip.cli.options import Parser, positive, step_size, up_to
 from edgeclip.errors import EdgeclipError
 from edgeclip.labels import read_templates
-from edgeclip.manifest import PRECISIONS
+from edgeclip.precisions import PRECISIONS, REFERENCE
 from edgeclip.purify import MAX_STEPS, CosPurifier, DiffPurifier, Purifier, resolve
 from export import ExportError
 from export.graphs.fused import TOP_K, Head, fuse
@@ -35,9 +35,6 @@ from export.output import check_graph_target, graph_draft
 from train.progress import step
 
 INPUT_TYPES = ("uint8", "float32")
-# Of probabilities, from Runtime's. All but fp32 round differently where a value differs in its last
-# bit, by what the golden check allows.
-LIMITS = {"fp32": 1e-5, "fp16": 1e-2, "int8": 1e-2, "int8-qdq": 1e-2}
 PROBES = 5  # images that are compared, the golden one among them
 PROBE_CLASSES = 32
 EPILOG = """examples:
@@ -74,10 +71,11 @@ def write_fused(
     else:
         save(model, path)
     difference = compare(runtime, path, head, input_type)
-    if not difference <= LIMITS[precision]:
+    limit = PRECISIONS[precision].fused_limit
+    if not difference <= limit:
         raise ExportError(
             f"{path.name} does not answer as the runtime does: a probability differs by "
-            f"{difference:.3g} (limit {LIMITS[precision]:g})"
+            f"{difference:.3g} (limit {limit:g})"
         )
     return difference
 
@@ -144,7 +142,7 @@ def add_options(add: Callable[..., Any]) -> None:
     """Options that `open_runtime` reads, by ArgumentParser.add_argument."""
     add("bundle", metavar="BUNDLE", type=Path, help="a directory that python -m export made")
     text = "of the encoders (default: fp32)"
-    add("--precision", choices=PRECISIONS, default="fp32", help=text)
+    add("--precision", choices=PRECISIONS, default=REFERENCE, help=text)
     text = "auto is what the bundle recommends (the default)"
     add("--purify", choices=("auto", "none", "cos"), default="auto", help=text)
     add("--steps", type=up_to(MAX_STEPS), metavar="N", help="of cos (the bundle's, or 10)")

@@ -10,23 +10,25 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgeclip.backends import tensorrt_builder
-from edgeclip.backends.tensorrt_builder import BuildOptions, build_engine, import_tensorrt
+from edgeclip.backends import tensorrt_module
+from edgeclip.backends.engine_cache import BuildOptions
+from edgeclip.backends.tensorrt_builder import build_engine
+from edgeclip.backends.tensorrt_module import import_tensorrt
 from edgeclip.bundle import Bundle
 from edgeclip.cli.options import Parser, positive
 from edgeclip.errors import BundleError, EdgeclipError
-from edgeclip.manifest import PRECISIONS
 from edgeclip.onnx_file import locations
+from edgeclip.precisions import PRECISIONS, engine_precisions
 from edgeclip.storage import write
 from export import ExportError
 
-INT8 = (
-    "int8 graphs are quantised for ONNX Runtime on CPUs (at run time, or with zero points), which "
+UNREADABLE = (
+    "graphs are quantised for ONNX Runtime on CPUs (at run time, or with zero points), which "
     "TensorRT does not read"
 )
 NO_FP32 = "FP32 GEMM is not supported"  # TensorRT-RTX of Turing, which multiplies fp16 only
@@ -71,16 +73,23 @@ def _intact(bundle: Bundle, name: str) -> Path:
     return path
 
 
+def _why_not(names: Iterable[str]) -> str:
+    return f"{', '.join(names)} {UNREADABLE}"
+
+
 def precisions_of(bundle: Bundle, asked: Sequence[str] | None) -> list[str]:
     """Those that TensorRT reads, or those asked for. Raises ExportError."""
     there = bundle.manifest.precisions
     if asked is None:
-        found = [name for name in there if name != "int8"]
-        if not found:
-            raise ExportError(f"{bundle.path} has no other precision than int8: {INT8}")
-        return found
-    if "int8" in asked:
-        raise ExportError(f"{INT8}: name fp32 or fp16")
+        readable = [name for name in there if PRECISIONS[name].tensorrt]
+        if not readable:
+            names = ", ".join(there)
+            raise ExportError(
+                f"{bundle.path} has no other precision than {names}: {_why_not(there)}"
+            )
+        return readable
+    if unreadable := [name for name in asked if not PRECISIONS[name].tensorrt]:
+        raise ExportError(f"{_why_not(unreadable)}: name {' or '.join(engine_precisions())}")
     for name in asked:
         if name not in there:
             raise ExportError(f"{bundle.path} has no {name}, but {', '.join(there)}")
@@ -136,7 +145,7 @@ def _warnings(notes: dict[str, None], name: str) -> Iterator[None]:
             if record.levelno == logging.WARNING:
                 notes[f"warning: {name}: {record.getMessage()}"] = None
 
-    handler, log = Handler(logging.WARNING), logging.getLogger(tensorrt_builder.__name__)
+    handler, log = Handler(logging.WARNING), logging.getLogger(tensorrt_module.__name__)
     kept, log.propagate = log.propagate, False
     log.addHandler(handler)
     try:
@@ -163,7 +172,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", type=Path, help="a directory that python -m export made")
-    text = "of the graphs (default: all that the bundle has but int8)"
+    text = "of the graphs (default: all of the bundle's that TensorRT reads)"
     add("--precision", nargs="+", choices=PRECISIONS, help=text)
     text = "compute capabilities, such as 86 (default: all that TensorRT-RTX builds for)"
     add("--capability", nargs="+", type=_capability, metavar="SM", help=text)
@@ -178,10 +187,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> list[str]:
     trt = import_tensorrt("tensorrt_rtx")
-    there = tensorrt_builder.capabilities(trt)
+    there = tensorrt_module.capabilities(trt)
     asked = list(dict.fromkeys(options.capability or there))
     for capability in asked:
-        tensorrt_builder.check_capability(trt, capability)
+        tensorrt_module.check_capability(trt, capability)
     bundle = Bundle(options.bundle)
     precisions = precisions_of(bundle, options.precision)
     if options.out is not None:
@@ -192,8 +201,9 @@ def run(options: argparse.Namespace) -> list[str]:
         workspace_bytes=options.workspace << 20,
     )
     failed = compile_graphs(graphs(bundle, precisions), trt, asked, settings, options.out)
-    if options.precision is None and "int8" in bundle.manifest.precisions:
-        print(f"left out: {INT8}")
+    omitted = [name for name in bundle.manifest.precisions if name not in precisions]
+    if options.precision is None and omitted:
+        print(f"left out: {_why_not(omitted)}")
     print(
         f"compiled by {trt.__name__} {trt.__version__} without a GPU: nothing was run, and none of it "
         "is for a Jetson, where engines are built on the device"

@@ -23,6 +23,7 @@ from edgeclip import storage
 from edgeclip.backends.onnx_runtime import open_session
 from edgeclip.cli.options import Parser, up_to
 from edgeclip.errors import EdgeclipError
+from edgeclip.precisions import PRECISIONS, REFERENCE
 from export import ExportError
 from export.fused import add_options, encode_labels, open_runtime, write_fused
 from export.graphs.fused import Head
@@ -81,12 +82,12 @@ def _check(options: argparse.Namespace) -> None:
     """Raises ExportError."""
     if not re.fullmatch(r"\w[\w.-]*", options.name, re.ASCII):
         raise ExportError(f"--name {options.name!r}: use letters, digits, and . _ - between them")
-    if options.precision == "int8":
+    if PRECISIONS[options.precision].single_image:
         raise ExportError(
-            "an int8 image encoder takes one image at a time, and Triton makes batches: "
+            f"an {options.precision} image encoder takes one image at a time, and Triton makes batches: "
             "--precision fp32 or fp16"
         )
-    if options.accelerator == "tensorrt" and options.precision != "fp32":
+    if options.accelerator == "tensorrt" and options.precision != REFERENCE:
         raise ExportError(
             "--accelerator tensorrt needs --precision fp32: in fp16 ONNX Runtime lets TensorRT compute "
             "layer norms and softmax in it too, which loses some models"

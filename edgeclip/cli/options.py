@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from edgeclip import precisions
 from edgeclip.errors import EdgeclipError
 from edgeclip.labels import STDIN
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 MAX_SECONDS = 3600
-PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq")
-PRECISIONS_OF_ENGINES = ("auto", "fp16", "fp32", "int8-qdq")
+PRECISIONS = tuple(precisions.PRECISIONS)
+PRECISIONS_OF_ENGINES = ("auto", *precisions.engine_precisions())
 PURIFICATIONS = ("auto", "none", "cos", "diff")
 
 

@@ -13,20 +13,17 @@ from numpy.typing import NDArray
 
 from edgeclip.backends.base import EMBEDDING, Encoder, unit
 from edgeclip.backends.cuda_pipeline import GpuPipeline
-from edgeclip.backends.golden_values import TOLERANCE, GoldenValues, largest_distance
+from edgeclip.backends.engine_cache import BuildOptions, EngineCache
+from edgeclip.backends.golden_values import GoldenValues, largest_distance
 from edgeclip.backends.select import check_known, image_engine_key, preferred
-from edgeclip.backends.tensorrt_builder import (
-    BuildOptions,
-    EngineCache,
-    Progress,
-    build_engine,
-    import_tensorrt,
-)
+from edgeclip.backends.tensorrt_builder import Progress, build_engine
 from edgeclip.backends.tensorrt_encoder import TensorRTEncoder
+from edgeclip.backends.tensorrt_module import import_tensorrt
 from edgeclip.bundle import Bundle
 from edgeclip.errors import DeviceError
 from edgeclip.images.decoding import ImageSource
 from edgeclip.labels import Labels, LabelSet
+from edgeclip.precisions import PRECISIONS, REFERENCE, engine_precisions
 from edgeclip.runtime import Runtime
 from edgeclip.tools import golden
 
@@ -34,7 +31,6 @@ CROPS = 16  # of the golden picture, each of them also turned over, upside down 
 MIN_AGREEMENT = 0.98
 BATCH = 32  # pictures at a time
 CLASSES = 10  # random ones
-BUILDABLE = ("fp32", "fp16", "int8-qdq")
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ def build(
 ) -> Built:
     """Build an engine, which takes minutes, check it and keep it for `device="tensorrt"`.
 
-    precision: fp16, fp32 or int8-qdq; auto for fp16 where its answers are known to be the model's, else fp32.
+    precision: one that TensorRT reads; auto takes fp16 where its answers are known to be the model's, else fp32.
     force: build although it is there. pictures, labels: what answers are compared on, see `check`.
     progress: see build_engine. Raises DeviceError where TensorRT or a GPU is not here, or where the
     engine is not what the bundle says: then it is not kept.
@@ -70,10 +66,10 @@ def build(
     if precision == "auto":
         precision = preferred(bundle, "tensorrt")[0]
     check_known(bundle, precision)
-    if precision not in BUILDABLE:
+    if not PRECISIONS[precision].tensorrt:
         raise DeviceError(
-            f"the {precision} encoders are for ONNX Runtime on CPUs; TensorRT takes "
-            f"{', '.join(BUILDABLE)}: export with --precision fp16"
+            f"the {precision} encoders are for ONNX Runtime on {PRECISIONS[precision].hardware}; "
+            f"TensorRT takes {', '.join(engine_precisions())}: export with --precision fp16"
         )
     trt, cache = import_tensorrt(), EngineCache()
     options = replace(options or BuildOptions(), outputs=(EMBEDDING,))
@@ -145,9 +141,9 @@ def check(
     pictures: None for parts of the golden picture, with the golden prompts for labels.
     Raises DeviceError where any of them is beyond what the precision allows.
     """
-    limit = TOLERANCE[precision]
+    limit = PRECISIONS[precision].tolerance
     values = GoldenValues(bundle)
-    plain = "fp32" if "fp32" in bundle.manifest.precisions else precision
+    plain = REFERENCE if REFERENCE in bundle.manifest.precisions else precision
     reference = Runtime(bundle, device="cpu", precision=plain, purify="none")
     if pictures is None or labels is None:
         pictures = parts(values.image)
@@ -174,13 +170,13 @@ def check(
             raise DeviceError(
                 f"the {precision} engine is not the bundle's encoder: {name.replace('_', ' ')} of "
                 f"embeddings {found[name]:.3g}, more than {limit:g}; it was not kept"
-                + (": build it with --precision fp32" if precision != "fp32" else "")
+                + (f": build it with --precision {REFERENCE}" if precision != REFERENCE else "")
             )
     if not found["top1_agreement"] >= MIN_AGREEMENT:
         raise DeviceError(
             f"the {precision} engine gives other answers: {found['top1_agreement']:.1%} of "
             f"{len(pictures)} as on the CPU, less than {MIN_AGREEMENT:.0%}; it was not kept"
-            + (": build it with --precision fp32" if precision != "fp32" else "")
+            + (f": build it with --precision {REFERENCE}" if precision != REFERENCE else "")
         )
     return found
 

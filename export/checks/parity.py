@@ -24,14 +24,13 @@ from edgeclip.backends.base import Encoder
 from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.bundle import GOLDEN
 from edgeclip.manifest import Manifest
+from edgeclip.precisions import PRECISIONS
 from export import ExportError
 from export.golden import tokenize
 from export.graphs.encoders import image_encoder
 from train.models.checkpoints import Source
 
-LIMIT = 1e-4  # of unit embeddings, of one minus their cosine, and of tokens relative to their norm
 CUT_LIMIT = 1e-5  # of unit text embeddings, between ids cut at their end and ids of full length
-MIN_COSINE = {"fp16": 0.999, "int8": 0.99, "int8-qdq": 0.99}  # nothing else of these is limited
 BATCHES = (1, 2, 5)
 ROUNDS = 7  # of timing
 
@@ -54,7 +53,7 @@ def verify(directory: Path, source: Source, manifest: Manifest, precision: str) 
     Returns the differences measured, for `Variant.parity`. Raises ExportError where one is above
     its limit (or not a number), or where tokenizer.json gives other ids than open_clip.
     """
-    variant = manifest.precisions[precision]
+    row, variant = PRECISIONS[precision], manifest.precisions[precision]
     image = OnnxEncoder(directory / variant.image_encoder, device="cpu")
     text = OnnxEncoder(directory / variant.text_encoder, device="cpu")
     parity = {
@@ -64,13 +63,12 @@ def verify(directory: Path, source: Source, manifest: Manifest, precision: str) 
     }
     for name, value in parity.items():
         is_cosine = name.endswith("cosine")
-        if precision in MIN_COSINE:
-            good = not is_cosine or value >= MIN_COSINE[precision]
-            limit = MIN_COSINE[precision]
-        else:
-            limit = CUT_LIMIT if "cut" in name else LIMIT
-            good = (1 - value if is_cosine else value) <= limit
-        if not good:
+        limit = row.min_cosine if is_cosine else row.max_difference
+        if limit is None:
+            continue
+        if "cut" in name:
+            limit = CUT_LIMIT
+        if not (value >= limit if is_cosine else value <= limit):
             raise ExportError(
                 f"{precision} is not what PyTorch computes: {name} is {value:.3g} "
                 f"(limit {limit:g}); no bundle was written"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torchvision.models import ResNet18_Weights
 
 from edgeclip import _core
@@ -24,6 +25,17 @@ if TYPE_CHECKING:
     from train.data.dataset import DataSet
 
 
+Files = tuple[Path, Path]  # source and target
+
+
+class Calibration(NamedTuple):
+    """Inputs that converters measure errors and activation ranges on."""
+
+    golden: NDArray[np.float32]  # pixels (1, 3, H, W)
+    prompts: Sequence[Inputs]
+    images: Sequence[Inputs]
+
+
 def convert_encoders(
     work: Path,
     fp32: Variant,
@@ -35,35 +47,41 @@ def convert_encoders(
 ) -> None:
     """Write the encoders of `made`, of any precision, from those of `fp32`, all of them in `work`.
 
-    images: what int8-qdq takes its ranges from, see `pictures`. Raises ExportError.
+    images: inputs for activation ranges of the image encoder, see `pictures`. Raises ExportError.
     """
-    pairs = [
-        (work / getattr(fp32, kind), work / getattr(made, kind))
-        for kind in ("image_encoder", "text_encoder")
-    ]
+    image = work / fp32.image_encoder, work / made.image_encoder
+    text = work / fp32.text_encoder, work / made.text_encoder
     try:
-        if precision == "int8-qdq":
-            to_qdq(*pairs[0], images)
-        else:
-            _convert(work, pairs, precision, prompts(source, manifest))
+        with np.load(work / GOLDEN, allow_pickle=False) as golden:
+            pixels = golden["pixels"][None]
+        calibration = Calibration(pixels, prompts(source, manifest), images)
+        CONVERTERS[precision](image, text, calibration)
     except Exception as err:  # of ONNX Runtime's converters, which raise anything
         raise ExportError(
             f"cannot make {precision} encoders ({brief(err)}): export without {precision}"
         ) from err
 
 
-def _convert(
-    work: Path, pairs: Sequence[tuple[Path, Path]], precision: str, texts: Sequence[Inputs]
-) -> None:
-    if precision == "fp16":
-        for given, target in pairs:
-            to_fp16(given, target)
-        return
-    with np.load(work / GOLDEN, allow_pickle=False) as golden:
-        pixels = golden["pixels"][None]
-    (image, image8), (text, text8) = pairs
-    to_int8(image, image8, [{"pixels": pixels}], static=False)
-    to_int8(text, text8, texts, static=True)
+def _convert_fp16(image: Files, text: Files, calibration: Calibration) -> None:
+    to_fp16(*image)
+    to_fp16(*text)
+
+
+def _convert_int8(image: Files, text: Files, calibration: Calibration) -> None:
+    to_int8(*image, [{"pixels": calibration.golden}], static=False)
+    to_int8(*text, calibration.prompts, static=True)
+
+
+def _convert_int8_qdq(image: Files, text: Files, calibration: Calibration) -> None:
+    to_qdq(*image, calibration.images)  # its text encoder is the fp32 one
+
+
+# One for each precision of edgeclip.precisions but the reference.
+CONVERTERS: dict[str, Callable[[Files, Files, Calibration], None]] = {
+    "fp16": _convert_fp16,
+    "int8": _convert_int8,
+    "int8-qdq": _convert_int8_qdq,
+}
 
 
 def prompts(source: Source, manifest: Manifest) -> list[Inputs]:

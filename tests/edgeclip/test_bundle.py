@@ -221,7 +221,7 @@ def test_wrong_entries_of_the_manifest(copy: Path, entry: str, value: object) ->
 @pytest.mark.parametrize(("entry", "value"), [("embed_dim", 64), ("image.size", [32, 32])])
 def test_encoder_that_is_not_the_manifests(copy: Path, entry: str, value: object) -> None:
     edit(copy, put(*entry.split("."), value=value))
-    with pytest.raises(BundleError, match="not what the manifest says"):
+    with pytest.raises(BundleError, match="contradicts the manifest"):
         edgeclip.Runtime(copy)
 
 

@@ -16,11 +16,13 @@ from onnx import TensorProto, helper, numpy_helper
 import edgeclip
 from edgeclip.backends.select import preferred
 from edgeclip.bundle import Bundle
+from edgeclip.precisions import PRECISIONS, REFERENCE
 from edgeclip.tools import golden
 from export import ExportError
 from export.bundle import _write_precisions, export_bundle
-from export.checks import fidelity, parity
+from export.checks import fidelity
 from export.graphs import int8
+from export.graphs.precisions import CONVERTERS
 from tests.support.export_models import (
     exported,
     folder_of_images,
@@ -51,6 +53,10 @@ def cosines(found: NDArray[np.float32], wanted: torch.Tensor) -> NDArray[np.floa
     return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
 
+def test_every_precision_but_the_reference_has_a_converter() -> None:
+    assert {REFERENCE, *CONVERTERS} == set(PRECISIONS)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_are_nearly_open_clips(family: str, precision: str) -> None:
@@ -61,7 +67,7 @@ def test_embeddings_are_nearly_open_clips(family: str, precision: str) -> None:
     ids = made.source.tokenizer(PROMPTS)
     with torch.no_grad():
         images, texts = made.source.model.encode_image(pixels), made.source.model.encode_text(ids)
-    bar = parity.MIN_COSINE[precision]
+    bar = PRECISIONS[precision].min_cosine
     assert cosines(runtime.encode(pixels.numpy()), images).min() >= bar
     assert cosines(runtime.embed_texts(PROMPTS), texts).min() >= bar
     measured = bundle.manifest.precisions[precision].parity
@@ -198,7 +204,8 @@ def test_a_bundle_of_int8_alone_and_a_bar_that_is_missed(
     assert list(manifest.precisions) == ["int8"]
     assert not list((tmp_path / "int8").glob("*.fp32.*"))
     assert edgeclip.Runtime(tmp_path / "int8", labels=["a", "b"]).precision == "int8"
-    monkeypatch.setitem(parity.MIN_COSINE, "int8", 0.9999999)
+    strict = dataclasses.replace(PRECISIONS["int8"], min_cosine=0.9999999)
+    monkeypatch.setitem(PRECISIONS, "int8", strict)
     with pytest.raises(ExportError, match=r"int8 is not what PyTorch computes: \w+_min_cosine"):
         export_bundle(made.source, tmp_path / "none", wording, precisions=["fp32", "int8"])
     assert not (tmp_path / "none").exists()

@@ -507,5 +507,5 @@ def test_another_graph_in_its_place_is_refused(own: Any, tmp_path: Path) -> None
     shutil.copy(other, folder / PRIOR_FILE)
     data["files"][PRIOR_FILE] = hashlib.sha256(other.read_bytes()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(data))
-    with pytest.raises(BundleError, match="which is not what the manifest says"):
+    with pytest.raises(BundleError, match="which contradicts the manifest"):
         Runtime(folder, purify="diff", device="cpu").embed_images([PICTURE])

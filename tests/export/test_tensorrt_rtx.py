@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from edgeclip.backends import tensorrt_builder
-from edgeclip.backends.tensorrt_builder import BuildOptions, build_engine
+from edgeclip.backends import tensorrt_module
+from edgeclip.backends.engine_cache import BuildOptions
+from edgeclip.backends.tensorrt_builder import build_engine
 from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.errors import DeviceError
 from export.graphs.encoders import export_image_encoder, export_text_encoder
@@ -32,7 +33,7 @@ from train.models.wording import image_spec
 trt: Any = pytest.importorskip("tensorrt_rtx", reason="pip install 'edgeclip[tensorrt-rtx]'")
 
 TURING = (7, 5)
-GPUS = tensorrt_builder.capabilities(trt)
+GPUS = tensorrt_module.capabilities(trt)
 FEW = (TURING, (8, 6), (12, 0))  # the oldest, one between, and the newest family
 HARMLESS = "TensorRT: ModelImporter.cpp:1071: Make sure input ids has Int64 binding."
 SURFACES = TESTS / "support" / "tensorrt_surfaces"
@@ -59,9 +60,9 @@ def compile_for(path: Path, gpus: Any, context_length: int = 77) -> None:
 
 def sizes(path: Path) -> dict[str, list[int]]:
     """The shapes of inputs and outputs as TensorRT infers them, -1 for what is symbolic."""
-    builder = trt.Builder(tensorrt_builder.trt_logger(trt))
+    builder = trt.Builder(tensorrt_module.trt_logger(trt))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, tensorrt_builder.trt_logger(trt))
+    parser = trt.OnnxParser(network, tensorrt_module.trt_logger(trt))
     assert parser.parse_from_file(str(path))
     found = [network.get_input(i) for i in range(network.num_inputs)]
     found += [network.get_output(i) for i in range(network.num_outputs)]

@@ -84,7 +84,7 @@ def test_graphs_that_fail(
     lines = err.splitlines()
     assert len(lines) == 4
     assert lines[0] == (
-        "error: image_encoder.fp32 for sm_75: tensorrt_rtx 1.7.1.116 built no engine of "
+        "error: image_encoder.fp32 for sm_75: tensorrt_rtx 1.7.1.116 cannot build "
         f"{EMBEDDED / 'image_encoder.fp32.onnx'}: no kernel"
     )
     assert not caplog.records  # what TensorRT logged is in these

@@ -216,7 +216,7 @@ def test_empty_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["classify", BAG, *LABELS, "--purify", "diff"], "needs a bundle with a diffusion prior"),
         (
             ["classify", BAG, *LABELS, "--device", "tensorrt"],
-            "'tensorrt' needs edgeclip with its CUDA kernels",
+            "'tensorrt' needs edgeclip's CUDA kernels",
         ),
         (["classify", BAG, *LABELS, "--precision", "fp16"], "has no fp16 encoders"),
         (["classify", BAG, *LABELS, "--bundle", "none"], "none is not a bundle"),
@@ -402,7 +402,7 @@ def test_info_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert any(line.startswith("cpu int8: works") for line in report["devices"])
     if not _core.cuda_built():
         (why,) = (line for line in report["devices"] if line.startswith("tensorrt: not used: "))
-        assert "needs edgeclip with its CUDA kernels" in why
+        assert "needs edgeclip's CUDA kernels" in why
     assert any(line.startswith("onnxruntime ") for line in report["packages"])
 
 
