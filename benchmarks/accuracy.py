@@ -7,11 +7,13 @@ seed 0). Every image goes through edgeclip.Runtime: preprocessing, encoder and c
 from __future__ import annotations
 
 import argparse
+import sys
 
 import numpy as np
 import torch
 
 import edgeclip
+from edgeclip.cli.command import run_command
 from edgeclip.json_output import show_json
 from train.data import augment, fashion_mnist
 
@@ -60,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

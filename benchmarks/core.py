@@ -24,6 +24,7 @@ from open_clip.transform import image_transform
 from benchmarks.latency import STEP_SIZE, STEPS, picture, versions_of
 from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
+from edgeclip.cli.command import run_command
 from edgeclip.host import cores
 
 EPILOG = """examples:
@@ -171,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -30,6 +30,7 @@ from benchmarks.kernels import STEP_SIZE, STEPS, published_loop
 from benchmarks.latency import bundle_for, picture, versions_of
 from benchmarks.purification import label_set
 from benchmarks.timing import publish, samples_ms
+from edgeclip.cli.command import run_command
 from edgeclip.tools.bench import percentiles
 
 EPILOG = """examples:
@@ -277,4 +278,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

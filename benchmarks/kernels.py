@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from benchmarks.timing import publish
 from edgeclip import _core
+from edgeclip.cli.command import run_command
 
 EPILOG = """examples:
   python -m benchmarks.kernels
@@ -224,4 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

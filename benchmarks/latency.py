@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import edgeclip
 from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
+from edgeclip.cli.command import run_command
 from edgeclip.images.decoding import decode
 from edgeclip.tools.bench import picture
 
@@ -256,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

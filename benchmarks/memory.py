@@ -15,6 +15,7 @@ from pathlib import Path
 import edgeclip
 from benchmarks.latency import bundle_for, versions_of
 from benchmarks.timing import machine, publish
+from edgeclip.cli.command import run_command
 
 EPILOG = """examples:
   python -m benchmarks.memory
@@ -101,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

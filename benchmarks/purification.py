@@ -22,6 +22,7 @@ import edgeclip
 from benchmarks.timing import machine, medians_ms, process
 from edgeclip import storage
 from edgeclip.backends.prior import Prior
+from edgeclip.cli.command import run_command
 from edgeclip.json_output import to_json
 from edgeclip.purify import DiffPurifier
 from train.models.prior import DiffusionPrior, Shape
@@ -170,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks.timing import headline
 from edgeclip import host, storage
+from edgeclip.cli.command import run_command
 
 RESULTS = Path("docs/results/performance")
 PLOTS = Path("docs/plots")
@@ -174,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,6 +25,7 @@ import edgeclip
 from benchmarks.latency import bundle_for, encoder_flops, picture, versions_of
 from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
+from edgeclip.cli.command import run_command
 from edgeclip.host import cores
 from edgeclip.images.decoding import decode
 
@@ -165,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

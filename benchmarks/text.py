@@ -24,6 +24,7 @@ import torch
 import edgeclip
 from benchmarks.latency import bundle_for, versions_of
 from benchmarks.timing import machine, medians_ms, publish
+from edgeclip.cli.command import run_command
 from edgeclip.text.cache import CachedLabel, LabelCache, embedding_identity, label_keys
 from edgeclip.text.label_tokens import DIGEST_SIZE, Cut, LabelTokens
 
@@ -170,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

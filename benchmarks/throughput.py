@@ -32,6 +32,7 @@ import edgeclip
 from benchmarks.latency import bundle_for, picture, versions_of
 from benchmarks.purification import label_set
 from benchmarks.timing import machine, process, publish
+from edgeclip.cli.command import run_command
 from edgeclip.host import cores
 
 EPILOG = """examples:
@@ -183,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

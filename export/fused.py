@@ -23,8 +23,8 @@ from PIL import Image
 from edgeclip import LabelSet, Runtime, read_labels, storage
 from edgeclip.backends.onnx_runtime import open_session
 from edgeclip.bundle import Bundle
+from edgeclip.cli.command import run_command
 from edgeclip.cli.options import Parser, positive, step_size, up_to
-from edgeclip.errors import EdgeclipError
 from edgeclip.labels import read_templates
 from edgeclip.manifest import PRECISIONS
 from edgeclip.purify import MAX_STEPS, CosPurifier, DiffPurifier, Purifier, resolve
@@ -239,14 +239,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0, or 2 after one line that says what to change."""
-    options = _parse(arguments)
-    try:
-        run(options)
-    except (EdgeclipError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command and return its exit status, see `run_command`."""
+    return run_command(lambda: run(_parse(arguments)))
 
 
 if __name__ == "__main__":
