@@ -32,7 +32,7 @@ from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
 from edgeclip.cli.command import run_command
 from edgeclip.images.decoding import decode
-from edgeclip.tools.bench import picture
+from edgeclip.tools.pictures import picture
 
 EPILOG = """examples:
   python -m benchmarks.latency

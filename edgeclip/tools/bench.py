@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from edgeclip import __version__, _core, host
 from edgeclip.backends.select import ORDER, engine_precisions, why_not
@@ -37,6 +36,7 @@ from edgeclip.purify import CosPurifier, DiffPurifier
 from edgeclip.runtime import Runtime
 from edgeclip.tools import golden
 from edgeclip.tools.doctor import PACKAGES, installed
+from edgeclip.tools.pictures import picture
 
 T = TypeVar("T")
 
@@ -108,15 +108,6 @@ def places(path: str, device: str, precisions: Sequence[str]) -> list[tuple[str,
         built = engine_precisions(bundle) if name == "tensorrt" and not precisions else None
         found += [(name, p) for p in precisions or built or bundle.manifest.precisions]
     return found
-
-
-def picture(width: int, height: int) -> Image.Image:
-    """A picture with the detail of a photograph: smooth shapes and some noise."""
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
-    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
-    noisy = smooth + rng.integers(-8, 9, smooth.shape, np.int16)
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
 def read_image(path: str | None) -> bytes:
