@@ -124,7 +124,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add_options(add)
+    add_options(parser)
     add("-o", "--out", metavar="REPO", type=Path, required=True, help="the model repository")
     add("--labels", metavar="FILE", type=Path, required=True, help="one class per line")
     add("--name", default="edgeclip", help="of the model (default: edgeclip)")

@@ -212,7 +212,7 @@ def test_empty_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["classify", BAG, *LABELS, "--template", "a photo"], "has no {}"),
         (["classify", BAG, *LABELS, "--top-k", "0"], "expected a whole number from 1, got '0'"),
         (["classify", BAG, *LABELS, "--purify", "cos", "--step-size", "nan"], "a number from 0"),
-        (["classify", BAG, *LABELS, "--steps", "3"], "need --purify cos"),
+        (["classify", BAG, *LABELS, "--steps", "3"], "--steps needs --purify cos or diff"),
         (["classify", BAG, *LABELS, "--purify", "diff"], "needs a bundle with a diffusion prior"),
         (
             ["classify", BAG, *LABELS, "--device", "tensorrt"],
@@ -294,7 +294,7 @@ def test_one_label(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "classify", BAG, "--label", "anything")
     assert status == 0
     assert json.loads(out)["predictions"] == [{"label": "anything", "score": 1.0, "index": 0}]
-    note = "note: one label alone always scores 100 %; add others to compare it with"
+    note = "note: a single label always scores 100 %; add others to compare it with"
     assert [line.startswith(note) for line in err.splitlines()].count(True) == 1
     two = run(capsys, "classify", BAG, "--label", "anything", "--label", "something else")
     assert note not in two[2]
@@ -398,7 +398,7 @@ def test_info_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0, err
     report = json.loads(out)
     assert report["problem"] == ""
-    assert report["device used"]
+    assert report["device_used"]
     assert any(line.startswith("cpu int8: works") for line in report["devices"])
     if not _core.cuda_built():
         (why,) = (line for line in report["devices"] if line.startswith("tensorrt: not used: "))
@@ -433,7 +433,7 @@ def test_explain_a_pair(
     report = json.loads(out)
     assert report["images"] == [BAG, "-"]
     assert report["similarities"][0] == report["similarities"][1]
-    assert report["map distance"] == 0
+    assert report["map_distance"] == 0
     other = str(EXAMPLES / "coloured-dress.jpg")
     status, out, _ = run(capsys, "explain", BAG, other, *arguments, "--format", "table")
     assert status == 0
@@ -478,13 +478,13 @@ def test_cache(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = file.stat().st_size
     assert report.pop("engines") == []
     assert report.pop("trials") == 1
-    assert report == {"path": str(file), "labels": 10, "bytes": size, "limit bytes": 1 << 28}
+    assert report == {"path": str(file), "labels": 10, "bytes": size, "limit_bytes": 1 << 28}
     assert (share["labels"], share["bytes"]) == (10, 10 * 128 * 4)
     assert "int8" in share["encoder"]
     assert "labels 10, bytes 5120" in run(capsys, "cache", "--format", "table")[1]
     status, out, _ = run(capsys, "cache", "--clear")
     report = json.loads(out)
-    assert report.pop("freed bytes") > size  # with the trials of precisions
+    assert report.pop("freed_bytes") > size  # with the trials of precisions
     assert report == {"path": str(file)}
     assert [path for path in cache.rglob("*") if path.is_file()] == []
 

@@ -344,10 +344,10 @@ def test_build(encoding: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_bench(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = {"measured": [], "failed": [], "bundle": TEXT, "frames per second": float("inf")}
+    report = {"measured": [], "failed": [], "bundle": TEXT, "frames_per_second": float("inf")}
     monkeypatch.setattr("edgeclip.tools.bench.run", lambda *_: report)
     found = parsed(written(encoding, ["bench", "--format", "json"]))
-    assert found == report | {"frames per second": None}
+    assert found == report | {"frames_per_second": None}
 
 
 @pytest.mark.parametrize("locale", ["C", "en_US.ISO-8859-1"])
