@@ -6,7 +6,6 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any, NoReturn
 
 from edgeclip.errors import EdgeclipError
@@ -39,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class PurifierOptions:
-    """The option --purify, which names a method, and one option for each number of the methods.
+    """Options for the purification: --purify names a method, the others set its numbers.
 
     methods: values of --purify. prefix: start of the names of the other options. published: cos and
     diff have the published numbers by default, whatever the bundle recommends.
@@ -103,7 +102,7 @@ def add_purify(parser: argparse.ArgumentParser, methods: tuple[str, ...] = PURIF
         "--purify",
         default="auto",
         choices=methods,
-        help="purification method (default: auto, the one that the bundle recommends)",
+        help="purification method (default: auto, the bundle's recommendation, or none)",
     )
 
 
@@ -210,7 +209,8 @@ def seconds(text: str) -> float:
 def _number(text: str) -> float:
     """Return a decimal or a fraction such as 1/3 as a number, or NaN for any other text."""
     try:
-        value = float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError, OverflowError):
+        numerator, slash, denominator = text.partition("/")
+        value = float(numerator) / float(denominator if slash else 1)
+    except (ValueError, ZeroDivisionError):
         return math.nan
     return value if math.isfinite(value) else math.nan

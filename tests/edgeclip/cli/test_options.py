@@ -73,6 +73,8 @@ def test_numbers_that_do_not_fit(words: str, message: str) -> None:
         "--step-size nan",
         "--step-size 1/0",
         "--step-size 1/x",
+        "--step-size 1/",
+        "--step-size 1/inf/2",
     ],
 )
 def test_wrong_usage(words: str, capsys: pytest.CaptureFixture[str]) -> None:
