@@ -8,12 +8,14 @@ and classification.
 from __future__ import annotations
 
 import argparse
+import sys
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 import edgeclip
+from edgeclip.cli.command import run_command
 from edgeclip.json_output import show_json
 from train.data import augment, fashion_mnist
 
@@ -68,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

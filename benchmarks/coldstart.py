@@ -20,7 +20,8 @@ from benchmarks.common import (
     versions_of,
 )
 from benchmarks.timing import machine, process, publish
-from edgeclip.tools.bench import picture
+from edgeclip.cli.command import run_command
+from edgeclip.tools.pictures import picture
 
 EPILOG = """examples:
   python -m benchmarks.coldstart
@@ -71,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

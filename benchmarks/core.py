@@ -30,8 +30,9 @@ from benchmarks.common import (
 )
 from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
+from edgeclip.cli.command import run_command
 from edgeclip.host import cores
-from edgeclip.tools.bench import picture
+from edgeclip.tools.pictures import picture
 
 EPILOG = """examples:
   python -m benchmarks.core
@@ -203,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -39,7 +39,9 @@ from benchmarks.common import (
     versions_of,
 )
 from benchmarks.timing import publish, samples_ms
-from edgeclip.tools.bench import percentiles, picture
+from edgeclip.cli.command import run_command
+from edgeclip.tools.bench import percentiles
+from edgeclip.tools.pictures import picture
 
 EPILOG = """examples:
   python -m benchmarks.gpu
@@ -298,4 +300,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

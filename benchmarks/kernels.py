@@ -29,6 +29,7 @@ from benchmarks.common import (
 )
 from benchmarks.timing import publish
 from edgeclip import _core
+from edgeclip.cli.command import run_command
 
 EPILOG = """examples:
   python -m benchmarks.kernels
@@ -221,4 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,8 +42,9 @@ from benchmarks.common import (
 )
 from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
+from edgeclip.cli.command import run_command
 from edgeclip.images.decoding import decode
-from edgeclip.tools.bench import picture
+from edgeclip.tools.pictures import picture
 
 EPILOG = """examples:
   python -m benchmarks.latency
@@ -229,4 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -22,6 +22,7 @@ from benchmarks.common import (
     versions_of,
 )
 from benchmarks.timing import machine, publish
+from edgeclip.cli.command import run_command
 
 EPILOG = """examples:
   python -m benchmarks.memory
@@ -106,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -24,6 +24,7 @@ from benchmarks.common import add_model, build_parser, label_set
 from benchmarks.timing import machine, medians_ms, process
 from edgeclip import storage
 from edgeclip.backends.prior import Prior
+from edgeclip.cli.command import run_command
 from edgeclip.json_output import to_json
 from edgeclip.purify import DiffPurifier
 from train.models.prior import DiffusionPrior, Shape
@@ -167,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

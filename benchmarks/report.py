@@ -23,6 +23,7 @@ from typing import cast
 from benchmarks.common import Report
 from benchmarks.timing import headline
 from edgeclip import host, storage
+from edgeclip.cli.command import run_command
 
 RESULTS = Path("docs/results/performance")
 PLOTS = Path("docs/plots")
@@ -186,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

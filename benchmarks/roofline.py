@@ -14,6 +14,7 @@ one token.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from open_clip import get_model_config
 
 from benchmarks.common import Report, build_parser
 from edgeclip import storage
+from edgeclip.cli.command import run_command
 from edgeclip.json_output import to_json
 
 EPILOG = """examples:
@@ -300,4 +302,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,9 +32,10 @@ from benchmarks.common import (
 )
 from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
+from edgeclip.cli.command import run_command
 from edgeclip.host import cores
 from edgeclip.images.decoding import decode
-from edgeclip.tools.bench import picture
+from edgeclip.tools.pictures import picture
 
 EPILOG = """examples:
   python -m benchmarks.scaling
@@ -178,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

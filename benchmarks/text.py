@@ -32,6 +32,7 @@ from benchmarks.common import (
     versions_of,
 )
 from benchmarks.timing import machine, medians_ms, publish
+from edgeclip.cli.command import run_command
 from edgeclip.text.cache import CachedLabel, LabelCache, embedding_identity, label_keys
 from edgeclip.text.label_tokens import DIGEST_SIZE, Cut, LabelTokens
 
@@ -183,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -37,8 +37,9 @@ from benchmarks.common import (
     versions_of,
 )
 from benchmarks.timing import machine, process, publish
+from edgeclip.cli.command import run_command
 from edgeclip.host import cores
-from edgeclip.tools.bench import picture
+from edgeclip.tools.pictures import picture
 
 EPILOG = """examples:
   python -m benchmarks.throughput
@@ -193,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

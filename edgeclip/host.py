@@ -105,11 +105,11 @@ def describe(root: Path = ROOT) -> dict[str, Any]:
         "cpu": cpu_name(root),
         "instructions": vector_units(root),
         "cores": cores(root),
-        "memory MB": _megabytes(_entry(root / "proc/meminfo", "MemTotal")),
+        "memory_mb": _megabytes(_entry(root / "proc/meminfo", "MemTotal")),
         "system": f"{platform.platform()}, Python {platform.python_version()}",
         "gpu": gpu(),
-        "power mode": " ".join(_said(["nvpmodel", "-q"]).split()),
-        "gpu clock MHz": _gpu_clock(root),
+        "power_mode": " ".join(_said(["nvpmodel", "-q"]).split()),
+        "gpu_clock_mhz": _gpu_clock(root),
         "temperature": temperature(root),
     }
     return {key: value for key, value in facts.items() if value not in ("", None)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgeclip import storage
 from edgeclip.backends.onnx_runtime import import_onnxruntime
-from edgeclip.errors import EdgeclipError
+from edgeclip.cli.command import run_command
 from edgeclip.manifest import PRIOR_GRADIENTS
 from edgeclip.precisions import PRECISIONS, REFERENCE
 from export import ExportError
@@ -174,17 +174,8 @@ def _load_data(spec: str) -> DataSet:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0, or 2 after one line that says what to change."""
-    options = parse(arguments)
-    try:
-        run(options)
-    except (EdgeclipError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: no bundle was written", file=sys.stderr)
-        return 130
-    return 0
+    """Run the command and return its exit status, see `run_command`."""
+    return run_command(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from edgeclip.errors import EdgeclipError
+from edgeclip.cli.command import run_command
 from edgeclip.manifest import PRIOR_GRADIENTS
 from export import ExportError
 from export.graphs.prior import export_step, verify_step
@@ -33,8 +33,8 @@ half of the work, and another direction, whose cosine to the exact one is printe
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0, or 2 after one line that says what to change."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the options of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m export.diffusion_prior",
         description="Write the step of CLIPure-Diff as an ONNX graph with its text as an input.",
@@ -47,25 +47,29 @@ def main(arguments: list[str] | None = None) -> int:
     add("--force", action="store_true", help="replace the file at -o")
     add("--gradient", choices=PRIOR_GRADIENTS, default="exact", help="default: exact")
     add("--text-length", type=int, default=77, metavar="L", help="tokens of the text (77)")
-    options = parser.parse_args(arguments)
-    try:
-        if options.text_length < 1:
-            raise ExportError(f"--text-length must be 1 or more, got {options.text_length}")
-        weights = [options.prior, options.prior / WEIGHTS]
-        check_graph_target(options.out, options.force, weights)
-        prior = load_prior(options.prior).model
-        with graph_draft(options.out) as path:
-            case = path, None, options.gradient, options.text_length
-            with step("exporting the step"):
-                export_step(prior, *case)
-            with step("comparing it with PyTorch"):
-                parity = verify_step(prior, *case)
-    except (EdgeclipError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the graph and print how far it is from PyTorch. Raises EdgeclipError."""
+    if options.text_length < 1:
+        raise ExportError(f"--text-length must be 1 or more, got {options.text_length}")
+    weights = [options.prior, options.prior / WEIGHTS]
+    check_graph_target(options.out, options.force, weights)
+    prior = load_prior(options.prior).model
+    with graph_draft(options.out) as path:
+        case = path, None, options.gradient, options.text_length
+        with step("exporting the step"):
+            export_step(prior, *case)
+        with step("comparing it with PyTorch"):
+            parity = verify_step(prior, *case)
     for name, value in parity.items():
         print(f"  {name:24} {value:.3g}")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit status, see `run_command`."""
+    return run_command(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,18 @@ from PIL import Image
 from edgeclip import LabelSet, Runtime, read_labels, storage
 from edgeclip.backends.onnx_runtime import open_session
 from edgeclip.bundle import Bundle
-from edgeclip.cli.options import Parser, positive, step_size, up_to
-from edgeclip.errors import EdgeclipError
+from edgeclip.cli.command import run_command
+from edgeclip.cli.options import Parser, PurifierOptions, positive
 from edgeclip.labels import read_templates
 from edgeclip.precisions import PRECISIONS, REFERENCE
-from edgeclip.purify import MAX_STEPS, CosPurifier, DiffPurifier, Purifier, resolve
+from edgeclip.purify import CosPurifier, DiffPurifier, Purifier
 from export import ExportError
 from export.graphs.fused import TOP_K, Head, fuse
 from export.graphs.save import save
 from export.output import check_graph_target, graph_draft
 from train.progress import step
 
+PURIFIER = PurifierOptions(methods=("auto", "none", "cos"))
 INPUT_TYPES = ("uint8", "float32")
 PROBES = 5  # images that are compared, the golden one among them
 PROBE_CLASSES = 32
@@ -138,15 +138,13 @@ def check_purifier(purifier: Purifier) -> CosPurifier | None:
     return purifier
 
 
-def add_options(add: Callable[..., Any]) -> None:
-    """Options that `open_runtime` reads, by ArgumentParser.add_argument."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `open_runtime` reads."""
+    add = parser.add_argument
     add("bundle", metavar="BUNDLE", type=Path, help="a directory that python -m export made")
     text = "of the encoders (default: fp32)"
     add("--precision", choices=PRECISIONS, default=REFERENCE, help=text)
-    text = "auto is what the bundle recommends (the default)"
-    add("--purify", choices=("auto", "none", "cos"), default="auto", help=text)
-    add("--steps", type=up_to(MAX_STEPS), metavar="N", help="of cos (the bundle's, or 10)")
-    add("--step-size", type=step_size, metavar="F", help="of cos (the bundle's, or 30)")
+    PURIFIER.add(parser)
     text = "prompt with {} for the label, or a file of them (default: the bundle's)"
     add("--template", metavar="TEXT", action="append", default=[], help=text)
     add("--force", action="store_true", help="replace what is at -o")
@@ -155,13 +153,7 @@ def add_options(add: Callable[..., Any]) -> None:
 def open_runtime(options: argparse.Namespace) -> tuple[Runtime, CosPurifier | None]:
     """Raises EdgeclipError."""
     bundle = Bundle(options.bundle)
-    purifier = check_purifier(resolve(options.purify, bundle.manifest.purification))
-    given = {"steps": options.steps, "step_size": options.step_size}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given and options.purify != "cos":
-        raise ExportError("--steps and --step-size need --purify cos")
-    if purifier is not None:
-        purifier = CosPurifier(**{**vars(purifier), **given})
+    purifier = check_purifier(PURIFIER.purifier(options, bundle.manifest.purification))
     runtime = Runtime(bundle, device="cpu", precision=options.precision, purify=purifier)
     return runtime, purifier
 
@@ -195,7 +187,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add_options(add)
+    add_options(parser)
     add("-o", "--out", metavar="FILE", type=Path, required=True, help="graph or classes to write")
     text = "build these classes in, rather than take them as an input"
     add("--labels", metavar="FILE", type=Path, help=text)
@@ -237,14 +229,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0, or 2 after one line that says what to change."""
-    options = _parse(arguments)
-    try:
-        run(options)
-    except (EdgeclipError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command and return its exit status, see `run_command`."""
+    return run_command(lambda: run(_parse(arguments)))
 
 
 if __name__ == "__main__":

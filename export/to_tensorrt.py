@@ -20,6 +20,7 @@ from edgeclip.backends.engine_cache import BuildOptions
 from edgeclip.backends.tensorrt_builder import build_engine
 from edgeclip.backends.tensorrt_module import import_tensorrt
 from edgeclip.bundle import Bundle
+from edgeclip.cli.command import run_command
 from edgeclip.cli.options import Parser, positive
 from edgeclip.errors import BundleError, EdgeclipError
 from edgeclip.onnx_file import locations
@@ -194,7 +195,10 @@ def run(options: argparse.Namespace) -> list[str]:
     bundle = Bundle(options.bundle)
     precisions = precisions_of(bundle, options.precision)
     if options.out is not None:
-        options.out.mkdir(parents=True)
+        try:
+            options.out.mkdir(parents=True)
+        except FileExistsError as err:
+            raise ExportError(f"{options.out} exists: name another folder") from err
     settings = BuildOptions(
         max_batch=options.max_batch,
         context_length=bundle.manifest.text.context_length,
@@ -211,23 +215,20 @@ def run(options: argparse.Namespace) -> list[str]:
     return failed
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+def _run(arguments: list[str] | None) -> int:
     try:
-        failed = run(options)
-    except FileExistsError as err:
-        print(f"error: {err.filename} exists: name another folder", file=sys.stderr)
-        return 2
-    except (EdgeclipError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
+        failed = run(parse(arguments))
     except KeyboardInterrupt:
-        print(flush=True)  # the row of the table that was begun
-        print("interrupted", file=sys.stderr)
-        return 130
+        print(flush=True)  # ends the row of the table
+        raise
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit status, see `run_command`."""
+    return run_command(_run, arguments)
 
 
 if __name__ == "__main__":

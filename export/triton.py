@@ -21,8 +21,8 @@ from pathlib import Path
 
 from edgeclip import storage
 from edgeclip.backends.onnx_runtime import open_session
+from edgeclip.cli.command import run_command
 from edgeclip.cli.options import Parser, up_to
-from edgeclip.errors import EdgeclipError
 from edgeclip.precisions import PRECISIONS, REFERENCE
 from export import ExportError
 from export.fused import add_options, encode_labels, open_runtime, write_fused
@@ -125,7 +125,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add_options(add)
+    add_options(parser)
     add("-o", "--out", metavar="REPO", type=Path, required=True, help="the model repository")
     add("--labels", metavar="FILE", type=Path, required=True, help="one class per line")
     add("--name", default="edgeclip", help="of the model (default: edgeclip)")
@@ -137,14 +137,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0, or 2 after one line that says what to change."""
-    options = _parse(arguments)
-    try:
-        run(options)
-    except (EdgeclipError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command and return its exit status, see `run_command`."""
+    return run_command(lambda: run(_parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from edgeclip.purify import from_dict
 from train.errors import SettingsError
 from train.models.weight_options import add_weight_options
 from train.robustness.defence import GRADIENTS
-from train.robustness.measurement import Measurement
+from train.robustness.measurement import PURIFIER, Measurement
 from train.robustness.protocols import Protocol, Radius, describe, find, missing
 from train.robustness.threat import ATTACKS
 from train.run.processes import choose_device, processes
@@ -73,13 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"default: {' '.join(ATTACK)}")  # fmt: skip
     add("--gradient", nargs="+", default=list(GRADIENTS), metavar="MODE", choices=GRADIENTS,
         help="through the purification (default: all four)")  # fmt: skip
-    add("--purify", default="auto", choices=("auto", "none", "cos", "diff"),
-        help="default: what a bundle recommends, none for a model")  # fmt: skip
-    add("--purify-steps", type=int, metavar="N", help="default: 10, as published")
-    add("--purify-step-size", type=fraction, metavar="F", help="default: 30, as published")
-    add("--purify-timesteps", type=int, nargs=2, metavar=("FIRST", "LAST"),
-        help="of diff (default: 900 999, as published)")  # fmt: skip
-    add("--purify-seed", type=int, metavar="S", help="of diff's noise (default: 0)")
+    PURIFIER.add(parser)
     add("--prior", metavar="RUN", help="of diff: run of train.diffusion_prior, or a checkpoint")
     add("--restarts", type=int, default=1, metavar="N", help="of each attack (default: 1)")
     add("--step-size", type=fraction, metavar="F", help="of pgd, cw and feature (default: eps / 4)")

@@ -388,7 +388,7 @@ def test_classes_for_another_runtime(tmp_path: Path) -> None:
         (["-o", "f.pb"], "f.pb: name a file that ends in .onnx"),
         (["-o", "f.onnx", "--classes-for", "l"], "f.onnx: name a file that ends in .npy or .bin"),
         (["-o", "f.npy", "--classes-for", "l", "--labels", "l"], "name one of them"),
-        (["-o", "f.onnx", "--steps", "3"], "--steps and --step-size need --purify cos"),
+        (["-o", "f.onnx", "--steps", "3"], "--steps needs --purify cos"),
         (["-o", "f.onnx", "--precision", "int8"], "has no int8 encoders; it has fp32"),
         (["-o", "f.onnx", "--labels", "none.txt"], "none.txt: No such file or directory"),
         (["-o", "nowhere/f.onnx"], "No such file or directory"),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
+from edgeclip.cli.command import run_command
+from edgeclip.cli.options import Parser
 from train.data.catalog import SOURCES
 from train.data.dataset import OWN
 from train.data.samples import default_root
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """List the public data sets."""
+    Parser(prog="python -m train.data", description="List the data sets.").parse_args(arguments)
     for name, source in SOURCES.items():
         splits = "train, test" if source.trains else "test"
         place = default_root() / source.folder
@@ -18,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

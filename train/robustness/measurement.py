@@ -17,7 +17,8 @@ from rich.progress import Progress
 
 import edgeclip
 from edgeclip import purify
-from edgeclip.purify import CosPurifier, DiffPurifier, Purifier
+from edgeclip.cli.options import PurifierOptions
+from edgeclip.purify import DiffPurifier, Purifier
 from train.data import dataset
 from train.data.loader import Pictures, batches, draw, split
 from train.errors import SettingsError
@@ -29,32 +30,9 @@ from train.robustness.subjects import Shipped, Subject, agreement, open_subject
 from train.robustness.threat import Bank, Threat, build, plan
 from train.run.processes import device_name, main_first
 
+PURIFIER = PurifierOptions(prefix="purify-", published=True)
 FIRST = 100  # images that a bundle's runtime is compared on, and that "feature" aims at
 MOST_PROCESSES = 1024  # that an earlier run may have left files of
-
-
-def choose_purifier(args: argparse.Namespace, subject: Subject) -> Purifier:
-    """What --purify and its numbers name. Raises SettingsError."""
-    recommended = subject.bundle.manifest.purification if subject.bundle else None
-    timesteps = args.purify_timesteps and tuple(args.purify_timesteps)
-    numbers = {"steps": args.purify_steps, "step_size": args.purify_step_size}
-    noise = {"timesteps": timesteps, "seed": args.purify_seed}
-    given, drawn = (
-        {name: value for name, value in part.items() if value is not None}
-        for part in (numbers, noise)
-    )
-    if given and args.purify not in ("cos", "diff"):
-        raise SettingsError("--purify-steps and --purify-step-size go with --purify cos or diff")
-    if drawn and args.purify != "diff":
-        raise SettingsError("--purify-timesteps and --purify-seed go with --purify diff")
-    try:
-        if args.purify == "cos":  # as published, not as a bundle may recommend
-            return CosPurifier(**given)
-        if args.purify == "diff":
-            return DiffPurifier(**given, **drawn)
-        return purify.resolve(args.purify, recommended)
-    except ValueError as err:
-        raise SettingsError(str(err)) from err
 
 
 def describe(
@@ -106,7 +84,9 @@ class Measurement:
             args.visual,
             args.quickgelu,
         )
-        purifier = choose_purifier(args, self.subject)
+        bundle = self.subject.bundle
+        recommended = None if bundle is None else bundle.manifest.purification
+        purifier = PURIFIER.purifier(args, recommended)
         self.defence = self.subject.defence(classes, purifier).to(device)
         self.surrogate = None
         if args.transfer_from:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from edgeclip.cli.command import run_command
 from edgeclip.errors import EdgeclipError
 from train.errors import DataError, SettingsError
 
@@ -52,21 +53,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(command: Callable[[], None]) -> NoReturn:
-    """Run a command and exit: with 0, or with 2 after one line that says what to change."""
+    """Run a command and exit with its status, see `run_command`."""
+    sys.exit(run_command(_run, command))
+
+
+def _run(command: Callable[[], None]) -> None:
+    """Call `command`, and make one line of the errors of PyTorch and of its loaders."""
     try:
         command()
-        sys.exit(0)
-    except torch.OutOfMemoryError:
-        message = "the device is out of memory: lower --batch-size, or raise --accumulate"
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (SettingsError, DataError, EdgeclipError, OSError) as err:
-        # An error of a process that reads images comes with that process's traceback before it.
-        lines = str(err).strip().splitlines() or [type(err).__name__]
-        message = lines[-1].removeprefix("train.errors.DataError: ")
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    except torch.OutOfMemoryError as err:
+        raise SettingsError(
+            "the device is out of memory: lower --batch-size, or raise --accumulate"
+        ) from err
+    except (EdgeclipError, OSError) as err:
+        *traceback, message = str(err).strip().splitlines() or [""]
+        if traceback:  # that of the process that read the image
+            raise DataError(message.removeprefix("train.errors.DataError: ")) from err
+        raise
 
 
 def check_number(option: str, value: float, low: float, high: float = math.inf) -> None:

@@ -147,13 +147,13 @@ def test_doctor_fails_only_for_the_precision_that_auto_uses(
     assert main(["doctor", str(copy), "--format", "json"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
-    assert (report["device used"], report["precision used"]) == ("cpu", "fp32")
+    assert (report["device_used"], report["precision_used"]) == ("cpu", "fp32")
     assert "do not use int8 here" in report["devices"][-1]
     assert err == ""
 
     assert main(["doctor", str(good), "--format", "json"]) == 0
-    assert json.loads(capsys.readouterr().out)["precision used"] == "int8"
-    # As if an outdated trial had accepted int8.
+    assert json.loads(capsys.readouterr().out)["precision_used"] == "int8"
+    # An older trial that says what is no longer so.
     monkeypatch.setattr(trials, "trials", lambda *_, **__: {})
     monkeypatch.setattr("edgeclip.backends.select.choose_precision", lambda *_: "int8")
     assert main(["doctor", str(copy)]) == 2
@@ -334,7 +334,7 @@ def test_clearing_the_cache_deletes_trials(
 ) -> None:
     Runtime(precision="fp32")
     assert main(["cache", "--clear", "--format", "json"]) == 0
-    assert json.loads(capsys.readouterr().out)["freed bytes"] > 0
+    assert json.loads(capsys.readouterr().out)["freed_bytes"] > 0
     assert not list((cache / "trials").iterdir())
     Runtime(precision="fp32")
     assert len(runs) == 2

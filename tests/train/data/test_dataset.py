@@ -231,7 +231,7 @@ def test_class_names_are_words() -> None:
 
 
 def test_names_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    __main__.main()
+    __main__.main([])
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == len(SOURCES) + 2
     assert rows[1].split()[:2] == ["cifar10", "10"]
