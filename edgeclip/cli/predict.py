@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgeclip import storage
-from edgeclip.bundle import Bundle
+from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.cli.options import (
     DEVICES,
     PRECISIONS,
@@ -63,6 +63,10 @@ EXPLAIN_EXAMPLES = """examples:
 Bright patches speak for the label the most (TGA-ZSR, arXiv 2410.21802, section 3.2); the numbers
 are cosines of embeddings. Two images are compared: l2 is the distance of their maps.
 """
+DEMONSTRATION = (
+    "note: this is the embedded demonstration bundle ({}); for anything else, "
+    "export a model: python -m export ViT-B-32 --pretrained openai -o vit-b-32"
+)
 ONE_LABEL = (
     "note: one label alone always scores 100 %; add others to compare it with, such as "
     '--label "something else"'
@@ -266,6 +270,8 @@ def _open_runtime(args: argparse.Namespace) -> Runtime:
         given["timesteps"] = first, last
     if purifier is not None:
         purifier = replace(purifier, **given)
+    if bundle.path == EMBEDDED:
+        print(DEMONSTRATION.format(bundle.manifest.description), file=sys.stderr)
     return Runtime(
         bundle,
         device=args.device,

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeclip import __version__, _core, host
+from edgeclip.backends import select
 from edgeclip.backends.select import ORDER, engine_precisions, why_not
 from edgeclip.bundle import Bundle
 from edgeclip.errors import EdgeclipError
@@ -143,7 +144,7 @@ def _quiet() -> None:
     from tqdm import tqdm
 
     tqdm.set_lock(threading.RLock())  # its own is the system's, and stays behind an interruption
-    logging.disable(logging.WARNING)  # the note about the embedded bundle, once for each process
+    logging.getLogger(select.__name__).setLevel(logging.ERROR)  # the report has these problems
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
 
 

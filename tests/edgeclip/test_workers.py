@@ -62,7 +62,7 @@ def test_its_arguments_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir("/")  # a worker may run elsewhere
     other = pickle.loads(pickled)
     assert (other.precision, other.batch_size, other.purifier) == ("int8", 3, CosPurifier(3, 0.1))
-    assert other._fast_for is None
+    assert other._preprocessor._fast_for is None
     assert other._threads == 1
     assert len(other.classify(IMAGES[0])) == 2
 

@@ -524,6 +524,7 @@ def test_whole_process(tmp_path: Path) -> None:
     assert found.returncode == 1
     note, error = found.stderr.splitlines()
     assert note.startswith("note: this is the embedded demonstration bundle")
+    assert "Fashion-MNIST" in note
     assert "python -m export" in note
     assert error == "error: missing.png: no such file"
     assert json.loads(found.stdout.splitlines()[0])["predictions"][0]["label"] == "bag"
