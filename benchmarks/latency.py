@@ -132,15 +132,8 @@ def measure_encoders(runtimes: dict[str, Any], model: Any, repeats: int) -> dict
 def measure_image(rt: edgeclip.Runtime, model: Any, transform: Any, jpeg: bytes, args: Any) -> dict:
     """Stage by stage and end to end for one JPEG: {stage: {"edgeclip": ms, "open_clip": ms}}."""
     null_text = torch.from_numpy(rt.bundle.null_text.copy())
-    rng = np.random.default_rng(0)
-    classes = rng.standard_normal((args.labels, len(null_text)), np.float32)
-    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
-    label_set = edgeclip.LabelSet(
-        tuple(map(str, range(args.labels))),
-        classes,
-        classes @ rt.bundle.null_text,
-        rt.text_identity(),
-    )
+    label_set = edgeclip.LabelSet.random(args.labels, rt.bundle.null_text, rt.text_identity())
+    classes = label_set.embeddings
     weights = torch.from_numpy(classes.copy())
     scale = model.logit_scale.exp()
 

@@ -59,20 +59,13 @@ def bundle_for(args: argparse.Namespace) -> tuple[Path, Path]:
     return folder, weights
 
 
-def label_set(rt: edgeclip.Runtime, count: int) -> edgeclip.LabelSet:
-    null = rt.bundle.null_text
-    classes = np.random.default_rng(0).standard_normal((count, len(null)), np.float32)
-    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
-    names = tuple(map(str, range(count)))
-    return edgeclip.LabelSet(names, classes, classes @ null, rt.text_identity())
-
-
 def measure_classify(bundle: Path, args: argparse.Namespace) -> dict[int, dict[str, float]]:
     """Batch -> method -> milliseconds per image, from pixels to an answer."""
     runtimes = {
         name: edgeclip.Runtime(bundle, purify=name, batch_size=max(BATCHES)) for name in METHODS
     }
-    labels = label_set(runtimes["none"], args.labels)
+    rt = runtimes["none"]
+    labels = edgeclip.LabelSet.random(args.labels, rt.bundle.null_text, rt.text_identity())
     pixels = runtimes["none"].preprocess([IMAGE] * max(BATCHES))
     found = {}
     for count in BATCHES:

@@ -212,12 +212,7 @@ def measure(bundle: str, device: str, precision: str, settings: Settings) -> dic
 def _label_set(rt: Runtime, labels: Sequence[Label]) -> LabelSet:
     if labels:
         return rt.labels(labels, progress=text_progress())
-    rows = np.random.default_rng(0).standard_normal(
-        (CLASSES, rt.bundle.manifest.embed_dim), np.float32
-    )
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    names = tuple(f"class {i}" for i in range(CLASSES))
-    return LabelSet(names, rows, rows @ rt.bundle.null_text, rt.text_identity())
+    return LabelSet.random(CLASSES, rt.bundle.null_text, rt.text_identity())
 
 
 def _prompts(rt: Runtime) -> list[str]:

@@ -27,6 +27,7 @@ from edgeclip.bundle import Bundle
 from edgeclip.errors import DeviceError
 from edgeclip.images.decoding import ImageSource
 from edgeclip.labels import Labels, LabelSet
+from edgeclip.prediction import score_table
 from edgeclip.runtime import Runtime
 from edgeclip.tools import golden
 
@@ -103,10 +104,7 @@ def check_pipeline(encoder: TensorRTEncoder, bundle: Bundle) -> float:
     the softmax of the embeddings that the encoder gives of the CPU's pixels. Raises DeviceError."""
     manifest, image = bundle.manifest, GoldenValues(bundle).image
     reference = Runtime(bundle, device="cpu", purify="none", decode="exact")
-    rows = np.random.default_rng(0).standard_normal((CLASSES, manifest.embed_dim), np.float32)
-    labels = LabelSet(
-        tuple(map(str, range(CLASSES))), unit(rows), np.zeros(CLASSES, np.float32), ""
-    )
+    labels = LabelSet.random(CLASSES, bundle.null_text)
     pipeline = GpuPipeline(encoder, manifest, bundle.null_text)
     pipeline.warm_up()
     frames = parts(image)[: pipeline.max_batch]
@@ -119,10 +117,8 @@ def check_pipeline(encoder: TensorRTEncoder, bundle: Bundle) -> float:
     expected /= expected.sum(axis=1, keepdims=True)
     largest = 0.0
     for _ in range(3):  # run, captured, from the graph
-        indices, scores = pipeline.classify(frames, labels, None, CLASSES)
-        found = np.empty_like(scores)
-        np.put_along_axis(found, indices.astype(np.int64), scores, axis=1)
-        largest = max(largest, float(np.abs(found - expected).max()))
+        scores = score_table(*pipeline.classify(frames, labels, None, CLASSES))
+        largest = max(largest, float(np.abs(scores - expected).max()))
     if not largest <= golden.SCORE_TOLERANCE:
         raise DeviceError(
             f"what the GPU computes is not what it should be: probabilities differ by {largest:.3g}, "

@@ -70,10 +70,7 @@ def _score_distance(
     expected /= expected.sum()
     null_scores = rows @ runtime.bundle.null_text
     labels = LabelSet(tuple(texts), rows, null_scores, runtime.text_identity())
-    found = np.empty_like(expected)
-    for prediction in runtime.classify(golden.image, labels, top_k=len(labels)):
-        found[prediction.index] = prediction.score
-    return _distance(found, expected)
+    return _distance(runtime.scores(golden.image, labels)[0], expected)
 
 
 def _prior_distance(runtime: Runtime, spec: PriorSpec, golden: GoldenValues) -> float:

@@ -108,6 +108,49 @@ def test_scores_equal_numpy(
         np.testing.assert_allclose([p.score for p in answer], np.sort(row)[::-1][:3], atol=1e-3)
 
 
+@pytest.mark.parametrize("purifier", [None, CosPurifier(9), CosPurifier(3, 0.1)])
+def test_score_tables_equal_numpy(
+    rt: Runtime,
+    labels: list[str],
+    fashion: tuple[np.ndarray, np.ndarray],
+    purifier: CosPurifier | None,
+) -> None:
+    images = list(fashion[0][:5])
+    expected = reference(rt, images, labels, purifier)
+    runtime = Runtime(purify=purifier, precision="fp32", labels=labels, batch_size=2)
+    table = runtime.scores(images)
+    assert (table.dtype, table.shape) == (np.float32, (5, len(labels)))
+    np.testing.assert_allclose(table, expected, atol=1e-3)
+    np.testing.assert_array_equal(runtime.pixel_scores(runtime.preprocess(images)), table)
+    # Columns follow the labels, whatever their number and order.
+    swapped = reference(rt, images, labels[::-1], purifier)
+    np.testing.assert_allclose(runtime.scores(images, labels[::-1]), swapped, atol=1e-3)
+    assert runtime.scores(images[0]).shape == (1, len(labels))
+    assert runtime.scores([], ["a", "b", "c"]).shape == (0, 3)
+    np.testing.assert_array_equal(runtime.scores(images, ["one"]), np.ones((5, 1)))
+
+
+def test_score_tables_are_what_classify_ranks(
+    rt: Runtime, fashion: tuple[np.ndarray, np.ndarray]
+) -> None:
+    many = edgeclip.LabelSet.random(1000, rt.bundle.null_text, rt.text_identity())
+    images = list(fashion[0][:3])
+    for row, answer in zip(rt.scores(images, many), rt.classify(images, many), strict=True):
+        assert [p.score for p in answer] == [float(row[p.index]) for p in answer]
+        assert row.max() == answer[0].score
+
+
+def test_random_label_sets(rt: Runtime) -> None:
+    null_text = rt.bundle.null_text
+    found = edgeclip.LabelSet.random(7, null_text, "mine", seed=3)
+    rows = np.random.default_rng(3).standard_normal((7, len(null_text)), np.float32)
+    expected = rows / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    np.testing.assert_allclose(found.embeddings, expected, atol=1e-6)
+    np.testing.assert_allclose(found.null_scores, expected @ null_text, atol=1e-6)
+    assert found.embeddings.dtype == found.null_scores.dtype == np.float32
+    assert (len(set(found.names)), found.encoder) == (7, "mine")
+
+
 def test_label_embeddings_are_means_over_templates(rt: Runtime) -> None:
     found = rt.labels(["coat", "bag"], ["a {}.", "my {}"])
     rows = rt.embed_texts(["a coat.", "my coat", "a bag.", "my bag"]).astype(np.float64)
