@@ -32,7 +32,7 @@ def test_examples_are_named_rightly(rt: Runtime, labels: list[str]) -> None:
 
 
 def test_attacked_examples_keep_their_answer_in_sight(rt: Runtime, labels: list[str]) -> None:
-    """Made against this model's own weights, by examples/make_attacked.py."""
+    # examples/make_attacked.py attacked this model's weights.
     dress, boot = rt.classify(
         [EXAMPLES / "attacked" / f"{n}.png" for n in ("dress", "ankle-boot")], labels
     )
@@ -42,7 +42,7 @@ def test_attacked_examples_keep_their_answer_in_sight(rt: Runtime, labels: list[
 
 
 def test_embedded_bundle_tells_its_robustness(rt: Runtime) -> None:
-    """As measured, in the file that python -m train.evaluate wrote of these very weights."""
+    # The same figures as in the file that train.evaluate wrote for these weights.
     row = rt.bundle.manifest.robustness[0]
     assert rt.bundle.manifest.purification is None
     results = ROOT / "docs" / "results" / "robust-autoattack-8.json"
@@ -77,7 +77,7 @@ def test_labels_may_be_worded_freely(rt: Runtime, fashion: tuple[np.ndarray, np.
 def reference(
     rt: Runtime, images: list[np.ndarray], labels: list[str], purifier: CosPurifier | None
 ) -> np.ndarray:
-    """Softmax scores (N, K) in float64 from the published equations, step by step."""
+    """Compute softmax scores (N, K) in float64 from the published equations."""
     null_text = rt.bundle.null_text.astype(np.float64)
     scores = []
     for u in rt.encode(rt.preprocess(images)).astype(np.float64):

@@ -276,7 +276,7 @@ def test_what_is_read_only_is_not_replaced(as_somebody: Path, what: str) -> None
 
 
 def test_what_is_another_user_s_is_replaced_where_it_may_be_written(as_somebody: Path) -> None:
-    """The owner cannot be kept then, the mode can."""
+    # The mode can be kept, the owner cannot.
     path = as_somebody / "file"
     path.touch()
     path.chmod(0o666)

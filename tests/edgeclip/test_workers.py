@@ -20,7 +20,7 @@ IMAGES = sorted(str(path) for path in (EXAMPLES).glob("*.png"))
 
 
 class Embeddings(torch.utils.data.Dataset):
-    """What a person writes: image files, and a Runtime that the workers share by fork or pickle."""
+    """A user's data set: image files, and a Runtime that workers share by fork or pickle."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -34,7 +34,7 @@ class Embeddings(torch.utils.data.Dataset):
 
 @pytest.fixture(scope="module")
 def runtime() -> Runtime:
-    """With two threads, which a fork has not."""
+    """Open a Runtime with two threads, which a fork does not inherit."""
     runtime = Runtime(labels=["bag", "ankle boot"], precision="fp32", threads=2)
     runtime.classify(IMAGES)
     return runtime
