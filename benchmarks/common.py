@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -80,11 +79,7 @@ def versions_of(*packages: str) -> dict[str, str]:
 
 def label_set(rt: edgeclip.Runtime, count: int) -> edgeclip.LabelSet:
     """Return a LabelSet of random unit embeddings for a Runtime."""
-    null_text = rt.bundle.null_text
-    classes = np.random.default_rng(0).standard_normal((count, len(null_text)), np.float32)
-    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
-    names = tuple(map(str, range(count)))
-    return edgeclip.LabelSet(names, classes, classes @ null_text, rt.text_identity())
+    return edgeclip.LabelSet.random(count, rt.bundle.null_text, rt.text_identity())
 
 
 def published_loop(z: torch.Tensor, null_text: torch.Tensor) -> torch.Tensor:

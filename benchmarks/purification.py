@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import edgeclip
-from benchmarks.common import add_model, build_parser, label_set
+from benchmarks.common import add_model, build_parser
 from benchmarks.timing import machine, medians_ms, process
 from edgeclip import storage
 from edgeclip.backends.prior import Prior
@@ -67,7 +67,8 @@ def measure_classify(bundle: Path, args: argparse.Namespace) -> dict[int, dict[s
     runtimes = {
         name: edgeclip.Runtime(bundle, purify=name, batch_size=max(BATCHES)) for name in METHODS
     }
-    labels = label_set(runtimes["none"], args.labels)
+    rt = runtimes["none"]
+    labels = edgeclip.LabelSet.random(args.labels, rt.bundle.null_text, rt.text_identity())
     pixels = runtimes["none"].preprocess([IMAGE] * max(BATCHES))
     per_image = {}
     for count in BATCHES:

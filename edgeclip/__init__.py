@@ -2,7 +2,7 @@
 
 import os
 
-# ONNX Runtime reads it when it is imported, which happens after this in all of edgeclip.
+# ONNX Runtime reads the variable on import, and edgeclip imports it later than this.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 try:

@@ -1,6 +1,6 @@
-"""The bundle: a directory that holds everything a device needs, and nothing that is ever unpickled.
+"""The bundle: a directory with everything a device needs, and no pickles.
 
-manifest.json                     what the model is, how to feed it, and every file's sha256
+manifest.json                     description of the model, its input, and the sha256 of every file
 image_encoder.<precision>.onnx    pixels (N, 3, H, W) float32 -> embedding (N, D) [, tokens]
 text_encoder.<precision>.onnx     ids (N, L) int64 -> embedding (N, D)
 tokenizer.json                    for the tokenizers library
@@ -38,10 +38,10 @@ GOLDEN = "golden.npz"
 
 
 class Bundle:
-    """A bundle that was opened. Every file is checked against its sha256 when it is first used.
+    """An open bundle. Every file is checked against its sha256 on first use.
 
-    Raises BundleError where the directory is no bundle, a file is missing or altered, or the
-    schema version is not known.
+    Raises BundleError if the directory is not a bundle, a file is missing or altered, or the schema
+    version is unknown.
     """
 
     def __init__(self, path: str | PathLike[str] | None = None) -> None:
@@ -60,27 +60,27 @@ class Bundle:
             self.manifest = Manifest.from_json(text)
         except BundleError as err:
             raise BundleError(f"{manifest}: {err}") from err
-        for name in self._needed():
+        for name in self._required_files():
             if name not in self.manifest.files:
                 raise BundleError(f"{manifest}: no sha256 for {name}")
         for name in self.manifest.files:
             if not (self.path / name).is_file():
                 raise BundleError(f"{self.path / name} is missing: copy the bundle again")
-        self.digest = hashlib.sha256(raw).hexdigest()  # of the manifest, and so of every file
+        self.digest = hashlib.sha256(raw).hexdigest()  # covers every file, by its sha256
         self._checked: set[str] = set()
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r})"
 
-    def _needed(self) -> list[str]:
+    def _required_files(self) -> list[str]:
         variants = self.manifest.precisions.values()
         encoders = [name for v in variants for name in (v.image_encoder, v.text_encoder)]
         prior = self.manifest.prior
         return [*encoders, TOKENIZER, EMBEDDINGS, GOLDEN, *([prior.file] if prior else [])]
 
     def file(self, name: str) -> Path:
-        """The path of one of the bundle's files, once its contents are known to be intact."""
+        """Return the path of a file after checking its sha256. Raises BundleError."""
         path = self.path / name
         with self._lock:
             if name not in self._checked:
@@ -90,10 +90,10 @@ class Bundle:
 
     def _check(self, name: str, path: Path) -> None:
         try:
-            found = sha256(path)
+            digest = sha256(path)
         except OSError as err:
             raise BundleError(f"{path} cannot be read: {err.strerror}") from err
-        if found != self.manifest.files[name]:
+        if digest != self.manifest.files[name]:
             raise BundleError(
                 f"{path} was altered: its sha256 is not the manifest's; copy it again"
             )
@@ -103,33 +103,36 @@ class Bundle:
         return [self.path / name for name in (MANIFEST, *self.manifest.files)]
 
     def encoder(self, kind: str, precision: str) -> Path:
-        """The ONNX file of the `image_encoder` or `text_encoder`."""
+        """Return the ONNX file of the `image_encoder` or `text_encoder`."""
         return self.graph(getattr(self.manifest.precisions[precision], kind))
 
     def graph(self, name: str) -> Path:
-        """An ONNX file, with its external data checked: FILE.data of the bundle, and no other file."""
+        """Return an ONNX file after checking it, and its external data in FILE.data of the bundle.
+
+        Raises BundleError, also if it refers to any other file.
+        """
         path, data = self.file(name), f"{name}.data"
         try:
-            found = locations(path)
+            external = locations(path)
         except (OSError, ValueError) as err:
-            raise BundleError(f"{path} is no ONNX file: {err}") from err
-        if found - {data} or (found and data not in self.manifest.files):
+            raise BundleError(f"{path} is not an ONNX file: {err}") from err
+        if external - {data} or (external and data not in self.manifest.files):
             raise BundleError(
-                f"{path} has weights in {', '.join(sorted(found))}: a bundle has them in {data}, "
+                f"{path} has weights in {', '.join(sorted(external))}: a bundle has them in {data}, "
                 "with its sha256; export it again"
             )
-        if found:
+        if external:
             self.file(data)
         return path
 
     def verify(self) -> None:
-        """Check every file. Raises BundleError that names the first one that is not intact."""
+        """Check every file. Raises BundleError for the first that is missing or altered."""
         for name in self.manifest.files:
             self.file(name)
 
     @cached_property
     def null_text(self) -> NDArray[np.float32]:
-        """The unit null-text embedding, float32 (D,)."""
+        """Unit null-text embedding, float32 (D,)."""
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
@@ -144,7 +147,7 @@ class Bundle:
         return vector
 
     def golden(self) -> dict[str, NDArray[Any]]:
-        """The golden input and outputs, by name: see edgeclip.backends.golden_values."""
+        """Return the golden input and outputs by name; see `edgeclip.backends.golden_values`."""
         path = self.file(GOLDEN)
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:

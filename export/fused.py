@@ -87,7 +87,9 @@ def compare(runtime: Runtime, path: Path, head: Head, input_type: str = "uint8")
     that are equally probable.
     """
     session = open_session(path, "cpu")
-    labels = head.labels or _probe_classes(runtime, max(head.answers or 0, PROBE_CLASSES))
+    labels = head.labels or LabelSet.random(
+        max(head.answers or 0, PROBE_CLASSES), runtime.bundle.null_text, runtime.text_identity()
+    )
     images = _probes(runtime.bundle)
     fixed = isinstance(session.get_inputs()[0].shape[0], int)
     worst = 0.0
@@ -98,10 +100,8 @@ def compare(runtime: Runtime, path: Path, head: Head, input_type: str = "uint8")
         if head.labels is None:
             given["classes"] = labels.embeddings
         found = session.run(None, given)
-        for row, answer in enumerate(runtime.classify(list(batch), labels, top_k=len(labels))):
-            ranked = np.array([prediction.score for prediction in answer], np.float32)
-            scores = np.empty_like(ranked)
-            scores[[prediction.index for prediction in answer]] = ranked
+        for row, scores in enumerate(runtime.scores(list(batch), labels)):
+            ranked = np.sort(scores)[::-1]
             if head.answers is None:
                 differences = [found[0][row] - scores]
             else:
@@ -110,13 +110,6 @@ def compare(runtime: Runtime, path: Path, head: Head, input_type: str = "uint8")
                 differences.append(probabilities - scores[indices])
             worst = float(np.max(np.abs([worst, *np.concatenate(differences)])))  # keeps a NaN
     return worst
-
-
-def _probe_classes(runtime: Runtime, count: int) -> LabelSet:
-    rows = np.random.default_rng(0).standard_normal((count, runtime.bundle.manifest.embed_dim))
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    names = tuple(map(str, range(count)))
-    return LabelSet(names, rows, rows @ runtime.bundle.null_text, runtime.text_identity())
 
 
 def _probes(bundle: Bundle) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgeclip import storage
-from edgeclip.bundle import Bundle
+from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.cli.options import (
     PRECISIONS,
     PurifierOptions,
@@ -67,6 +67,10 @@ section 3.2). Numbers are cosines between the embeddings of image and label. Wit
 picture shows both images, and l2 is the distance between their maps.
 exit status: 0 done; 2 wrong usage or an error.
 """
+DEMONSTRATION = (
+    "note: this is the embedded demonstration bundle ({}); for anything else, "
+    "export a model: python -m export ViT-B-32 --pretrained openai -o vit-b-32"
+)
 ONE_LABEL = (
     "note: a single label always scores 100 %; add others to compare it with, such as "
     '--label "something else"'
@@ -273,6 +277,8 @@ def run_explain(args: argparse.Namespace) -> int:
 def _open_runtime(args: argparse.Namespace) -> Runtime:
     bundle = Bundle(args.bundle)
     purifier = PURIFIER.purifier(args, bundle.manifest.purification)
+    if bundle.path == EMBEDDED:
+        print(DEMONSTRATION.format(bundle.manifest.description), file=sys.stderr)
     return Runtime(
         bundle,
         device=args.device,

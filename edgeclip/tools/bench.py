@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import __version__, _core, host
+from edgeclip.backends import select
 from edgeclip.backends.select import ORDER, engine_precisions, why_not
 from edgeclip.bundle import Bundle
 from edgeclip.errors import EdgeclipError
@@ -137,9 +138,9 @@ def _prepare_process() -> None:
     """Silence warnings that each process would repeat, and end on Ctrl-C without a traceback."""
     from tqdm import tqdm
 
-    tqdm.set_lock(threading.RLock())  # its default, a semaphore, outlives an interruption
-    logging.disable(logging.WARNING)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    tqdm.set_lock(threading.RLock())  # its own is the system's, and stays behind an interruption
+    logging.getLogger(select.__name__).setLevel(logging.ERROR)  # the report has these problems
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
 
 
 def check(bundle: str, device: str, precision: str, threads: int | None) -> str:
@@ -210,12 +211,7 @@ def _label_set(rt: Runtime, labels: Sequence[Label]) -> LabelSet:
     """Return the encoded labels, or random ones if there are none."""
     if labels:
         return rt.labels(labels, progress=text_progress())
-    rows = np.random.default_rng(0).standard_normal(
-        (CLASSES, rt.bundle.manifest.embed_dim), np.float32
-    )
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    names = tuple(f"class {i}" for i in range(CLASSES))
-    return LabelSet(names, rows, rows @ rt.bundle.null_text, rt.text_identity())
+    return LabelSet.random(CLASSES, rt.bundle.null_text, rt.text_identity())
 
 
 def _prompts(rt: Runtime) -> list[str]:

@@ -72,10 +72,7 @@ def _score_distance(
     expected /= expected.sum()
     null_scores = rows @ runtime.bundle.null_text
     labels = LabelSet(tuple(texts), rows, null_scores, runtime.text_identity())
-    scores = np.empty_like(expected)
-    for prediction in runtime.classify(golden.image, labels, top_k=len(labels)):
-        scores[prediction.index] = prediction.score
-    return _distance(scores, expected)
+    return _distance(runtime.scores(golden.image, labels)[0], expected)
 
 
 def _prior_distance(runtime: Runtime, spec: PriorSpec, golden: GoldenValues) -> float:

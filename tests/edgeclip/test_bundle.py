@@ -24,7 +24,7 @@ from edgeclip.tools.doctor import describe
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of the embedded bundle that a test may spoil."""
+    """Copy the embedded bundle, for a test to modify."""
     return Path(shutil.copytree(EMBEDDED, tmp_path / "bundle"))
 
 
@@ -150,7 +150,7 @@ def test_broken_manifests(copy: Path, change: Callable[[dict], object], message:
 
 
 def put(*path: str, value: object) -> Callable[[dict], object]:
-    """A change of one entry of the manifest."""
+    """Return a function that changes one entry of the manifest."""
 
     def change(data: dict) -> None:
         for key in path[:-1]:

@@ -43,7 +43,7 @@ def unit(vector: np.ndarray) -> np.ndarray:
 def published(
     tokens: np.ndarray, text: np.ndarray, grid: tuple[int, int], prefix: int, size: tuple[int, int]
 ) -> np.ndarray:
-    """The map in PyTorch, in float64, for any grid and prefix."""
+    """Compute the published map in PyTorch, in float64, for any grid and prefix."""
     exact = torch.from_numpy(tokens).double()
     scores = (exact / exact.norm(dim=0))[prefix:] @ torch.from_numpy(text).double()
     scores = (scores - scores.min()) / (scores.max() - scores.min())
@@ -166,7 +166,7 @@ def test_grid_that_is_not_square() -> None:
 
 
 def changed(folder: Path, tokens: dict[str, object] | None) -> Path:
-    """The embedded bundle with another entry for its tokens."""
+    """Copy the embedded bundle with another entry for its tokens."""
     bundle = Path(shutil.copytree(EMBEDDED, folder / "bundle"))
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"tokens": tokens}))

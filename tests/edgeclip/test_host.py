@@ -1,4 +1,4 @@
-"""What this runs on, read from a folder that stands for `/`, and from NVIDIA's tools."""
+"""Machine facts, read from a folder that replaces `/` and from imitations of NVIDIA's tools."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tool(folder: Path, name: str, script: str) -> None:
 
 @pytest.fixture
 def jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Files and tools as JetPack 6 has them."""
+    """Create the files and tools of JetPack 6."""
     zone = "sys/class/thermal/thermal_zone"
     entries = {
         "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0",
@@ -110,7 +110,7 @@ def test_memory_of_the_gpu(
 def test_a_tool_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool(tmp_path, "nvpmodel", "exec sleep 60")
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(host, "PATIENCE", 0.1)
+    monkeypatch.setattr(host, "TOOL_TIMEOUT", 0.1)
     assert "power_mode" not in host.describe(tmp_path)
 
 

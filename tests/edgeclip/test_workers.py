@@ -20,7 +20,7 @@ IMAGES = sorted(str(path) for path in (EXAMPLES).glob("*.png"))
 
 
 class Embeddings(torch.utils.data.Dataset):
-    """What a person writes: image files, and a Runtime that the workers share by fork or pickle."""
+    """A user's data set: image files, and a Runtime that workers share by fork or pickle."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -34,7 +34,7 @@ class Embeddings(torch.utils.data.Dataset):
 
 @pytest.fixture(scope="module")
 def runtime() -> Runtime:
-    """With two threads, which a fork has not."""
+    """Open a Runtime with two threads, which a fork does not inherit."""
     runtime = Runtime(labels=["bag", "ankle boot"], precision="fp32", threads=2)
     runtime.classify(IMAGES)
     return runtime
@@ -62,7 +62,7 @@ def test_its_arguments_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir("/")  # a worker may run elsewhere
     other = pickle.loads(pickled)
     assert (other.precision, other.batch_size, other.purifier) == ("int8", 3, CosPurifier(3, 0.1))
-    assert other._fast_for is None
+    assert other._preprocessor._fast_for is None
     assert other._threads == 1
     assert len(other.classify(IMAGES[0])) == 2
 

@@ -51,10 +51,10 @@ def unit_rows(count: int, dim: int, seed: int = 1) -> NDArray[np.float32]:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def label_set(runtime: edgeclip.Runtime, rows: NDArray[np.float32]) -> edgeclip.LabelSet:
-    names = tuple(f"class {i}" for i in range(len(rows)))
-    null_scores = rows @ runtime.bundle.null_text
-    return edgeclip.LabelSet(names, rows, null_scores, runtime.text_identity())
+def random_labels(runtime: edgeclip.Runtime, count: int) -> edgeclip.LabelSet:
+    return edgeclip.LabelSet.random(
+        count, runtime.bundle.null_text, runtime.text_identity(), seed=1
+    )
 
 
 def images_of(bundle: Bundle, count: int) -> NDArray[np.uint8]:
@@ -88,7 +88,7 @@ def test_answers_are_the_runtimes(
     assert write_fused(runtime, path, Head(purifier)) < 1e-5
     session = open_graph(path)
     for batch, count in itertools.product((1, 2, 33), (5, 1000)):
-        labels = label_set(runtime, unit_rows(count, made.manifest.embed_dim))
+        labels = random_labels(runtime, count)
         images = images_of(made, batch)
         wanted, indices = answers(runtime, images, labels, 5)
         found = session.run(None, {"image": images, "classes": labels.embeddings})
@@ -104,7 +104,7 @@ def test_purification_changes_the_answers() -> None:
     scores = []
     for purifier in PURIFIERS:
         runtime = runtime_of(made, purifier)
-        labels = label_set(runtime, unit_rows(50, made.manifest.embed_dim))
+        labels = random_labels(runtime, 50)
         scores.append(answers(runtime, images, labels, 5)[0])
     for (i, one), (j, other) in itertools.combinations(enumerate(scores), 2):
         if (i, j) != (0, 1):  # ten steps of 30 are the identity
@@ -268,7 +268,7 @@ def test_probabilities_of_all_classes_are_in_their_order(tmp_path: Path, input_t
         head = Head(top_k=None, labels=labels)
         write_fused(runtime, tmp_path / "f.onnx", head, input_type=input_type)
         session, images = open_graph(tmp_path / "f.onnx"), images_of(made, 2)
-        known = labels or label_set(runtime, unit_rows(7, made.manifest.embed_dim))
+        known = labels or random_labels(runtime, 7)
         given = {"image": images}
         if input_type == "float32":
             given = {"image": images.transpose(0, 3, 1, 2).astype(np.float32)}
@@ -329,7 +329,7 @@ def test_a_bundle_lists_its_fused_graph_which_shares_the_weights(
     assert locations(path) == {f"{encoder.name}.data"}
     assert path.stat().st_size < 0.2 * (tmp_path / "b" / f"{encoder.name}.data").stat().st_size
     runtime, images = runtime_of(result, purifier), images_of(result, 3)
-    labels = label_set(runtime, unit_rows(9, 48))
+    labels = random_labels(runtime, 9)
     given = {"image": images, "classes": labels.embeddings}
     wanted = answers(runtime, images, labels, 5)[0]
     np.testing.assert_allclose(open_graph(path).run(None, given)[0], wanted, atol=1e-5)
@@ -514,7 +514,7 @@ def test_openvino_gives_the_runtimes_answers(tmp_path: Path) -> None:
     write_fused(runtime, tmp_path / "f.onnx", Head(purifier))
     precise = {"INFERENCE_PRECISION_HINT": "f32"}  # or it takes bfloat16 where the CPU has that
     compiled = openvino.Core().compile_model(tmp_path / "f.onnx", "CPU", precise)
-    labels = label_set(runtime, unit_rows(30, made.manifest.embed_dim))
+    labels = random_labels(runtime, 30)
     for batch in (1, 4):
         images = images_of(made, batch)
         found = compiled({"image": images, "classes": labels.embeddings})

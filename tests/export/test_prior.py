@@ -494,7 +494,7 @@ def test_spoiled_steps(own: Any, tmp_path: Path, how: str) -> None:
         data["files"][PRIOR_FILE] = hashlib.sha256(b"nothing").hexdigest()
         (folder / "manifest.json").write_text(json.dumps(data))
     Runtime(folder, purify="none", device="cpu")  # which does not need it
-    message = "was altered" if how == "altered" else "is no ONNX file"
+    message = "was altered" if how == "altered" else "is not an ONNX file"
     with pytest.raises(BundleError, match=message) as error:
         Runtime(folder, purify="diff", device="cpu").embed_images([PICTURE])
     assert PRIOR_FILE in str(error.value)

@@ -3,7 +3,7 @@
     python -m train.data          which there are, and where their files are expected
 
 The path is the folder that torchvision calls root; without one it is $EDGECLIP_DATA, or
-~/.cache/edgeclip/data. Nothing is downloaded unless that is asked for. One's own images are
+`data` in edgeclip's cache folder (~/.cache/edgeclip). Nothing is downloaded unless that is asked for. One's own images are
 `folder:PATH` (train.data.folders.read_folder) or `webdataset:PATTERN` (train.data.webdataset.read_shards).
 """
 

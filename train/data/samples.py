@@ -13,6 +13,7 @@ import numpy as np
 from edgeclip.errors import ImageError
 from edgeclip.images.decoding import decode
 from edgeclip.images.folders import Listing, is_skipped
+from edgeclip.storage import default_folder
 from train.errors import DataError
 
 
@@ -25,8 +26,16 @@ class Samples(Protocol):
 
 
 def default_root() -> Path:
-    """The folder of all data sets that are named without one."""
-    return Path(os.environ.get("EDGECLIP_DATA") or "~/.cache/edgeclip/data").expanduser()
+    """Return the folder of data sets: $EDGECLIP_DATA, else `data` in edgeclip's cache folder.
+
+    Raises DataError without a home directory.
+    """
+    if folder := os.environ.get("EDGECLIP_DATA"):
+        return Path(folder).expanduser()
+    cache = default_folder()
+    if cache is None:
+        raise DataError("no home directory for data sets: set EDGECLIP_DATA to a folder")
+    return cache / "data"
 
 
 @dataclass(frozen=True, eq=False)

@@ -137,22 +137,15 @@ class Shipped:
 
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Of uint8 images (H, W, 3): (N, K)."""
-        return self._table(self.runtime.preprocess(images))
+        return self.runtime.scores(images, self.labels)
 
     def answers(self, images: torch.Tensor) -> torch.Tensor:
         """The classes (B,) of images (B, 3, H, W) in [0, 1] at the encoder's input size."""
         spec = self.runtime.bundle.manifest.image
         mean, std = (np.array(x, np.float32)[:, None, None] for x in (spec.mean, spec.std))
         pixels = (images.cpu().numpy() - mean) / std
-        return torch.from_numpy(self._table(pixels).argmax(1)).to(images.device)
-
-    def _table(self, pixels: np.ndarray) -> np.ndarray:
-        table = np.empty((len(pixels), len(self.labels)), np.float32)
-        rows = self.runtime.classify_pixels(pixels, self.labels, top_k=len(self.labels))
-        for row, predictions in zip(table, rows, strict=True):
-            for prediction in predictions:
-                row[prediction.index] = prediction.score
-        return table
+        scores = self.runtime.pixel_scores(pixels, self.labels)
+        return torch.from_numpy(scores.argmax(1)).to(images.device)
 
 
 def agreement(

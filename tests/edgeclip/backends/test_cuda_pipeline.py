@@ -127,14 +127,11 @@ def test_labels_and_top_k_change_between_graphs(device: str) -> None:
         for labels, top_k in ((LABELS, 5), (LABELS[:2], 1), (many, 7), (LABELS[:1], 3)):
             found = ours.classify(image, labels, top_k=top_k)
             assert len(found) == min(top_k, len(labels))
-            expected = theirs.classify(image, labels, top_k=len(labels))
-            scores = {p.label: p.score for p in expected}
-            np.testing.assert_allclose(
-                [p.score for p in found], [scores[p.label] for p in found], atol=2e-5
-            )
-            np.testing.assert_allclose(
-                [p.score for p in found], [p.score for p in expected[: len(found)]], atol=2e-5
-            )
+            (expected,) = theirs.scores(image, labels)
+            scores = [p.score for p in found]
+            np.testing.assert_allclose(scores, expected[[p.index for p in found]], atol=2e-5)
+            np.testing.assert_allclose(scores, np.sort(expected)[::-1][:top_k], atol=2e-5)
+            np.testing.assert_allclose(ours.scores([image], labels)[0], expected, atol=2e-5)
 
 
 def test_more_label_sets_than_the_cache_holds(device: str) -> None:

@@ -203,7 +203,7 @@ def test_timesteps_beyond_the_schedule(made: Conditioned) -> None:
 def test_prior_is_opened_on_first_use(
     made: Conditioned, monkeypatch: pytest.MonkeyPatch, images: list
 ) -> None:
-    monkeypatch.setattr("edgeclip.runtime.Prior", None)
+    monkeypatch.setattr("edgeclip.backends.host_pipeline.Prior", None)
     opened(made, CosPurifier(1, 0.1)).embed_images(images[:1])
     opened(made, "auto").embed_images(images[:1])
     runtime = opened(made, "diff")

@@ -172,6 +172,24 @@ def test_one_label(capsys: pytest.CaptureFixture[str]) -> None:
     assert note not in two[2]
 
 
+def test_a_note_names_the_embedded_bundle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(EMBEDDED, tmp_path / "copy")
+    picture = str(tmp_path / "out.png")
+    for command in (
+        ["classify", BAG, *LABELS],
+        ["embed", BAG],
+        ["explain", BAG, "--label", "bag", "-o", picture],
+    ):
+        status, out, err = run(capsys, *command, "--precision", "fp32")
+        assert status == 0
+        assert err.count("note: this is the embedded demonstration bundle (ten kinds") == 1
+        assert "demonstration bundle" not in out
+        status, _, err = run(capsys, *command, "--precision", "fp32", "--bundle", str(copy))
+        assert (status, err) == (0, "")
+
+
 def test_nothing_is_said_of_one_label_in_code(capfd: pytest.CaptureFixture[str]) -> None:
     assert Runtime(labels=["anything"]).classify(BAG)[0].score == 1
     assert "one label" not in "".join(capfd.readouterr())
@@ -280,6 +298,7 @@ def test_whole_process(tmp_path: Path) -> None:
     assert found.returncode == 1
     note, error = found.stderr.splitlines()
     assert note.startswith("note: this is the embedded demonstration bundle")
+    assert "Fashion-MNIST" in note
     assert "python -m export" in note
     assert error == "error: missing.png: no such file"
     assert json.loads(found.stdout.splitlines()[0])["predictions"][0]["label"] == "bag"
