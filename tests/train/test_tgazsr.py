@@ -142,7 +142,7 @@ def test_attack_on_the_loss_is_stronger_than_noise(settings: Settings) -> None:
 
 @pytest.mark.parametrize("variant", ["tga", "comp"])
 def test_terms_before_training(settings: Settings, variant: str) -> None:
-    """One encoder is both: L_AMC is zero, L_AR comes from the attack, gradients are finite."""
+    """Take one encoder as both: L_AMC is zero, L_AR comes from the attack, gradients are finite."""
     source = load(settings.model, None)
     texts = class_embeddings(source, ["cat", "dog", "bird"], ["a {}"])
     classifier = Classifier(source, texts).eval()
