@@ -12,6 +12,7 @@ from edgeclip.purify import CosPurifier
 from export import ExportError
 from train.attacks import pgd
 from train.data import dataset
+from train.errors import DataError
 from train.models.checkpoints import Source
 from train.robustness.subjects import Shipped, Subject
 
@@ -26,7 +27,7 @@ def load(spec: str) -> dataset.DataSet:
     """The test images of a data set, by its name as for train.evaluate. Raises ExportError."""
     try:
         return dataset.load(spec, train=False)
-    except dataset.DataError as err:
+    except DataError as err:
         raise ExportError(f"--data {spec}: {err}") from err
 
 

@@ -26,7 +26,7 @@ from tests.support.paths import ROOT
 from train import evaluate
 from train.data import dataset
 from train.data.loader import Pictures, batches, draw
-from train.errors import ModelError, SettingsError
+from train.errors import DataError, ModelError, SettingsError
 from train.evaluate import build_parser
 from train.models.checkpoints import load
 from train.models.classifier import Classifier, class_embeddings
@@ -454,7 +454,7 @@ def test_bad_subjects_and_data(words: list[str]) -> None:
         run(words, "--out", str(Path(words[-1]).parent))
     with pytest.raises(ModelError, match="unknown model"):
         run(["nothing-of-this-name", *words[1:]])
-    with pytest.raises(dataset.DataError, match="unknown data set"):
+    with pytest.raises(DataError, match="unknown data set"):
         run(words, "--data", "mnist-of-mars")
     for option in ("--data", "--eps", "--out"):
         at = words.index(option)

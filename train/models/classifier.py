@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
 from torch import nn
 
-from train.data.dataset import DataError
+from train.errors import DataError
 from train.models.checkpoints import Source
 from train.models.towers import PooledImageEncoder, image_encoder
 

@@ -13,9 +13,10 @@ from torchvision import transforms
 import edgeclip
 from tests.support.export_models import exported
 from train.data.augment import AUGMENTATIONS
-from train.data.dataset import DataError, DataSet
+from train.data.dataset import DataSet
 from train.data.loader import Pictures, batches, draw, generators, seed_of
 from train.data.samples import ImageFiles
+from train.errors import DataError
 from train.models.classifier import Classifier, class_embeddings
 
 PHOTOS = sorted(Path("examples").glob("*.jpg"))
