@@ -13,7 +13,6 @@ from edgeclip.cli.command import run_command
 from edgeclip.manifest import PRIOR_GRADIENTS
 from edgeclip.precisions import PRECISIONS, REFERENCE
 from export import ExportError
-from train.models import wording
 from train.models.weight_options import add_weight_options
 from train.progress import step
 
@@ -108,7 +107,13 @@ def run(options: argparse.Namespace) -> None:
         with step("loading PyTorch"):
             from export import bundle, fused
             from export.checks import evidence
-            from train.models import architectures, checkpoints, trained_prior, weight_files
+            from train.models import (
+                architectures,
+                checkpoints,
+                trained_prior,
+                weight_files,
+                wording,
+            )
     except ImportError as err:
         raise ExportError(f"{err}: exporting needs pip install 'edgeclip[export]'") from err
     bundle.check_target(options.out, options.force)  # before minutes of work
