@@ -1,7 +1,8 @@
 """The bundle: a directory that holds everything a device needs, and nothing that is ever unpickled.
 
 manifest.json                     what the model is, how to feed it, and every file's sha256
-image_encoder.<precision>.onnx    pixels (N, 3, H, W) float32 -> embedding (N, D) [, tokens]
+image_encoder.<precision>.onnx    pixels (N, 3, H, W) float32 -> embedding (N, D)
+image_tokens.<precision>.onnx     only for ViTs: pixels -> tokens (N, T, D), with the encoder's weights
 text_encoder.<precision>.onnx     ids (N, L) int64 -> embedding (N, D)
 tokenizer.json                    for the tokenizers library
 embeddings.safetensors            null_text (D,): the unit embedding of "no class in particular"
@@ -74,10 +75,9 @@ class Bundle:
         return f"Bundle({str(self.path)!r})"
 
     def _needed(self) -> list[str]:
-        variants = self.manifest.precisions.values()
-        encoders = [name for v in variants for name in (v.image_encoder, v.text_encoder)]
+        graphs = [name for v in self.manifest.precisions.values() for name in v.graphs()]
         prior = self.manifest.prior
-        return [*encoders, TOKENIZER, EMBEDDINGS, GOLDEN, *([prior.file] if prior else [])]
+        return [*graphs, TOKENIZER, EMBEDDINGS, GOLDEN, *([prior.file] if prior else [])]
 
     def file(self, name: str) -> Path:
         """The path of one of the bundle's files, once its contents are known to be intact."""
@@ -103,12 +103,17 @@ class Bundle:
         return [self.path / name for name in (MANIFEST, *self.manifest.files)]
 
     def encoder(self, kind: str, precision: str) -> Path:
-        """The ONNX file of the `image_encoder` or `text_encoder`."""
-        return self.graph(getattr(self.manifest.precisions[precision], kind))
+        """Return the ONNX file of the `image_encoder`, `image_tokens` or `text_encoder`."""
+        variant = self.manifest.precisions[precision]
+        owner = variant.image_encoder if kind == "image_tokens" else None
+        return self.graph(getattr(variant, kind), owner)
 
-    def graph(self, name: str) -> Path:
-        """An ONNX file, with its external data checked: FILE.data of the bundle, and no other file."""
-        path, data = self.file(name), f"{name}.data"
+    def graph(self, name: str, owner: str | None = None) -> Path:
+        """Return an ONNX file, with its external data checked: OWNER.data, and no other file.
+
+        owner: the graph whose weights these are; None for the graph itself.
+        """
+        path, data = self.file(name), f"{owner or name}.data"
         try:
             found = locations(path)
         except (OSError, ValueError) as err:

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import _core
-from edgeclip.backends.base import unit
+from edgeclip.backends.base import TOKENS, unit
+from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.backends.prior import Prior
 from edgeclip.backends.select import open_image_side
 from edgeclip.bundle import EMBEDDED, Bundle
-from edgeclip.errors import BundleError, ImageError
+from edgeclip.errors import BundleError, DeviceError, ImageError
 from edgeclip.host import cores
 from edgeclip.images.decoding import CudaFrame, ImageSource, decode, is_on_gpu
 from edgeclip.labels import Label, Labels, LabelSet
@@ -121,8 +122,9 @@ class Runtime:
         self.gpu = None if isinstance(self.purifier, DiffPurifier) else side.gpu
         spec = manifest.prior
         check_prior(self.purifier, None if spec is None else spec.timesteps)
-        self._prior_lock = threading.Lock()
+        self._open_lock = threading.Lock()
         self._prior: Prior | None = None
+        self._token_encoder: OnnxEncoder | None = None
         self.onnx_device, self.text_precision = side.onnx_device, side.text_precision
         self._text = TextTower(
             self.bundle, side.text_precision, device=side.onnx_device, threads=self._threads
@@ -262,7 +264,7 @@ class Runtime:
             )
         pixels = self.preprocess([image])
         labels = self.labels([label], templates)
-        tokens = self._image_encoder.tokens(pixels)[0]
+        tokens = self._open_tokens().embed(pixels)[0]
         expected = spec.prefix + spec.grid[0] * spec.grid[1], manifest.embed_dim
         if tokens.shape != expected:
             raise BundleError(
@@ -426,7 +428,7 @@ class Runtime:
 
     def _open_prior(self) -> Prior:
         """Loaded when first needed: it may be larger than the encoders together."""
-        with self._prior_lock:
+        with self._open_lock:
             if self._prior is None:
                 spec, dim = self.bundle.manifest.prior, self.bundle.manifest.embed_dim
                 if spec is None:
@@ -434,6 +436,18 @@ class Runtime:
                 path = self.bundle.graph(spec.file)
                 self._prior = Prior(path, dim, device=self.onnx_device, threads=self._threads)
             return self._prior
+
+    def _open_tokens(self) -> OnnxEncoder:
+        """Open the graph of the image tokens at first use: only `explain` needs it."""
+        if self.device == "tensorrt":
+            raise DeviceError("a TensorRT engine gives embeddings only: explain with --device cpu")
+        with self._open_lock:
+            if self._token_encoder is None:
+                path = self.bundle.encoder("image_tokens", self.precision)
+                self._token_encoder = OnnxEncoder(
+                    path, device=self.device, threads=self._threads, output=TOKENS
+                )
+            return self._token_encoder
 
     def text_identity(self) -> str:
         """Return the identity of the text encoder: its files, and how texts become token ids.

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.backends.base import EMBEDDING
 from edgeclip.errors import BundleError, DeviceError
 from edgeclip.host import cores
-from edgeclip.onnx_file import without_output
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # fp32 means it: by default products round to TensorFloat-32, ten bits, and miss the golden outputs.
 PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
@@ -47,13 +44,8 @@ def open_session(
     device: str,
     threads: int | None = None,
     stream: int | None = None,
-    without: str = "",
 ) -> ort.InferenceSession:
-    """A graph in ONNX Runtime, except for the output `without`, and what only that needs.
-
-    ONNX Runtime computes all that is in a graph, whatever it is asked for. The rest, and what is
-    raised, as for OnnxEncoder.
-    """
+    """Open a graph in ONNX Runtime. The arguments and errors are those of OnnxEncoder."""
     ort = import_onnxruntime()
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
     if provider not in ort.get_available_providers():
@@ -66,12 +58,8 @@ def open_session(
         options["user_compute_stream"] = str(stream)
     settings = _session_options(ort, threads)
     try:
-        model: str | bytes = str(path)
-        if without:
-            model = without_output(path, without)
-            settings.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
         session = ort.InferenceSession(
-            model,
+            str(path),
             settings,
             providers=[(provider, options)],
             enable_fallback=0,
@@ -97,9 +85,8 @@ class Session:
         device: str,
         threads: int | None = None,
         stream: int | None = None,
-        without: str = "",
     ) -> None:
-        self._arguments = path, device, threads, stream, without
+        self._arguments = path, device, threads, stream
         self._open()
 
     def _open(self) -> None:
@@ -137,8 +124,9 @@ def run_session(
 class OnnxEncoder:
     """An encoder run by ONNX Runtime. May be shared by threads.
 
-    device is cpu or cuda; threads is the number used inside one call, None for one per usable core; stream
-    is the CUDA stream to run on, None for one of ONNX Runtime's own.
+    device is cpu or cuda; threads is the number used inside one call, None for one per usable core;
+    stream is the CUDA stream to run on, None for one of ONNX Runtime's own. output is embedding, or
+    tokens for the graph of the image tokens (N, prefix + P, D).
     Raises DeviceError where the device does not work, BundleError where the file does not load.
     """
 
@@ -149,9 +137,10 @@ class OnnxEncoder:
         device: str,
         threads: int | None = None,
         stream: int | None = None,
+        output: str = EMBEDDING,
     ) -> None:
-        self._opened = Session(path, device, threads, stream, without="tokens")
-        self._path, self._device, self._threads = path, device, threads
+        self._opened = Session(path, device, threads, stream)
+        self._path, self._device, self._output = path, device, output
         (taken, *_) = self._session.get_inputs()
         self._input = taken.name
         # An int8 graph takes its inputs one by one: its ranges would be those of all of them.
@@ -163,7 +152,7 @@ class OnnxEncoder:
         Sizes that are symbolic in the graph fit all.
         """
         (taken,) = (node.shape for node in self._session.get_inputs())
-        given = self._session.get_outputs()[0].shape
+        given = self._output_shape()
         pairs = [*zip(taken[1:], inputs, strict=False), (given[-1], embed_dim)]
         if len(taken) != len(inputs) + 1 or any(isinstance(a, int) and a != b for a, b in pairs):
             raise BundleError(
@@ -175,30 +164,25 @@ class OnnxEncoder:
         return self._opened.get()
 
     def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        return self._fetch(self._session, "embedding", inputs)
-
-    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        return self._fetch(self._whole.get(), "tokens", inputs)
-
-    @cached_property
-    def _whole(self) -> Session:
-        """Opened only where tokens are asked for."""
-        return Session(self._path, self._device, self._threads)
-
-    def _fetch(
-        self, session: ort.InferenceSession, output: str, inputs: NDArray[Any]
-    ) -> NDArray[np.float32]:
+        """Return the output for inputs (N, ...): embeddings (N, D), not normalised, or tokens."""
+        session, outputs = self._session, (self._output,)
         count = self._batch or max(len(inputs), 1)
-        parts = [
-            run_session(
-                session, (output,), {self._input: inputs[i : i + count]}, self._path, self._device
-            )[0]
-            for i in range(0, len(inputs), count)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        (shape,) = (node.shape for node in session.get_outputs() if node.name == output)
-        return np.concatenate(parts) if parts else np.empty((0, *shape[1:]), np.float32)
+        batches = [{self._input: inputs[i : i + count]} for i in range(0, len(inputs), count)]
+        rows = [run_session(session, outputs, x, self._path, self._device)[0] for x in batches]
+        if len(rows) == 1:
+            return rows[0]
+        if not rows:
+            return np.empty((0, *self._output_shape()[1:]), np.float32)
+        return np.concatenate(rows)
+
+    def _output_shape(self) -> list[Any]:
+        nodes = self._session.get_outputs()
+        shapes = [node.shape for node in nodes if node.name == self._output]
+        if not shapes:
+            names = ", ".join(node.name for node in nodes)
+            raise BundleError(f"{self._path} has no output {self._output}, but {names}")
+        shape: list[Any] = shapes[0]
+        return shape
 
 
 def _session_options(ort: Any, threads: int | None) -> ort.SessionOptions:

@@ -89,9 +89,6 @@ class TensorRTEncoder:
                 _core.cuda_synchronize(self.stream.handle)
         return found
 
-    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        raise DeviceError("a TensorRT engine gives embeddings only: explain with --device cpu")
-
     def _context(self, count: int) -> Any:
         context = self._new_context()
         if context is None:
