@@ -1,7 +1,8 @@
 """The bundle: a directory with everything a device needs, and no pickles.
 
 manifest.json                     description of the model, its input, and the sha256 of every file
-image_encoder.<precision>.onnx    pixels (N, 3, H, W) float32 -> embedding (N, D) [, tokens]
+image_encoder.<precision>.onnx    pixels (N, 3, H, W) float32 -> embedding (N, D)
+image_tokens.<precision>.onnx     ViTs only: pixels -> tokens (N, T, D), with the encoder's weights
 text_encoder.<precision>.onnx     ids (N, L) int64 -> embedding (N, D)
 tokenizer.json                    for the tokenizers library
 embeddings.safetensors            null_text (D,): the unit embedding of "no class in particular"
@@ -74,10 +75,9 @@ class Bundle:
         return f"Bundle({str(self.path)!r})"
 
     def _required_files(self) -> list[str]:
-        variants = self.manifest.precisions.values()
-        encoders = [name for v in variants for name in (v.image_encoder, v.text_encoder)]
+        graphs = [name for v in self.manifest.precisions.values() for name in v.graphs()]
         prior = self.manifest.prior
-        return [*encoders, TOKENIZER, EMBEDDINGS, GOLDEN, *([prior.file] if prior else [])]
+        return [*graphs, TOKENIZER, EMBEDDINGS, GOLDEN, *([prior.file] if prior else [])]
 
     def file(self, name: str) -> Path:
         """Return the path of a file after checking its sha256. Raises BundleError."""
@@ -103,15 +103,18 @@ class Bundle:
         return [self.path / name for name in (MANIFEST, *self.manifest.files)]
 
     def encoder(self, kind: str, precision: str) -> Path:
-        """Return the ONNX file of the `image_encoder` or `text_encoder`."""
-        return self.graph(getattr(self.manifest.precisions[precision], kind))
+        """Return the ONNX file of the `image_encoder`, `image_tokens` or `text_encoder`."""
+        variant = self.manifest.precisions[precision]
+        owner = variant.image_encoder if kind == "image_tokens" else None
+        return self.graph(getattr(variant, kind), owner)
 
-    def graph(self, name: str) -> Path:
-        """Return an ONNX file after checking it, and its external data in FILE.data of the bundle.
+    def graph(self, name: str, owner: str | None = None) -> Path:
+        """Return an ONNX file after checking it and its external data, OWNER.data of the bundle.
 
-        Raises BundleError, also if it refers to any other file.
+        owner: the graph that owns the weights; None: the graph itself. Raises BundleError, also if the
+        file refers to any other file.
         """
-        path, data = self.file(name), f"{name}.data"
+        path, data = self.file(name), f"{owner or name}.data"
         try:
             external = locations(path)
         except (OSError, ValueError) as err:

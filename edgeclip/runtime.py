@@ -15,7 +15,7 @@ from edgeclip import _core
 from edgeclip.backends.host_pipeline import HostPipeline
 from edgeclip.backends.select import open_image_side
 from edgeclip.bundle import Bundle
-from edgeclip.errors import BundleError, ImageError
+from edgeclip.errors import BundleError, DeviceError, ImageError
 from edgeclip.host import cores
 from edgeclip.images.decoding import ImageSource
 from edgeclip.labels import Label, Labels, LabelSet
@@ -107,6 +107,7 @@ class Runtime:
             self.bundle,
             side.encoder,
             self.purifier,
+            precision=self.precision,
             onnx_device=side.onnx_device,
             threads=self._threads,
         )
@@ -267,9 +268,11 @@ class Runtime:
             raise BundleError(
                 f"{self.bundle.path}: this bundle's image encoder has no patch tokens: export a ViT"
             )
+        if self.device == "tensorrt":
+            raise DeviceError("a TensorRT engine gives embeddings only: explain with --device cpu")
         pixels = self.preprocess([image])
         labels = self.labels([label], templates)
-        tokens = self._image_encoder.tokens(pixels)[0]
+        tokens = self._host.tokens(pixels)[0]
         expected = spec.prefix + spec.grid[0] * spec.grid[1], manifest.embed_dim
         if tokens.shape != expected:
             raise BundleError(

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from edgeclip import Runtime
+from edgeclip.backends.base import EMBEDDING, TOKENS
 from edgeclip.bundle import EMBEDDINGS, GOLDEN, MANIFEST, TOKENIZER, Bundle
 from edgeclip.manifest import (
     ImageSpec,
@@ -29,6 +30,7 @@ from export.graphs import encoders
 from export.graphs.fused import Head
 from export.graphs.precisions import convert_encoders, pictures
 from export.graphs.prior import write_prior
+from export.graphs.save import split_outputs
 from export.output import move, workshop
 from export.tokenizer import clean_kind, convert, pad_id
 from train.models.checkpoints import Source
@@ -113,13 +115,19 @@ def _write_precisions(
 ) -> Manifest:
     """All precisions out of the fp32 encoders in `work`, which go if they are not among them."""
     (original,) = manifest.precisions.values()
-    variants = {precision: _variant(precision) for precision in precisions}
+    has_tokens = manifest.tokens is not None
+    variants = {precision: _variant(precision, has_tokens) for precision in precisions}
     manifest = dataclasses.replace(manifest, precisions=variants)
     for precision, variant in variants.items():
         if precision != REFERENCE:
             with step(f"making {precision} encoders"):
                 images = () if data is None else pictures(data, manifest.image)
                 convert_encoders(work, original, variant, precision, manifest, source, images)
+    # Only now, as the other precisions are converted from the fp32 graph with both outputs.
+    for precision, variant in variants.items():
+        if variant.image_tokens is not None:
+            path, tokens = work / variant.image_encoder, work / variant.image_tokens
+            split_outputs(path, {EMBEDDING: path, TOKENS: tokens})
         with step(f"comparing {precision} with PyTorch"):
             parity = verify(work, source, manifest, precision)
         variants[precision] = dataclasses.replace(variant, parity=parity)
@@ -158,16 +166,17 @@ def _write_fused(work: Path, manifest: Manifest) -> None:
             write_fused(runtime, work / f"fused.{precision}.onnx", head, shared=True)
 
 
-def _variant(precision: str) -> Variant:
+def _variant(precision: str, has_tokens: bool) -> Variant:
     text = PRECISIONS[precision].text
-    return Variant(f"image_encoder.{precision}.onnx", f"text_encoder.{text}.onnx")
+    tokens = f"image_tokens.{precision}.onnx" if has_tokens else None
+    return Variant(f"image_encoder.{precision}.onnx", f"text_encoder.{text}.onnx", tokens)
 
 
 def _write_encoders(work: Path, source: Source, image: ImageSpec, words: Wording) -> Manifest:
-    """The fp32 encoders, of which all others are made."""
+    """Write the fp32 encoders, from which all others are made; tokens are a second output."""
     model = source.model
     context_length = int(source.tokenizer.context_length)
-    names = _variant(REFERENCE)
+    names = _variant(REFERENCE, has_tokens=True)
     with step("exporting the image encoder"):
         tokens = encoders.export_image_encoder(model, image.size, work / names.image_encoder)
     with step("exporting the text encoder"):

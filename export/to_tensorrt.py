@@ -58,7 +58,7 @@ def graphs(bundle: Bundle, precisions: Sequence[str]) -> dict[str, Path]:
     names = []
     for precision in precisions:
         variant = manifest.precisions[precision]
-        names += [variant.image_encoder, variant.text_encoder]
+        names += variant.graphs()
         names += [name for name in manifest.files if name == f"fused.{precision}.onnx"]
     names += [manifest.prior.file] if manifest.prior else []
     return {name.removesuffix(".onnx"): _intact(bundle, name) for name in names}

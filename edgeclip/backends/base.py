@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from edgeclip import _core
 from edgeclip.backends.cuda_array import DeviceArray
 
-PIXELS, EMBEDDING = "pixels", "embedding"
+PIXELS, EMBEDDING, TOKENS = "pixels", "embedding", "tokens"
 
 
 class Encoder(Protocol):
@@ -22,9 +22,6 @@ class Encoder(Protocol):
 
     def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
         """Return embeddings (N, D), not normalised."""
-
-    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        """Return tokens (N, prefix + P, D); needs a TokenSpec in the manifest."""
 
 
 def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import _core
-from edgeclip.backends.base import Encoder, unit
+from edgeclip.backends.base import TOKENS, Encoder, unit
+from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.backends.prior import Prior
 from edgeclip.bundle import Bundle
 from edgeclip.errors import BundleError
@@ -19,7 +20,8 @@ from edgeclip.purify import NO_PRIOR, CosPurifier, DiffPurifier, Purifier, check
 class HostPipeline:
     """Embeddings and class scores of preprocessed images. May be shared by threads.
 
-    onnx_device: device of the diffusion prior in ONNX Runtime.
+    precision: that of the encoder. onnx_device: device of ONNX Runtime, which runs the diffusion prior
+    and the graph of the image tokens.
     Raises BundleError if the purifier needs a prior that the bundle does not have.
     """
 
@@ -29,19 +31,31 @@ class HostPipeline:
         encoder: Encoder,
         purifier: Purifier,
         *,
+        precision: str,
         onnx_device: str,
         threads: int,
     ) -> None:
         spec = bundle.manifest.prior
         check_prior(purifier, None if spec is None else spec.timesteps)
         self._bundle, self._encoder, self._purifier = bundle, encoder, purifier
-        self._onnx_device, self._threads = onnx_device, threads
-        self._prior_lock = threading.Lock()
+        self._precision, self._onnx_device, self._threads = precision, onnx_device, threads
+        self._open_lock = threading.Lock()
+        self._token_encoder: OnnxEncoder | None = None
         self._prior: Prior | None = None
 
     def encode(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the unit embeddings (N, D) of pixels (N, 3, H, W), before any purification."""
         return unit(self._encoder.embed(pixels))
+
+    def tokens(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return image tokens (N, prefix + P, D); their graph is opened on first use."""
+        with self._open_lock:
+            if self._token_encoder is None:
+                path = self._bundle.encoder("image_tokens", self._precision)
+                self._token_encoder = OnnxEncoder(
+                    path, device=self._onnx_device, threads=self._threads, output=TOKENS
+                )
+        return self._token_encoder.embed(pixels)
 
     def embed(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the unit embeddings (N, D) of pixels (N, 3, H, W), purified."""
@@ -76,7 +90,7 @@ class HostPipeline:
 
     def _open_prior(self) -> Prior:
         """Load the prior on first use: it may be larger than both encoders together."""
-        with self._prior_lock:
+        with self._open_lock:
             if self._prior is None:
                 spec, dim = self._bundle.manifest.prior, self._bundle.manifest.embed_dim
                 if spec is None:

@@ -70,7 +70,3 @@ class OnnxGpuEncoder(OnnxEncoder):
     def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
         with self.lock:  # all threads share the stream
             return super().embed(inputs)
-
-    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        with self.lock:
-            return super().tokens(inputs)

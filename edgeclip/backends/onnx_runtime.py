@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.backends.base import EMBEDDING
 from edgeclip.errors import BundleError, DeviceError
 from edgeclip.host import cores
-from edgeclip.onnx_file import without_output
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # TensorFloat-32, the default, rounds products to ten bits and misses the golden outputs.
 PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
@@ -47,13 +44,8 @@ def open_session(
     device: str,
     threads: int | None = None,
     stream: int | None = None,
-    without: str = "",
 ) -> ort.InferenceSession:
-    """Open a session, pruning output `without` and the nodes only it uses.
-
-    ONNX Runtime computes every output of a graph, requested or not. Other arguments and errors: see
-    OnnxEncoder.
-    """
+    """Open a session on a graph. Arguments and errors: see OnnxEncoder."""
     ort = import_onnxruntime()
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
     if provider not in ort.get_available_providers():
@@ -66,12 +58,8 @@ def open_session(
         options["user_compute_stream"] = str(stream)
     settings = _session_options(ort, threads)
     try:
-        model: str | bytes = str(path)
-        if without:
-            model = without_output(path, without)
-            settings.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
         session = ort.InferenceSession(
-            model,
+            str(path),
             settings,
             providers=[(provider, options)],
             enable_fallback=0,
@@ -97,9 +85,8 @@ class Session:
         device: str,
         threads: int | None = None,
         stream: int | None = None,
-        without: str = "",
     ) -> None:
-        self._arguments = path, device, threads, stream, without
+        self._arguments = path, device, threads, stream
         self._open()
 
     def _open(self) -> None:
@@ -137,7 +124,8 @@ class OnnxEncoder:
     """An encoder run by ONNX Runtime. May be shared by threads.
 
     device: cpu or cuda. threads: threads of one call; None: one per usable core. stream: CUDA stream;
-    None: ONNX Runtime's own.
+    None: ONNX Runtime's own. output: embedding, or tokens for the graph of the image tokens
+    (N, prefix + P, D).
     Raises DeviceError if the device does not work, BundleError if the file does not load.
     """
 
@@ -148,9 +136,10 @@ class OnnxEncoder:
         device: str,
         threads: int | None = None,
         stream: int | None = None,
+        output: str = EMBEDDING,
     ) -> None:
-        self._opened = Session(path, device, threads, stream, without="tokens")
-        self._path, self._device, self._threads = path, device, threads
+        self._opened = Session(path, device, threads, stream)
+        self._path, self._device, self._output = path, device, output
         (node, *_) = self._session.get_inputs()
         self._input = node.name
         # An int8 image encoder has batch size 1: it quantises by the range of its whole input.
@@ -162,7 +151,7 @@ class OnnxEncoder:
         Symbolic sizes of the graph match any size.
         """
         (source,) = (node.shape for node in self._session.get_inputs())
-        result = self._session.get_outputs()[0].shape
+        result = self._output_shape()
         pairs = [*zip(source[1:], inputs, strict=False), (result[-1], embed_dim)]
         if len(source) != len(inputs) + 1 or any(isinstance(a, int) and a != b for a, b in pairs):
             raise BundleError(
@@ -175,30 +164,25 @@ class OnnxEncoder:
         return self._opened.get()
 
     def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        return self._fetch(self._session, "embedding", inputs)
-
-    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        return self._fetch(self._whole.get(), "tokens", inputs)
-
-    @cached_property
-    def _whole(self) -> Session:
-        """Session with all outputs, opened on the first use of tokens."""
-        return Session(self._path, self._device, self._threads)
-
-    def _fetch(
-        self, session: ort.InferenceSession, output: str, inputs: NDArray[Any]
-    ) -> NDArray[np.float32]:
+        """Return the output for inputs (N, ...): embeddings (N, D), not normalised, or tokens."""
+        session, outputs = self._session, (self._output,)
         count = self._batch or max(len(inputs), 1)
-        batches = [
-            run_session(
-                session, (output,), {self._input: inputs[i : i + count]}, self._path, self._device
-            )[0]
-            for i in range(0, len(inputs), count)
-        ]
-        if len(batches) == 1:
-            return batches[0]
-        (shape,) = (node.shape for node in session.get_outputs() if node.name == output)
-        return np.concatenate(batches) if batches else np.empty((0, *shape[1:]), np.float32)
+        batches = [{self._input: inputs[i : i + count]} for i in range(0, len(inputs), count)]
+        rows = [run_session(session, outputs, x, self._path, self._device)[0] for x in batches]
+        if len(rows) == 1:
+            return rows[0]
+        if not rows:
+            return np.empty((0, *self._output_shape()[1:]), np.float32)
+        return np.concatenate(rows)
+
+    def _output_shape(self) -> list[Any]:
+        nodes = self._session.get_outputs()
+        shapes = [node.shape for node in nodes if node.name == self._output]
+        if not shapes:
+            names = ", ".join(node.name for node in nodes)
+            raise BundleError(f"{self._path} has no output {self._output}, but {names}")
+        shape: list[Any] = shapes[0]
+        return shape
 
 
 def _session_options(ort: Any, threads: int | None) -> ort.SessionOptions:

@@ -90,9 +90,6 @@ class TensorRTEncoder:
                 _core.cuda_synchronize(self.stream.handle)
         return embeddings
 
-    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        raise DeviceError("a TensorRT engine has no tokens: explain with --device cpu")
-
     def _context(self, count: int) -> Any:
         context = self._new_context()
         if context is None:

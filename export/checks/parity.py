@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeclip.backends.base import Encoder
+from edgeclip.backends.base import TOKENS, Encoder
 from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.bundle import GOLDEN
 from edgeclip.manifest import Manifest
@@ -56,8 +56,11 @@ def verify(directory: Path, source: Source, manifest: Manifest, precision: str) 
     row, variant = PRECISIONS[precision], manifest.precisions[precision]
     image = OnnxEncoder(directory / variant.image_encoder, device="cpu")
     text = OnnxEncoder(directory / variant.text_encoder, device="cpu")
+    tokens = None
+    if variant.image_tokens is not None:
+        tokens = OnnxEncoder(directory / variant.image_tokens, device="cpu", output=TOKENS)
     parity = {
-        **_image_parity(image, source, manifest),
+        **_image_parity(image, tokens, source, manifest),
         **_text_parity(text, directory, source, manifest),
         **_golden_parity(image, text, directory),
     }
@@ -77,19 +80,21 @@ def verify(directory: Path, source: Source, manifest: Manifest, precision: str) 
 
 
 @torch.no_grad()
-def _image_parity(encoder: Encoder, source: Source, manifest: Manifest) -> dict[str, float]:
-    wrapper, spec = image_encoder(source.model)
+def _image_parity(
+    encoder: Encoder, token_encoder: Encoder | None, source: Source, manifest: Manifest
+) -> dict[str, float]:
+    wrapper, _ = image_encoder(source.model)
     generator = torch.Generator().manual_seed(0)
     wanted, found, wanted_tokens, found_tokens = [], [], [], []
     for size in BATCHES:
         pixels = torch.randn(size, 3, *manifest.image.size, generator=generator)
         wanted.append(source.model.encode_image(pixels, normalize=True).numpy())
         found.append(encoder.embed(pixels.numpy()))
-        if spec:
+        if token_encoder:
             wanted_tokens.append(wrapper(pixels)[1].numpy())
-            found_tokens.append(encoder.tokens(pixels.numpy()))
+            found_tokens.append(token_encoder.embed(pixels.numpy()))
     parity = _compare("image", np.concatenate(found), np.concatenate(wanted))
-    if spec:
+    if token_encoder:
         difference = np.concatenate(found_tokens) - np.concatenate(wanted_tokens)
         norms = np.linalg.norm(np.concatenate(wanted_tokens), axis=2)
         parity["tokens_max_rel_diff"] = float((np.linalg.norm(difference, axis=2) / norms).max())

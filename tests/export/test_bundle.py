@@ -22,10 +22,10 @@ from edgeclip.bundle import Bundle
 from edgeclip.errors import LabelError
 from edgeclip.purify import CosPurifier
 from edgeclip.text.tokenizer import Tokenizer
-from export import ExportError, output
+from export import ExportError
 from export.bundle import export_bundle
 from export.checks import evidence
-from export.graphs import encoders
+from export.graphs import encoders, save
 from tests.support.export_models import CONFIGS, Exported, exported, reuse_encoders, write_folder
 from tests.support.paths import ROOT
 from train.models.checkpoints import load
@@ -42,6 +42,11 @@ def made(request: pytest.FixtureRequest) -> Exported:
 
 def encoder(made: Exported, kind: str) -> OnnxEncoder:
     return OnnxEncoder(made.bundle.encoder(kind, "fp32"), device="cpu", threads=1)
+
+
+def tokens_of(made: Exported, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    path = made.bundle.encoder("image_tokens", "fp32")
+    return OnnxEncoder(path, device="cpu", threads=1, output="tokens").embed(pixels)
 
 
 def images(made: Exported, count: int) -> torch.Tensor:
@@ -96,12 +101,12 @@ def test_vit_tokens_are_the_last_blocks_after_ln_post_and_projection() -> None:
         )
         parts = [blocks["image_intermediates_prefix"][0], blocks["image_intermediates"][0]]
         wanted = torch.cat(parts, dim=1) @ visual.proj
-    run = encoder(made, "image_encoder")
-    found = run.tokens(pixels.numpy())
+    found = tokens_of(made, pixels.numpy())
     assert made.bundle.manifest.tokens == encoders.TokenSpec((2, 2), 1)
     assert found.shape == (2, 5, 48)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found[:, 0], run.embed(pixels.numpy()), rtol=1e-5, atol=1e-6)
+    embedding = encoder(made, "image_encoder").embed(pixels.numpy())
+    np.testing.assert_allclose(found[:, 0], embedding, rtol=1e-5, atol=1e-6)
 
 
 def test_average_pooled_vit_gives_its_patches_only() -> None:
@@ -109,9 +114,8 @@ def test_average_pooled_vit_gives_its_patches_only() -> None:
     pixels = images(made, 2).numpy()
     run = encoder(made, "image_encoder")
     assert made.bundle.manifest.tokens == encoders.TokenSpec((2, 3), 0)
-    np.testing.assert_allclose(
-        run.tokens(pixels).mean(axis=1), run.embed(pixels), rtol=1e-4, atol=1e-5
-    )
+    means = tokens_of(made, pixels).mean(axis=1)
+    np.testing.assert_allclose(means, run.embed(pixels), rtol=1e-4, atol=1e-5)
 
 
 def test_siglip_gives_the_tokens_that_its_pooling_reads() -> None:
@@ -119,7 +123,7 @@ def test_siglip_gives_the_tokens_that_its_pooling_reads() -> None:
     trunk, pixels = made.source.model.visual.trunk, images(made, 2)
     with torch.no_grad():
         wanted = trunk.forward_features(pixels)
-    found = encoder(made, "image_encoder").tokens(pixels.numpy())
+    found = tokens_of(made, pixels.numpy())
     assert made.bundle.manifest.tokens == encoders.TokenSpec((4, 4), 0)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
 
@@ -128,27 +132,49 @@ def test_siglip_gives_the_tokens_that_its_pooling_reads() -> None:
 def test_towers_without_tokens_say_so(family: str) -> None:
     made = exported(family)
     assert made.bundle.manifest.tokens is None
+    assert made.bundle.manifest.precisions["fp32"].image_tokens is None
     graph = onnx.load(made.bundle.encoder("image_encoder", "fp32")).graph
     assert [value.name for value in graph.output] == ["embedding"]
 
 
 def test_dimensions_are_symbolic(made: Exported) -> None:
     manifest = made.bundle.manifest
-    session = onnxruntime.InferenceSession(made.bundle.encoder("image_encoder", "fp32"))
-    shapes = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
-    wanted = {
-        "pixels": ["batch", 3, *manifest.image.size],
-        "embedding": ["batch", manifest.embed_dim],
-    }
+    pixels = {"pixels": ["batch", 3, *manifest.image.size]}
+    wanted = {"image_encoder": pixels | {"embedding": ["batch", manifest.embed_dim]}}
     if manifest.tokens:
         rows, columns = manifest.tokens.grid
         count = manifest.tokens.prefix + rows * columns
-        wanted["tokens"] = ["batch", count, manifest.embed_dim]
-    assert shapes == wanted
+        wanted["image_tokens"] = pixels | {"tokens": ["batch", count, manifest.embed_dim]}
+    for kind, shapes in wanted.items():
+        session = onnxruntime.InferenceSession(made.bundle.encoder(kind, "fp32"))
+        values = (*session.get_inputs(), *session.get_outputs())
+        assert {value.name: value.shape for value in values} == shapes
     session = onnxruntime.InferenceSession(made.bundle.encoder("text_encoder", "fp32"))
     length = "length" if manifest.text.dynamic_length else manifest.text.context_length
     assert session.get_inputs()[0].shape == ["batch", length]
     assert session.get_outputs()[0].shape == ["batch", manifest.embed_dim]
+
+
+@pytest.mark.parametrize("family", ["vit", "siglip"])
+def test_the_token_graph_shares_the_weights_of_the_encoder(family: str) -> None:
+    bundle = exported(family).bundle
+    paths = [bundle.encoder(kind, "fp32") for kind in ("image_encoder", "image_tokens")]
+    data = "image_encoder.fp32.onnx.data"
+    tensors: list[dict[str, bytes]] = []
+    for path in paths:
+        model = onnx.load(path, load_external_data=False)
+        external = [
+            x for x in model.graph.initializer if x.data_location == onnx.TensorProto.EXTERNAL
+        ]
+        assert {e.value for x in external for e in x.external_data if e.key == "location"} == {data}
+        tensors.append({x.name: x.SerializeToString() for x in external})  # with their offsets
+        onnx.checker.check_model(onnx.load(path))
+    embedding, tokens = tensors
+    shared = embedding.keys() & tokens.keys()
+    assert {name: embedding[name] for name in shared} == {name: tokens[name] for name in shared}
+    assert len(shared) > 0.5 * len(embedding)  # the pooling of SigLIP has weights of its own
+    graphs = sum(path.stat().st_size for path in paths)
+    assert graphs < 0.5 * (bundle.path / data).stat().st_size
 
 
 def test_only_causal_text_towers_are_cut() -> None:
@@ -186,7 +212,7 @@ def test_a_bundle_is_complete(made: Exported) -> None:
     assert sorted(manifest.files) == sorted(
         path.name for path in made.bundle.path.iterdir() if path.name != "manifest.json"
     )
-    assert len(manifest.files) == 5
+    assert len(manifest.files) == (7 if manifest.tokens else 5)
     parity = manifest.precisions["fp32"].parity
     wanted = {"image_max_abs_diff", "image_min_cosine", "text_max_abs_diff", "text_min_cosine"}
     for kind in ("image", "text"):
@@ -404,7 +430,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = exported("vit")
-    monkeypatch.setattr(output, "SINGLE_FILE", 1000)
+    monkeypatch.setattr(save, "SINGLE_FILE", 1000)
     encoders.export_image_encoder(made.source.model, (32, 32), tmp_path / "image.onnx")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["image.onnx", "image.onnx.data"]

@@ -25,15 +25,16 @@ from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.manifest import ImageSpec, Variant
 from edgeclip.onnx_file import locations
 from edgeclip.purify import CosPurifier, DiffPurifier
-from export import ExportError, bundle, fused, output
+from export import ExportError, bundle, fused
 from export.__main__ import main as export_main
 from export.bundle import export_bundle
 from export.checks import evidence
 from export.fused import main, write_fused
 from export.graphs import fp16, save
 from export.graphs.fused import Head, fuse
-from tests.support.export_models import Exported, exported, made_once, reuse_encoders
+from tests.support.export_models import exported, made_once, reuse_encoders
 from tests.support.paths import EXAMPLES
+from tests.support.schema1 import schema1_bundle
 from train.models.wording import wording
 
 Array = NDArray[Any]
@@ -217,8 +218,8 @@ def test_only_what_an_answer_needs_is_left(tmp_path: Path) -> None:
     plain = ImageSpec(SIZE, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     made = ir.to_proto(fuse(pixels_as_embeddings(), plain, np.ones(DIM), 1.0, "uint8", Head()))
     assert "unused" not in {tensor.name for tensor in made.graph.initializer}
-    # The same of a real encoder, in whose file the weights of `tokens` are.
-    write_fused(runtime_of(exported("vit").bundle, None), tmp_path / "f.onnx", Head())
+    # The same of a real encoder of schema 1, which has the output `tokens` as well.
+    write_fused(runtime_of(schema1_bundle(), None), tmp_path / "f.onnx", Head())
     graph = onnx.load(tmp_path / "f.onnx").graph
     taken = {name for node in graph.node for name in node.input}
     taken |= {output.name for output in graph.output}
@@ -229,8 +230,8 @@ def test_only_what_an_answer_needs_is_left(tmp_path: Path) -> None:
         for value in (*graph.input, *graph.output)
     }
     assert dims == {
-        "image": ["batch", 32, 32, 3],
-        "classes": ["classes", 48],
+        "image": ["batch", 16, 16, 3],
+        "classes": ["classes", 16],
         "probabilities": ["batch", 5],
         "indices": ["batch", 5],
     }
@@ -286,7 +287,7 @@ def halved(folder: Path) -> Bundle:
     shutil.copytree(EMBEDDED, folder, dirs_exist_ok=True)
     manifest = Bundle(folder).manifest
     fp16.to_fp16(folder / "image_encoder.fp32.onnx", folder / "image_encoder.fp16.onnx")
-    half = Variant("image_encoder.fp16.onnx", "text_encoder.fp32.onnx")
+    half = Variant("image_encoder.fp16.onnx", "text_encoder.fp32.onnx", "image_tokens.fp32.onnx")
     precisions = {**manifest.precisions, "fp16": half}
     Bundle.write_manifest(folder, dataclasses.replace(manifest, precisions=precisions))
     return Bundle(folder)
@@ -312,28 +313,22 @@ def test_a_bundle_lists_its_fused_graph_which_shares_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = exported("vit")
-    folder = tmp_path / "source"
-    shutil.copytree(made.bundle.path, folder)
-    monkeypatch.setattr(output, "SINGLE_FILE", 1000)
-    encoder = folder / "image_encoder.fp32.onnx"
-    save.save(ir.load(encoder), encoder)
-    assert locations(encoder) == {f"{encoder.name}.data"}
-    Bundle.write_manifest(folder, made.bundle.manifest)
-
-    reuse_encoders(monkeypatch, Exported(made.folder, made.source, Bundle(folder)))
+    data = "image_encoder.fp32.onnx.data"
+    reuse_encoders(monkeypatch, made)
     purifier = CosPurifier(1, 0.4)
     words = wording(made.source)
     export_bundle(made.source, tmp_path / "b", words, purification=purifier, fused=True)
     result = Bundle(tmp_path / "b")
     path = result.file("fused.fp32.onnx")  # which checks its sha256
-    assert locations(path) == {f"{encoder.name}.data"}
-    assert path.stat().st_size < 0.2 * (tmp_path / "b" / f"{encoder.name}.data").stat().st_size
+    assert locations(path) == {data}
+    assert path.stat().st_size < 0.2 * (tmp_path / "b" / data).stat().st_size
     runtime, images = runtime_of(result, purifier), images_of(result, 3)
     labels = random_labels(runtime, 9)
     given = {"image": images, "classes": labels.embeddings}
     wanted = answers(runtime, images, labels, 5)[0]
     np.testing.assert_allclose(open_graph(path).run(None, given)[0], wanted, atol=1e-5)
 
+    monkeypatch.setattr(save, "SINGLE_FILE", 1000)
     out = tmp_path / "elsewhere" / "f.onnx"  # with weights of its own
     out.parent.mkdir()
     options = ["--purify", "cos", "--steps", "1", "--step-size", "0.4"]
@@ -413,7 +408,7 @@ def test_wrong_usage_is_one_line(
 def test_a_graph_replaces_the_target_of_a_link_and_keeps_its_mode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "SINGLE_FILE", 0)  # with its weights beside it
+    monkeypatch.setattr(save, "SINGLE_FILE", 0)  # with its weights beside it
     target, link = tmp_path / "target.onnx", tmp_path / "link.onnx"
     target.write_text("old")
     target.chmod(0o600)
@@ -484,7 +479,7 @@ def test_a_fifo_takes_what_a_file_takes(tmp_path: Path, suffix: str) -> None:
 def test_a_fifo_takes_no_second_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(output, "SINGLE_FILE", 0)
+    monkeypatch.setattr(save, "SINGLE_FILE", 0)
     os.mkfifo(tmp_path / "fifo.onnx")
     assert main([str(exported("vit").bundle.path), "-o", str(tmp_path / "fifo.onnx")]) == 2
     assert "takes one file, and these weights need a second" in capsys.readouterr().err

@@ -41,7 +41,8 @@ PROMPTS = ["a dog", "a café", "two small red things beside a much larger blue o
 def quantized(folder: Path, family: str) -> Bundle:
     """All three precisions of a tiny model."""
     made = exported(family)
-    shutil.copytree(made.bundle.path, folder, dirs_exist_ok=True)
+    for path in (made.bundle.path, made.encoders):
+        shutil.copytree(path, folder, dirs_exist_ok=True)
     source, manifest = made.source, made.bundle.manifest
     manifest = _write_precisions(folder, source, manifest, ["fp32", "fp16", "int8"])
     Bundle.write_manifest(folder, manifest)

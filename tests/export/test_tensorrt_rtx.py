@@ -82,17 +82,24 @@ def test_what_is_recorded_of_this_version_is_what_it_has() -> None:
 def test_encoders_of_every_family(family: str, precision: str, tmp_path: Path) -> None:
     bundle = exported(family).bundle
     manifest = bundle.manifest
-    image, text = (bundle.encoder(kind, "fp32") for kind in ("image_encoder", "text_encoder"))
+    kinds = ["image_encoder", "text_encoder", *(["image_tokens"] if manifest.tokens else [])]
+    paths = [bundle.encoder(kind, "fp32") for kind in kinds]
     if precision == "fp16":
-        for i, path in enumerate((image, text)):
-            to_fp16(path, tmp_path / f"{i}.fp16.onnx")
-        image, text = (tmp_path / f"{i}.fp16.onnx" for i in range(2))
+        halves = [tmp_path / f"{kind}.fp16.onnx" for kind in kinds]
+        for path, half in zip(paths, halves, strict=True):
+            to_fp16(path, half)
+        paths = halves
+    image, text, *tokens = paths
     found = sizes(image)
     assert found["pixels"] == [-1, 3, *manifest.image.size]
     assert found["embedding"] == [-1, manifest.embed_dim]
     length = -1 if manifest.text.dynamic_length else manifest.text.context_length
     assert sizes(text) == {"ids": [-1, length], "embedding": [-1, manifest.embed_dim]}
-    for path in (image, text):
+    for path in tokens:
+        rows, columns = manifest.tokens.grid
+        count = manifest.tokens.prefix + rows * columns
+        assert sizes(path)["tokens"] == [-1, count, manifest.embed_dim]
+    for path in paths:
         compile_for(path, GPUS if family == "vit" else FEW, manifest.text.context_length)
 
 
@@ -111,9 +118,10 @@ def test_the_embedded_bundle(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert main([str(EMBEDDED), "--capability", "75", "86", "-o", str(out)]) == 0
     said, err = capsys.readouterr()
     assert err == ""
-    assert said.count("no fp32") == 3  # of two graphs, and why
+    assert said.count("no fp32") == 4  # of three graphs, and why
     assert sorted(path.name for path in out.iterdir()) == [
         "image_encoder.fp32.sm86.engine",
+        "image_tokens.fp32.sm86.engine",
         "text_encoder.fp32.sm86.engine",
     ]
 

@@ -46,10 +46,8 @@ sys.modules[trt.__name__] = trt
 open_session = onnx_runtime.open_session
 
 
-def open_on_cpu(
-    path: Any, device: str, threads: Any = None, stream: Any = None, without: str = ""
-) -> Any:
-    return open_session(path, "cpu", threads, without=without)
+def open_on_cpu(path: Any, device: str, threads: Any = None, stream: Any = None) -> Any:
+    return open_session(path, "cpu", threads)
 
 
 onnx_runtime.open_session = open_on_cpu

@@ -250,15 +250,25 @@ class Exported:
     folder: Path
     source: Source
     bundle: Bundle
+    encoders: Path  # folder of the fp32 encoders before the tokens' graph was split off
 
 
 @made_once
 def exported(root: Path, family: str) -> Exported:
     folder = write_folder(root / family, family)
     source = load(str(folder), None)
-    out = root / f"{family}-bundle"
-    export_bundle(source, out, wording(source))
-    return Exported(folder, source, Bundle(out))
+    out, encoders = root / f"{family}-bundle", root / f"{family}-encoders"
+    write_encoders = bundle._write_encoders
+
+    def write_and_copy(work: Path, *arguments: Any) -> Manifest:
+        manifest = write_encoders(work, *arguments)
+        shutil.copytree(work, encoders)
+        return manifest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundle, "_write_encoders", write_and_copy)
+        export_bundle(source, out, wording(source))
+    return Exported(folder, source, Bundle(out), encoders)
 
 
 def reuse_encoders(patch: pytest.MonkeyPatch, made: Exported, spoil: str = "") -> None:
@@ -268,7 +278,7 @@ def reuse_encoders(patch: pytest.MonkeyPatch, made: Exported, spoil: str = "") -
     """
 
     def copied(work: Path, *_: object) -> Manifest:
-        for path in made.bundle.path.iterdir():
+        for path in made.encoders.iterdir():
             shutil.copy(path, work)
         if spoil:
             model = onnx.load(work / spoil)

@@ -142,7 +142,7 @@ def test_spoiled_bundles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
             (line,) = errors(err)
             assert message in line
 
-    manifest.write_text(text.replace('"schema_version": 1', '"schema_version": 99'))
+    manifest.write_text(text.replace('"schema_version": 2', '"schema_version": 99'))
     refused("schema version 99 is not supported")
     manifest.write_text(text)
     encoder.write_bytes(encoder.read_bytes()[:-1])
