@@ -8,7 +8,6 @@ import signal
 import stat
 import sys
 
-from tests.support.data_sets import write_idx
 from tests.support.paths import EXAMPLES, VECTORS
 
 # Before anything imports huggingface_hub, through tokenizers or open_clip.
@@ -114,6 +113,9 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def fashion_folder(tmp_path: Path, fashion: tuple[np.ndarray, np.ndarray]) -> Path:
     """Write 150 training and 50 test images in the file format of Fashion-MNIST."""
+    # Imported here: it loads timm and with it PyTorch, which most tests do not need.
+    from tests.support.data_sets import write_idx
+
     images, labels = fashion
     for prefix, count in (("train", 150), ("t10k", 50)):
         write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", images[:count, :, :, 0])
