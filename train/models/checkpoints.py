@@ -38,7 +38,12 @@ from train.progress import brief, quiet, say, step
 
 RANDOM = "random"
 # Weight files of a model's folder, preferred first: open_clip's, then transformers'.
-WEIGHTS: tuple[str, ...] = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, "model.safetensors", "pytorch_model.bin")
+WEIGHTS: tuple[str, ...] = (
+    HF_SAFE_WEIGHTS_NAME,
+    HF_WEIGHTS_NAME,
+    "model.safetensors",
+    "pytorch_model.bin",
+)
 # Words (runs of letters) in the names of files whose weights were mostly trained with QuickGELU.
 QUICK_GELU_NAMES = ("openai", "quickgelu", "metaclip", "dfn")
 
