@@ -1,4 +1,4 @@
-"""The tables and pictures of docs/PERFORMANCE.md, docs/jetson.md and README.md, from the benchmarks' JSON files.
+"""The tables and pictures of docs/PERFORMANCE.md and docs/jetson.md, from the benchmarks' JSON files.
 
     python -m benchmarks.report --run     # all that is shown of such a processor, then the documents
     python -m benchmarks.report           # the documents only
@@ -14,17 +14,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 from benchmarks.timing import headline
 from edgeclip import host, storage
+from train import documents
 
 RESULTS = Path("docs/results/performance")
 PLOTS = Path("docs/plots")
-DOCUMENTS = (Path("docs/PERFORMANCE.md"), Path("docs/jetson.md"), Path("README.md"))
+DOCUMENTS = (Path("docs/PERFORMANCE.md"), Path("docs/jetson.md"))
+PREFIX = "benchmarks."
 RUNS = {
     "coldstart": [],
     "memory": [],
@@ -37,7 +38,6 @@ RUNS = {
 }
 # Of processors without VNNI what has int8 in it, as NAME-avx2.
 WITHOUT_VNNI = ("coldstart", "memory", "latency", "text")
-MARK = re.compile(r"(<!-- benchmarks\.([\w-]+) -->\n).*?(<!-- /benchmarks\.\2 -->)", re.DOTALL)
 
 
 def run(names: list[str]) -> None:
@@ -152,14 +152,6 @@ def pixels_of(size: str) -> int:
     return width * height
 
 
-def update(document: Path) -> int:
-    """Replace what is between the document's marks; how many there are."""
-    text = document.read_text(encoding="utf-8")
-    text, count = MARK.subn(lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text)
-    storage.write(document, text)  # not before all of its tables are there
-    return count
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -169,7 +161,7 @@ def main() -> None:
     if args.run is not None:
         run(args.run)
     for document in DOCUMENTS:
-        print(f"{document}: {update(document)} tables")
+        print(f"{document}: {documents.update(document, PREFIX, table)} tables")
     draw()
 
 
