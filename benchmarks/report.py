@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +23,12 @@ from benchmarks.common import Report
 from benchmarks.timing import headline
 from edgeclip import host, storage
 from edgeclip.cli.command import run_command
+from train import documents
 
 RESULTS = Path("docs/results/performance")
 PLOTS = Path("docs/plots")
 DOCUMENTS = (Path("docs/PERFORMANCE.md"), Path("docs/jetson.md"))
+PREFIX = "benchmarks."
 RUNS: dict[str, list[str]] = {
     "coldstart": [],
     "memory": [],
@@ -40,7 +41,6 @@ RUNS: dict[str, list[str]] = {
 }
 # Benchmarks with int8, which a processor without VNNI runs as NAME-avx2.
 WITHOUT_VNNI = ("coldstart", "memory", "latency", "text")
-MARK = re.compile(r"(<!-- benchmarks\.([\w-]+) -->\n).*?(<!-- /benchmarks\.\2 -->)", re.DOTALL)
 
 
 def run(names: list[str]) -> None:
@@ -158,14 +158,6 @@ def pixels_of(size: str) -> int:
     return width * height
 
 
-def update(document: Path) -> int:
-    """Replace the tables between a document's marks; return their number."""
-    text = document.read_text(encoding="utf-8")
-    text, count = MARK.subn(lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text)
-    storage.write(document, text)  # once all tables are rendered
-    return count
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(
@@ -182,7 +174,7 @@ def main() -> None:
     if args.run is not None:
         run(args.run)
     for document in DOCUMENTS:
-        print(f"{document}: {update(document)} tables")
+        print(f"{document}: {documents.update(document, PREFIX, table)} tables")
     draw()
 
 

@@ -14,7 +14,7 @@ from train.attacks import pgd
 from train.data import dataset
 from train.errors import DataError
 from train.models.checkpoints import Source
-from train.robustness.subjects import Shipped, Subject
+from train.robustness.subjects import BundleClassifier, Subject
 
 SAMPLES = 1000
 BATCH = 50
@@ -44,7 +44,7 @@ def measure(bundle: Bundle, source: Source, test: dataset.DataSet) -> dict[str, 
     own = manifest.purification
     purifier = own if isinstance(own, CosPurifier) else None  # no precision changes a prior's step
     defence = subject.defence(test.classes, purifier).eval()
-    shipped = {n: Shipped(subject, test.classes, purifier, n) for n in manifest.precisions}
+    shipped = {n: BundleClassifier(subject, test.classes, purifier, n) for n in manifest.precisions}
     mean, std = (torch.tensor(x)[:, None, None] for x in (manifest.image.mean, manifest.image.std))
     agree, right = (dict.fromkeys(shipped, 0) for _ in range(2))
     held = 0
@@ -61,8 +61,8 @@ def measure(bundle: Bundle, source: Source, test: dataset.DataSet) -> dict[str, 
             answers, bent = defence(images).argmax(1), defence(attacked).argmax(1)
         held += int((bent == labels).sum())
         for name, runtime in shipped.items():
-            agree[name] += int((runtime.answers(images) == answers).sum())
-            right[name] += int((runtime.answers(attacked) == labels).sum())
+            agree[name] += int((runtime.classes(images) == answers).sum())
+            right[name] += int((runtime.classes(attacked) == labels).sum())
     return {
         name: {
             "top1_agreement": agree[name] / len(chosen),

@@ -226,27 +226,28 @@ def test_a_bundle_is_complete(made: Exported) -> None:
     assert manifest.robustness == ()
 
 
-CHECKED = [{"name": f"some {i}", "passed": True} for i in range(9)]
+CHECKED = [{"name": f"some {i}", "passed": True, "figure": ""} for i in range(9)]
 
 
 def result_file(
     path: Path, made: Exported, held: str = "1100", purifier: Any = None, **changes: Any
 ) -> Path:
-    """A measurement of four images, of which three are right as they are."""
+    """Write a result file of images that are all correct without an attack."""
     settings = {
-        "weights_sha256": made.source.weights_sha256,
+        "subject": "some", "pretrained": None, "visual": None, "checkpoint": None,
+        "weights_sha256": made.source.weights_sha256, "quick_gelu": made.source.quick_gelu,
         "templates": list(made.bundle.manifest.templates),
-        "attack": ["apgd-ce", "apgd-t"],
+        "attack": ["apgd-ce", "apgd-t"], "gradient": ["exact"], "queries": 1, "eot": 1,
         "data": "some", "samples": len(held), "norm": "l2", "eps": 0.5, "steps": 3, "restarts": 1,
         "seed": 0, "purification": purifier,
     }  # fmt: skip
     found = {
         "settings": settings | changes,
-        "finished": len(held),
-        "clean_accuracy": 0.75,
-        "worst_case_accuracy": held.count("1") / len(held),
-        "checks": [*CHECKED, {"name": "other", "passed": None}],
-        "samples": {"clean": "1" * len(held), "apgd-ce/exact": held},
+        "checks": [*CHECKED, {"name": "other", "passed": None, "figure": ""}],
+        "agreement": None,
+        "devices": [],
+        "seconds": {},
+        "samples": {"clean": "1" * len(held), "apgd-ce/exact": held, "apgd-t/exact": held},
     }
     path.write_text(json.dumps(found))
     return path
@@ -264,7 +265,7 @@ def test_robustness_is_that_of_the_results(tmp_path: Path, monkeypatch: pytest.M
     assert manifest == Bundle(tmp_path / "out").manifest
     assert manifest.robustness == rows
     assert (rows[0].attacks, rows[0].eps) == (("apgd-ce", "apgd-t"), 0.5)
-    assert (rows[0].clean_accuracy, rows[0].worst_case_accuracy) == (0.75, 0.5)
+    assert (rows[0].clean_accuracy, rows[0].worst_case_accuracy) == (1.0, 0.5)
     assert rows[0].purification == "none"
     assert recommended is None
     assert manifest.purification == CosPurifier(2, 0.5)
@@ -312,7 +313,9 @@ def test_purified_figures_that_failed_are_left_out(tmp_path: Path) -> None:
     best = result_file(tmp_path / "b.json", made, "1" * 1000, {"steps": 1, "step_size": 0.5})
     assert evidence.read([none, best], made.source, words.templates)[1] == CosPurifier(1, 0.5)
     found = json.loads(best.read_text())
-    best.write_text(json.dumps(found | {"checks": [*CHECKED, {"name": "x", "passed": False}]}))
+    best.write_text(
+        json.dumps(found | {"checks": [*CHECKED, {"name": "x", "passed": False, "figure": ""}]})
+    )
     rows, recommended = evidence.read([none, best], made.source, words.templates)
     assert (len(rows), recommended) == (1, None)
 
@@ -335,11 +338,14 @@ def test_figures_of_another_model_are_refused(tmp_path: Path) -> None:
     result_file(path, made, templates=["other {}"])
     assert "was measured with other templates" in message()
     found = json.loads(result_file(path, made).read_text())
-    path.write_text(json.dumps(found | {"finished": 3}))
+    waiting = found["samples"] | {"apgd-t/exact": "110?"}
+    path.write_text(json.dumps(found | {"samples": waiting}))
     assert "is not finished" in message()
     path.write_text(json.dumps(found | {"checks": CHECKED}))
     assert "was not checked" in message()
-    path.write_text(json.dumps(found | {"checks": [*CHECKED, {"name": "x", "passed": False}]}))
+    path.write_text(
+        json.dumps(found | {"checks": [*CHECKED, {"name": "x", "passed": False, "figure": ""}]})
+    )
     assert "failed x" in message()
     result_file(path, made, eps="much")
     assert "is no result of python -m train.evaluate" in message()

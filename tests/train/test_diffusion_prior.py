@@ -25,7 +25,7 @@ from train.errors import ModelError, SettingsError
 from train.models.checkpoints import load
 from train.models.prior import DiffusionPrior, Shape
 from train.models.trained_prior import load_prior
-from train.robustness.subjects import Shipped, open_subject
+from train.robustness.subjects import BundleClassifier, open_subject
 from train.run.settings import run as run_command
 
 
@@ -361,7 +361,7 @@ def test_attacked_model_equals_the_exported_one(made: Conditioned) -> None:
     shown = torch.stack([torch.from_numpy(x).permute(2, 0, 1) / 255 for x in raw])
     for purifier in (DiffPurifier(2, 0.5, (100, 999), 3), DiffPurifier(3, 30.0)):
         defence = subject.defence(names, purifier)
-        shipped = Shipped(subject, names, purifier, "fp32")
+        shipped = BundleClassifier(subject, names, purifier, "fp32")
         with torch.no_grad():
             wanted = defence(shown).softmax(1).numpy()
         np.testing.assert_allclose(shipped.probabilities(raw), wanted, atol=1e-3)
