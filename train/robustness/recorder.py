@@ -77,7 +77,7 @@ class Recorder:
         except SettingsError as err:
             raise SettingsError(f"{err}: remove the file, or name another one") from err
         different = [k for k, v in self.settings.items() if before.settings.get(k) != v]
-        if before.marks.keys() != self.marks.keys():
+        if set(different) <= {"samples"} and before.marks.keys() != self.marks.keys():
             different.append("stages")
         grown = before.settings["samples"] < self.settings["samples"]
         if set(different) - ({"samples"} if grown else set()):
