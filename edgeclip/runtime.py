@@ -18,10 +18,10 @@ from edgeclip.bundle import Bundle
 from edgeclip.errors import BundleError, DeviceError, ImageError
 from edgeclip.host import cores
 from edgeclip.images.decoding import ImageSource
+from edgeclip.images.prefetch import Batches, newest
 from edgeclip.images.preprocessor import Preprocessor
 from edgeclip.labels import Label, Labels, LabelSet
 from edgeclip.prediction import FrameAnswer, Prediction, score_table, to_predictions
-from edgeclip.prefetch import Batches, newest
 from edgeclip.progress import Progress
 from edgeclip.purify import CosPurifier, DiffPurifier, Purifier, resolve
 from edgeclip.text.tower import TextTower

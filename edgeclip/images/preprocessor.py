@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from edgeclip import _core
 from edgeclip.images.decoding import CudaFrame, ImageSource, decode, is_on_gpu
+from edgeclip.images.prefetch import Batches, batches
 from edgeclip.manifest import ImageSpec
-from edgeclip.prefetch import Batches, batches
 
 
 class Preprocessor:
@@ -35,7 +35,7 @@ class Preprocessor:
     def pixel_batches(
         self, images: Iterable[ImageSource], batch_size: int, workers: int
     ) -> Batches:
-        """Yield the encoder's input in batches; see `edgeclip.prefetch.batches`."""
+        """Yield the encoder's input in batches; see `edgeclip.images.prefetch.batches`."""
         shape = batch_size, 3, *self._spec.size
         return batches(images, self._write_pixels, shape, workers)
 
@@ -49,7 +49,7 @@ class Preprocessor:
     def frame_batches(
         self, images: Iterable[ImageSource], batch_size: int, workers: int
     ) -> Batches:
-        """Yield frames in batches; see `edgeclip.prefetch.batches`."""
+        """Yield frames in batches; see `edgeclip.images.prefetch.batches`."""
         return batches(images, self._write_frame, (batch_size, 1), workers, object)
 
     def _write_pixels(self, row: NDArray[np.float32], image: ImageSource) -> None:

@@ -18,8 +18,8 @@ from PIL import Image
 import edgeclip
 from edgeclip import ImageError, Runtime
 from edgeclip.images.decoding import ImageSource
+from edgeclip.images.prefetch import BUFFERS, batches, newest
 from edgeclip.prediction import FrameAnswer
-from edgeclip.prefetch import BUFFERS, batches, newest
 from examples import camera
 from tests.support.paths import EXAMPLES
 
@@ -162,7 +162,7 @@ def test_closing_early_stops_reading() -> None:
 
 
 def test_a_source_that_hangs_does_not_hold_up_closing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeclip.prefetch.GRACE", 0.01)
+    monkeypatch.setattr("edgeclip.images.prefetch.GRACE", 0.01)
     hanging, released = threading.Event(), threading.Event()
 
     def source() -> Iterator[int]:
