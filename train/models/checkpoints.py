@@ -203,9 +203,8 @@ def _find_weights(folder: Path) -> Path:
 
 def _download(name: str, tag: str, config: dict[str, Any]) -> Path:
     try:
-        say(
-            f"downloading the weights {tag!r} of {name} ..."
-        )  # the download has its own progress bar
+        # Not a `step`: the download has its own progress bar.
+        say(f"downloading the weights {tag!r} of {name} ...")
         with quiet():
             return Path(open_clip.download_pretrained(config))
     except Exception as err:  # urllib, huggingface_hub and others raise errors of their own
