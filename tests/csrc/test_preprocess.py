@@ -1,9 +1,4 @@
-"""_core.preprocess against Pillow, torchvision and open_clip.
-
-Since version 13 Pillow resizes vertically first where that shrinks the height much more than the
-width, which moves some pixels by a few levels. So does edgeclip. The reference here makes the two
-passes one by one, in that order: the same pixels with every version of Pillow.
-"""
+"""_core.preprocess against Pillow, torchvision and open_clip."""
 
 from __future__ import annotations
 
@@ -18,64 +13,17 @@ from PIL import Image
 from PIL import __version__ as PILLOW
 
 from edgeclip import _core
-
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-pillow_resize = Image.Image.resize
-MODES = ("shortest", "longest", "squash")
-
-
-def two_passes(picture: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
-    """Image.resize of Pillow 13, whatever the version installed."""
-    width, height = size
-    vertical = max(0, 2 * (picture.width - width)) < picture.height - height
-    between = (picture.width, height) if vertical else (width, picture.height)
-    return pillow_resize(pillow_resize(picture, between, resample), size, resample)
-
-
-def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def pixels(image: np.ndarray, target: tuple[int, int], **options) -> np.ndarray:
-    """What the operation computes before the normalisation, uint8 (h, w, 3)."""
-    out = np.full((3, *target), np.nan, np.float32)
-    _core.preprocess(image, out, mean=(0, 0, 0), std=(1, 1, 1), **options)
-    values = out * np.float32(255)
-    assert np.abs(values - np.rint(values)).max() < 1e-3
-    return np.rint(values).astype(np.uint8).transpose(1, 2, 0)
-
-
-def resized_size(height: int, width: int, target: tuple[int, int], mode: str) -> tuple[int, int]:
-    if mode == "squash":
-        return target
-    if mode == "shortest" and target[0] == target[1]:
-        size, short, long = target[0], min(height, width), max(height, width)
-        other = int(size * long / short)
-        return (other, size) if width <= height else (size, other)
-    ratios = (height / target[0], width / target[1])
-    ratio = max(ratios) if mode == "longest" else min(ratios)
-    return max(round(height / ratio), 1), max(round(width / ratio), 1)
-
-
-def pillow_pixels(
-    image: np.ndarray, target: tuple[int, int], resize: str, interpolation: str, fill: int = 0
-) -> np.ndarray:
-    size = resized_size(*image.shape[:2], target, resize)
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    resized = np.asarray(two_passes(picture, size[::-1], FILTERS[interpolation]))
-    out = np.full((*target, 3), fill, np.uint8)
-    source, place = [], []
-    for length, wanted in zip(size, target, strict=True):
-        first = round((length - wanted) / 2) if length > wanted else 0
-        pad = (wanted - length) // 2 if length < wanted else 0
-        count = min(length, wanted)
-        source.append(slice(first, first + count))
-        place.append(slice(pad, pad + count))
-    out[tuple(place)] = resized[tuple(source)]
-    return out
-
+from tests.support.preprocessing import (
+    FILTERS,
+    MODES,
+    OPENAI_MEAN,
+    OPENAI_STD,
+    pillow_pixels,
+    pixels,
+    random_image,
+    resized_size,
+    two_passes,
+)
 
 SIZES = [(1, 1), (2, 3), (7, 5), (33, 33), (32, 33), (33, 100), (2049, 33), (97, 2049), (640, 481)]
 

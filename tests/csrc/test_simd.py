@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.support.paths import ROOT
+from tests.support.preprocessing import two_passes
 
 LEVELS = ["baseline", "avx2", "avx512"]
 SIZES = [1, 33, 2049]  # of embeddings, and numbers of classes
@@ -108,13 +109,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.
 
 def test_pixels_are_pillows_on_every_path(results: dict[str, dict[str, np.ndarray]]) -> None:
     for name, image, (height, width) in pictures():
-        rows, columns = image.shape[:2]
-        between = (width, rows)
-        if max(0, 2 * (columns - width)) < rows - height:  # Pillow's order since version 13
-            between = (columns, height)
-        first = Image.fromarray(image).resize(between, Image.Resampling.BICUBIC)
-        pillows = np.asarray(first.resize((width, height), Image.Resampling.BICUBIC))
-        expected = pillows.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+        picture = Image.fromarray(image)
+        resized = np.asarray(two_passes(picture, (width, height), Image.Resampling.BICUBIC))
+        expected = resized.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
         for level, found in results.items():
             np.testing.assert_array_equal(found[f"pixels {name}"], expected, f"{level} {name}")
 
