@@ -13,9 +13,9 @@ import torch
 
 import edgeclip
 from benchmarks import gpu
-from benchmarks.latency import picture
-from benchmarks.purification import label_set
+from benchmarks.common import STEP_SIZE, STEPS, label_set
 from edgeclip.bundle import EMBEDDED
+from edgeclip.tools.pictures import picture
 from tests.support.export_models import PREPROCESSING, exported
 
 
@@ -29,7 +29,7 @@ def test_a_missing_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_open_clip_gives_the_same_answers() -> None:
     """Compare both on the CPU, with the same weights, frames and purification."""
     export = exported("vit")
-    rt = edgeclip.Runtime(export.bundle, purify=edgeclip.CosPurifier(gpu.STEPS, gpu.STEP_SIZE))
+    rt = edgeclip.Runtime(export.bundle, purify=edgeclip.CosPurifier(STEPS, STEP_SIZE))
     labels = label_set(rt, 50)
     model = export.source.model
     scale = float(model.logit_scale.exp())

@@ -140,7 +140,7 @@ def test_no_steps_or_size_zero_is_the_identity(
     assert np.array_equal(open_runtime(conditioned, purifier).embed_images(images), plain)
 
 
-def test_classifies_what_it_embeds(conditioned: Conditioned, images: list) -> None:
+def test_classify_agrees_with_embed_images(conditioned: Conditioned, images: list) -> None:
     runtime = open_runtime(conditioned)
     labels = runtime.labels(LABELS)
     logits = conditioned.bundle.manifest.logit_scale * (

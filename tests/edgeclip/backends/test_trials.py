@@ -153,7 +153,7 @@ def test_doctor_fails_only_for_the_precision_that_auto_uses(
 
     assert main(["doctor", str(good), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["precision_used"] == "int8"
-    # An older trial that says what is no longer so.
+    # An older trial, whose result is outdated.
     monkeypatch.setattr(trials, "trials", lambda *_, **__: {})
     monkeypatch.setattr("edgeclip.backends.select.choose_precision", lambda *_: "int8")
     assert main(["doctor", str(copy)]) == 2

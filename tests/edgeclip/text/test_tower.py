@@ -55,14 +55,14 @@ def test_batches_do_not_change_embeddings(rt: Runtime, monkeypatch: pytest.Monke
 def test_runs_are_bounded_and_equal_prompts_encoded_once(run_sizes: list[int]) -> None:
     rt = Runtime()
     texts = [f"thing {i}" for i in range(2000)]
-    seen: list[tuple[int, int]] = []
-    actual = rt.embed_texts([*texts, *texts, "THING 7"], progress=lambda *x: seen.append(x))
+    steps: list[tuple[int, int]] = []
+    actual = rt.embed_texts([*texts, *texts, "THING 7"], progress=lambda *x: steps.append(x))
     assert sum(run_sizes) == 2000
     longest = rt.tokenize(texts).shape[1]
     assert max(run_sizes) * longest <= tower.RUN_TOKENS * 1.5  # a run has prompts of one length
     assert min(run_sizes[:-1]) * longest >= tower.RUN_TOKENS / 2
-    assert [total for _, total in seen] == [4001] * len(run_sizes)
-    assert seen[-1] == (4001, 4001)
+    assert [total for _, total in steps] == [4001] * len(run_sizes)
+    assert steps[-1] == (4001, 4001)
     np.testing.assert_array_equal(actual[:2000], actual[2000:4000])
     np.testing.assert_array_equal(actual[4000], actual[7])
 
@@ -143,7 +143,7 @@ def test_cut_prompts_are_logged_whether_cached_or_not(
     long, template = "bag " * length, "a " * length + "{}"
     with pytest.raises(LabelError, match=f"it reads {length} tokens, and they differ only after"):
         Runtime().labels(["dress", "bag"], [template])
-    seen = []
+    messages = []
     for _ in range(2):
         rt = Runtime()
         caplog.clear()
@@ -151,10 +151,10 @@ def test_cut_prompts_are_logged_whether_cached_or_not(
         rt.labels(["dress"], [template])
         rt.labels(["dress"], [template])  # in memory
         rt.labels(["dress"])
-        seen.append(caplog.messages)
+        messages.append(caplog.messages)
         no_tokenizer()
-    assert seen[0] == seen[1]
-    label_warning, template_warning = seen[0]
+    assert messages[0] == messages[1]
+    label_warning, template_warning = messages[0]
     assert label_warning.startswith("label 'bag bag")
     assert (
         f"longer than the {length} tokens that the model reads, and its end is cut" in label_warning
@@ -222,21 +222,21 @@ def test_interrupted_encoding_keeps_finished_labels(
 ) -> None:
     monkeypatch.setattr(tower, "BLOCK_PROMPTS", 20)
     names = [f"thing {i}" for i in range(100)]
-    seen: list[tuple[int, int]] = []
+    steps: list[tuple[int, int]] = []
 
     def interrupt(done: int, total: int) -> None:
-        seen.append((done, total))
+        steps.append((done, total))
         if done >= 60:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         Runtime().labels(names, ["{}"], progress=interrupt)
-    assert seen == [(20, 100), (40, 100), (60, 100)]
+    assert steps == [(20, 100), (40, 100), (60, 100)]
     run_sizes.clear()
-    seen.clear()
-    assert len(Runtime().labels(names, ["{}"], progress=lambda *x: seen.append(x))) == 100
+    steps.clear()
+    assert len(Runtime().labels(names, ["{}"], progress=lambda *x: steps.append(x))) == 100
     assert sum(run_sizes) == 60
-    assert seen[-1] == (60, 60)
+    assert steps[-1] == (60, 60)
 
 
 @pytest.fixture
@@ -273,14 +273,14 @@ def test_labels_release_the_encoder(encoders: list[weakref.ref[object]]) -> None
     assert rt.labels(["shirt", "gown"]).names == ("shirt", "gown")
 
 
-def test_memory_is_returned_when_nothing_holds_the_encoder(
+def test_memory_is_trimmed_after_the_encoder_is_freed(
     encoders: list[weakref.ref[object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rt = Runtime()
-    seen: list[object] = []
-    monkeypatch.setattr(tower, "trim_memory", lambda: seen.append(encoders[0]()))
+    living: list[object] = []
+    monkeypatch.setattr(tower, "trim_memory", lambda: living.append(encoders[0]()))
     rt.labels(["bag"])
-    assert seen == [None]
+    assert living == [None]
 
 
 def test_encoder_is_released_after_a_failure(encoders: list[weakref.ref[object]]) -> None:
