@@ -15,7 +15,7 @@ FILES = sorted(
     for pattern in ("*.py", "*.pyi")
     for path in (ROOT / folder).rglob(pattern)
 )
-RIDDLES = {"how", "not", "of", "those", "what", "where", "which", "who"}
+VAGUE = {"how", "not", "of", "those", "what", "where", "which", "who"}
 NO_VERBS = {
     *("a", "all", "an", "as", "at", "both", "by", "each", "every", "for", "from", "if", "in", "it"),
     *("its", "no", "none", "nothing", "on", "one", "only", "that", "the", "these", "this", "to"),
@@ -40,6 +40,6 @@ def test_docstrings_open_with_a_verb_or_a_noun(folder: str) -> None:
     for path in FILES:
         if path.relative_to(ROOT).parts[0] == folder:
             for line, function, word in openings(ast.parse(path.read_text("utf-8"))):
-                if word in RIDDLES or (function and word in NO_VERBS):
+                if word in VAGUE or (function and word in NO_VERBS):
                     wrong.append(f"{path.relative_to(ROOT)}:{line}: opens with {word!r}")
     assert not wrong, "\n".join(wrong)

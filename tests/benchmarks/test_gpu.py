@@ -1,4 +1,4 @@
-"""benchmarks.gpu where there is no GPU: its error, its table, and that both sides compute the same."""
+"""benchmarks.gpu without a GPU: its error, its table, and equal results of edgeclip and open_clip."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import torch
 
 import edgeclip
 from benchmarks import gpu
-from benchmarks.latency import picture
-from benchmarks.purification import label_set
+from benchmarks.common import STEP_SIZE, STEPS, label_set
 from edgeclip.bundle import EMBEDDED
+from edgeclip.tools.pictures import picture
 from tests.support.export_models import PREPROCESSING, exported
 
 
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu"])
     with pytest.raises(SystemExit, match=r"^benchmarks\.gpu: needs an NVIDIA GPU$"):
         gpu.main()
 
 
-def test_the_peer_gives_edgeclip_s_answers() -> None:
-    """The same weights, frames and purification through both, on the CPU."""
-    made = exported("vit")
-    rt = edgeclip.Runtime(made.bundle, purify=edgeclip.CosPurifier(gpu.STEPS, gpu.STEP_SIZE))
+def test_open_clip_gives_the_same_answers() -> None:
+    """Compare both on the CPU, with the same weights, frames and purification."""
+    export = exported("vit")
+    rt = edgeclip.Runtime(export.bundle, purify=edgeclip.CosPurifier(STEPS, STEP_SIZE))
     labels = label_set(rt, 50)
-    model = made.source.model
+    model = export.source.model
     scale = float(model.logit_scale.exp())
-    assert scale == pytest.approx(made.bundle.manifest.logit_scale)
+    assert scale == pytest.approx(export.bundle.manifest.logit_scale)
     settings = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
     transform = open_clip.transform.image_transform_v2(settings, is_train=False)
     peer = gpu.OpenClip(model, transform, labels.embeddings, rt.bundle.null_text, device="cpu")
@@ -52,20 +52,20 @@ def test_the_peer_gives_edgeclip_s_answers() -> None:
     )
 
 
-def test_frames_resized_on_the_device_are_nearly_open_clip_s() -> None:
-    made = exported("vit")
-    side = made.bundle.manifest.image.size[0]
+def test_frames_resized_on_the_device_are_close_to_open_clips() -> None:
+    export = exported("vit")
+    side = export.bundle.manifest.image.size[0]
     mean, std = (np.array(PREPROCESSING[key]) for key in ("mean", "std"))
     peer = gpu.OpenClip(
-        made.source.model, None, np.eye(3, 48), np.eye(48)[0], device="cpu", resize=True
+        export.source.model, None, np.eye(3, 48), np.eye(48)[0], device="cpu", resize=True
     )
     frame = np.array(picture(4 * side, 3 * side))
-    found = peer.pixels([frame])[0].numpy() * std[:, None, None] + mean[:, None, None]
+    actual = peer.pixels([frame])[0].numpy() * std[:, None, None] + mean[:, None, None]
     image = picture(4 * side, 3 * side).resize((side * 4 // 3, side), 3)
     left = (image.width - side) // 2
     expected = np.asarray(image.crop((left, 0, left + side, side))).transpose(2, 0, 1) / 255
-    assert found.shape == (3, side, side)
-    np.testing.assert_allclose(found, expected, atol=3 / 255)
+    assert actual.shape == (3, side, side)
+    np.testing.assert_allclose(actual, expected, atol=3 / 255)
 
 
 def test_every_stage_and_batch_is_measured() -> None:
@@ -95,7 +95,6 @@ REPORT: dict[str, Any] = {
 
 
 def test_table() -> None:
-    """Of made-up figures."""
     lines = gpu.render(REPORT).splitlines()
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
     expected = "| 1 | edgeclip cuda fp16 | 1000 | 1.00 / 2.00 | 0.50 / 1.00 | 0.25 / 0.50 | 10.0 |"
@@ -106,9 +105,7 @@ def test_table() -> None:
     assert lines[-1] == "Left out: edgeclip tensorrt fp16: TensorRT is not installed."
 
 
-def test_what_keeps_an_engine_from_being_built_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_build_problems_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = gpu.importlib.util.find_spec
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     assert gpu.build_engine(tmp_path, "fp16", 8) == "TensorRT is not installed"
@@ -117,8 +114,8 @@ def test_what_keeps_an_engine_from_being_built_is_told(
     assert problem.startswith("error: ")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_where_edgeclip_does_not_run_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests machines without a GPU")
+def test_precisions_that_do_not_run_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "free_mb", lambda: 0.0)
     monkeypatch.setattr(gpu, "build_engine", lambda *_: "TensorRT is not installed")

@@ -1,4 +1,4 @@
-"""Arrays that are not NumPy's: DLPack, by PyTorch on the CPU and by producers that are wrong."""
+"""DLPack arrays, from PyTorch on the CPU and from faulty producers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NORMALIZE = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
 
 def pixels(image: object, out: object = None) -> np.ndarray:
-    made = np.empty((3, 8, 8), np.float32) if out is None else out
-    _core.preprocess(image, made, **NORMALIZE)
-    return np.asarray(made)
+    result = np.empty((3, 8, 8), np.float32) if out is None else out
+    _core.preprocess(image, result, **NORMALIZE)
+    return np.asarray(result)
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def image(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, 256, (20, 31, 3), dtype=np.uint8)
 
 
-class Old:
-    """A producer of before DLPack's versions."""
+class Unversioned:
+    """DLPack producer from before DLPack 1.0, which has no versions."""
 
     def __init__(self, tensor: torch.Tensor, device: tuple[int, int] = (1, 0)) -> None:
         self.tensor, self.device = tensor, device
@@ -39,7 +39,7 @@ class Old:
 
 
 class _Tensor(ctypes.Structure):
-    """DLManagedTensor of https://dmlc.github.io/dlpack/latest/c_api.html"""
+    """DLManagedTensor, as in https://dmlc.github.io/dlpack/latest/c_api.html."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -57,8 +57,8 @@ class _Tensor(ctypes.Structure):
     )
 
 
-class Handmade:
-    """A dense uint8 array in memory of any kind, beginning after an offset, without strides."""
+class ManualTensor:
+    """DLPack producer of a dense uint8 array with any device type, an offset, and no strides."""
 
     def __init__(self, array: np.ndarray, kind: int, index: int = 0) -> None:
         self.array, self.kind, self.index = array, kind, index
@@ -75,7 +75,7 @@ class Handmade:
         return new(ctypes.addressof(self.tensor), b"dltensor", None)
 
 
-@pytest.mark.parametrize("wrap", [lambda t: t, Old], ids=["versioned", "old"])
+@pytest.mark.parametrize("wrap", [lambda t: t, Unversioned], ids=["versioned", "unversioned"])
 def test_dlpack_is_read_and_written_in_place(wrap: object, image: np.ndarray) -> None:
     tensor = torch.from_numpy(image)
     for view in (
@@ -97,12 +97,12 @@ def test_classify_takes_dlpack(rng: np.random.Generator) -> None:
     embeddings = rng.standard_normal((4, 33)).astype(np.float32)
     classes = rng.standard_normal((5, 33)).astype(np.float32)
     expected = _core.classify(embeddings, classes, logit_scale=3.0)
-    found = _core.classify(*map(torch.from_numpy, (embeddings, classes)), logit_scale=3.0)
-    for ours, theirs in zip(found, expected, strict=True):
+    actual = _core.classify(*map(torch.from_numpy, (embeddings, classes)), logit_scale=3.0)
+    for ours, theirs in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_what_is_read_only_is_not_written(image: np.ndarray) -> None:
+def test_read_only_arrays_are_not_written(image: np.ndarray) -> None:
     class ReadOnly:
         def __init__(self, array: np.ndarray) -> None:
             self.array = array
@@ -111,17 +111,17 @@ def test_what_is_read_only_is_not_written(image: np.ndarray) -> None:
         def __dlpack_device__(self) -> tuple[int, int]:
             return self.array.__dlpack_device__()
 
-        def __dlpack__(self, **how: object) -> object:
-            return self.array.__dlpack__(**how)
+        def __dlpack__(self, **options: object) -> object:
+            return self.array.__dlpack__(**options)
 
     if np.lib.NumpyVersion(np.__version__) < "2.1.0":
-        pytest.skip("this NumPy does not export what is read-only")
+        pytest.skip("this NumPy does not export read-only arrays")
     with pytest.raises(ValueError, match="expected out to be writable"):
         pixels(image, ReadOnly(np.empty((3, 8, 8), np.float32)))
     np.testing.assert_array_equal(pixels(ReadOnly(image)), pixels(image))
 
 
-def test_types_that_do_not_fit(image: np.ndarray) -> None:
+def test_wrong_dtypes_are_refused(image: np.ndarray) -> None:
     out = torch.empty((3, 8, 8), dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"expected out \(3, h, w\) float32, got \(3, 8, 8\)"):
         pixels(image, out)
@@ -129,12 +129,12 @@ def test_types_that_do_not_fit(image: np.ndarray) -> None:
         pixels(torch.from_numpy(image).to(torch.int16))
 
 
-def test_devices_and_producers_that_do_not_fit(image: np.ndarray) -> None:
-    class Nothing(Old):
+def test_wrong_devices_and_producers_are_refused(image: np.ndarray) -> None:
+    class NoCapsule(Unversioned):
         def __dlpack__(self, stream: int | None = None) -> object:
             return object()
 
-    class Failing(Old):
+    class Failing(Unversioned):
         def __dlpack__(self, stream: int | None = None) -> object:
             raise BufferError("not now")
 
@@ -142,17 +142,19 @@ def test_devices_and_producers_that_do_not_fit(image: np.ndarray) -> None:
     with pytest.raises(
         TypeError, match="expected image to return a DLPack capsule from __dlpack__, got object"
     ):
-        pixels(Nothing(tensor))
+        pixels(NoCapsule(tensor))
     with pytest.raises(BufferError, match="not now"):
         pixels(Failing(tensor))
     with pytest.raises(
         TypeError, match="expected image in CPU or CUDA memory, got DLPack device type 15"
     ):
-        pixels(Handmade(image, kind=15))
+        pixels(ManualTensor(image, kind=15))
     with pytest.raises(TypeError, match="expected image on GPU 0, got GPU 1: choose a GPU with"):
-        pixels(Handmade(image, kind=2, index=1))
-    np.testing.assert_array_equal(pixels(Handmade(image, kind=1)), pixels(image))
-    np.testing.assert_array_equal(pixels(Handmade(image, kind=3)), pixels(image))  # pinned
+        pixels(ManualTensor(image, kind=2, index=1))
+    np.testing.assert_array_equal(pixels(ManualTensor(image, kind=1)), pixels(image))
+    np.testing.assert_array_equal(
+        pixels(ManualTensor(image, kind=3)), pixels(image)
+    )  # pinned memory
     with pytest.raises(TypeError, match="expected image to be a NumPy array, or to have __cuda_"):
         pixels([[1, 2, 3]])
 

@@ -1,4 +1,4 @@
-"""_core.classify against float64 NumPy, and purification fused against purification first."""
+"""_core.classify against float64 NumPy, and its fused purification against _core.purify_cos."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def unit(array: np.ndarray) -> np.ndarray:
 
 
 def problem(n: int, k: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embeddings of various norms, classes with unit rows, a unit null text."""
+    """Return embeddings of various norms, classes with unit rows, and a unit null text."""
     rng = np.random.default_rng(seed)
     norms = rng.uniform(0.1, 20, (n, 1))
     embeddings = (rng.standard_normal((n, d)) * norms).astype(np.float32)
@@ -33,7 +33,7 @@ def check(got: tuple[np.ndarray, ...], expected_logits: np.ndarray, top_k: int, 
     assert indices.shape == probabilities.shape == (n, min(top_k, k))
     assert (indices.dtype, probabilities.dtype, logits.dtype) == (np.int32, np.float32, np.float32)
     np.testing.assert_allclose(logits, expected_logits, atol=tol, rtol=0)
-    # The order is that of the returned logits, in which rounding may swap near neighbours.
+    # Take the order from the returned logits, since rounding may swap near neighbours.
     order = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
     np.testing.assert_array_equal(indices, order)
     reference = np.take_along_axis(softmax(expected_logits), order, axis=1)
@@ -143,7 +143,7 @@ def test_alone_and_in_any_batch_bit_for_bit(k: int, d: int, steps: int) -> None:
             np.testing.assert_array_equal(got, expected[begin:end])
 
 
-def test_threads_give_the_bits_of_one() -> None:
+def test_threads_do_not_change_the_result() -> None:
     embeddings, classes, _ = problem(2, 60000, 512)  # enough work for several threads
     pair = _core.classify(embeddings, classes, logit_scale=50.0, return_logits=True)
     for first in (0, 1, 40001, 59999):
@@ -210,7 +210,7 @@ def test_softmax_over_any_span_of_logits(span: float, k: int) -> None:
 
 @pytest.mark.parametrize("at", [0, 63, 64, 299])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_broken_class_is_found_wherever_it_is(at: int, value: float) -> None:
+def test_nan_or_infinity_in_any_class_is_an_error(at: int, value: float) -> None:
     embeddings, classes, _ = problem(2, 300, 8)
     broken = with_value(classes, (at, 0), value)
     with pytest.raises(ValueError, match="the logits of embedding 0 contain NaN or infinity"):
@@ -249,7 +249,7 @@ def test_read_only_arrays_are_read() -> None:
     _core.classify(arrays[0], arrays[1], logit_scale=1.0)
 
 
-def test_outputs_may_be_given() -> None:
+def test_outputs_can_be_passed() -> None:
     embeddings, classes, _ = problem(3, 8, 4)
     expected = _core.classify(embeddings, classes, logit_scale=1.0, return_logits=True)
     out = tuple(np.empty_like(array) for array in expected)
@@ -261,9 +261,9 @@ def test_outputs_may_be_given() -> None:
         out_probabilities=out[1],
         out_logits=out[2],
     )
-    for mine, theirs, reference in zip(got, out, expected, strict=True):
-        assert mine is theirs
-        np.testing.assert_array_equal(mine, reference)
+    for returned, passed, reference in zip(got, out, expected, strict=True):
+        assert returned is passed
+        np.testing.assert_array_equal(returned, reference)
 
 
 Z, W, T = problem(3, 6, 4)
@@ -324,7 +324,7 @@ def with_value(array: np.ndarray, index: tuple[int, ...], value: float) -> np.nd
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+def test_wrong_arguments_are_refused(change: dict, message: str) -> None:
     arguments = {
         "embeddings": Z,
         "classes": W,
@@ -341,7 +341,7 @@ def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
 
 
 class OnGpu:
-    """An array that says it lies on a GPU; nothing may follow its pointer."""
+    """Array that claims to be on a GPU; its pointer must not be dereferenced."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.__cuda_array_interface__ = {
@@ -382,7 +382,7 @@ def test_devices_do_not_mix() -> None:
         _core.purify_cos(Z, OnGpu(T), steps=1, step_size=1.0)
 
 
-def test_what_is_no_array_is_refused() -> None:
+def test_lists_are_refused() -> None:
     with pytest.raises(
         TypeError, match=r"\[classify\] expected classes to be a NumPy array, .* got list"
     ):

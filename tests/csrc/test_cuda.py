@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: against the CPU path, on streams and in CUDA graphs."""
+"""CUDA kernels on a GPU: compared with the CPU path, on streams and in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from edgeclip import _core
 
-torch = pytest.importorskip("torch", reason="its tensors are the device arrays here")
+torch = pytest.importorskip("torch", reason="needs PyTorch for arrays on the GPU")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,8 +37,8 @@ def preprocess_on_gpu(
     image: torch.Tensor, target: tuple[int, int], dtype: torch.dtype = torch.float32, **options
 ) -> np.ndarray:
     out = torch.full((3, *target), torch.nan, dtype=dtype, device="cuda")
-    how = {k: v for k, v in options.items() if k in ("resize", "interpolation")}
-    scratch = workspace(_core.preprocess_workspace(image, out, **how))
+    geometry = {k: v for k, v in options.items() if k in ("resize", "interpolation")}
+    scratch = workspace(_core.preprocess_workspace(image, out, **geometry))
     _core.preprocess(image, out, **NORMALIZE, workspace=scratch, **options)
     return out.cpu().numpy()
 
@@ -50,7 +50,7 @@ def preprocess_on_cpu(image: np.ndarray, target: tuple[int, int], **options) -> 
 
 
 class Problem:
-    """Embeddings of various norms, unit classes and null text, as NumPy arrays."""
+    """Arguments of classify: embeddings of various norms, unit classes and a unit null text."""
 
     def __init__(self, n: int, k: int, d: int, half: bool = False) -> None:
         rng = np.random.default_rng(n + k + d)
@@ -59,7 +59,7 @@ class Problem:
         self.classes = rng.standard_normal((k, d))
         self.classes /= np.linalg.norm(self.classes, axis=1, keepdims=True)
         null_text = rng.standard_normal(d)
-        if half:  # what both sides get
+        if half:  # round, so that CPU and GPU get equal values
             self.embeddings, self.classes = map(np.float16, (self.embeddings, self.classes))
         self.embeddings, self.classes = map(np.float32, (self.embeddings, self.classes))
         self.null_text = np.float32(null_text / np.linalg.norm(null_text))
@@ -98,7 +98,7 @@ class Problem:
 
 
 def check(got: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...]) -> None:
-    """The CPU's logits but for rounding, and the right order and softmax of these very logits."""
+    """Compare the logits with the CPU's; compute the order and softmax from the GPU's own logits."""
     indices, probabilities, logits = got
     np.testing.assert_allclose(logits, expected[2], atol=1e-4, rtol=0)
     order = np.argsort(-logits, axis=1, kind="stable")[:, : indices.shape[1]]
@@ -115,7 +115,7 @@ SIZES = [(1, 1), (7, 5), (33, 100), (2049, 33), (97, 2049), (640, 481), (480, 64
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("target", [(1, 1), (33, 33), (24, 41), (224, 224)])
-def test_pixels_are_the_cpu_paths(mode: str, interpolation: str, target: tuple[int, int]) -> None:
+def test_pixels_equal_the_cpu_path(mode: str, interpolation: str, target: tuple[int, int]) -> None:
     options = {"resize": mode, "interpolation": interpolation, "fill": 9}
     for size in SIZES:
         image = random_image(*size)
@@ -214,7 +214,7 @@ def test_near_the_null_text_and_of_any_norm(k: int, steps: int) -> None:
 
 
 @pytest.mark.parametrize("k", [9, 1025])
-def test_what_has_no_answer(k: int) -> None:
+def test_invalid_embeddings_and_classes_have_index_minus_1(k: int) -> None:
     problem = Problem(4, k, 8)
     problem.embeddings[1] = 0
     problem.embeddings[2, 3] = np.nan
@@ -236,7 +236,7 @@ def test_purify_cos_equals_the_cpu_path(n: int, d: int, half: bool) -> None:
     expected = _core.purify_cos(z.astype(np.float32), t, steps=7, step_size=0.6)
     rows = gpu(z)
     out = torch.empty_like(rows)
-    for target in (out, rows):  # the second in place
+    for target in (out, rows):  # a new array, then in place
         got = _core.purify_cos(rows, gpu(t), steps=7, step_size=0.6, out=target)
         assert got is target
         np.testing.assert_allclose(
@@ -278,16 +278,16 @@ def test_a_graph_replays_with_changed_inputs(n: int, k: int) -> None:
     out = torch.empty((3, 224, 224), dtype=torch.float16, device="cuda")
     purified = torch.empty_like(arrays["embeddings"])
     scratch = workspace(_core.preprocess_workspace(frame, out))
-    how = {"steps": 2, "step_size": 0.5}
+    purification = {"steps": 2, "step_size": 0.5}
 
     def run() -> tuple[torch.Tensor, ...]:
         handle = torch.cuda.current_stream().cuda_stream
         z, t = arrays["embeddings"], arrays["null_text"]
         _core.preprocess(frame, out, **NORMALIZE, workspace=scratch, stream=handle)
-        _core.purify_cos(z, t, out=purified, stream=handle, **how)
+        _core.purify_cos(z, t, out=purified, stream=handle, **purification)
         return _core.classify(**arrays, **first.options, stream=handle)
 
-    run()  # CUDA loads a kernel at its first launch, which is not for a capture
+    run()  # CUDA loads a kernel at its first launch, which a capture does not allow
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -300,11 +300,11 @@ def test_a_graph_replays_with_changed_inputs(n: int, k: int) -> None:
         check(tuple(array.cpu().numpy() for array in got), problem.on_cpu())
         expected = preprocess_on_cpu(image, (224, 224)).astype(np.float16)
         np.testing.assert_array_equal(out.cpu().numpy(), expected)
-        rows = _core.purify_cos(problem.embeddings, problem.null_text, **how)
+        rows = _core.purify_cos(problem.embeddings, problem.null_text, **purification)
         np.testing.assert_allclose(purified.cpu().numpy(), rows, atol=1e-5, rtol=1e-5)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_wrong_arguments_are_refused() -> None:
     arrays = Problem(2, 9, 8).device_arrays()
 
     def error(**change: object) -> str:

@@ -1,7 +1,7 @@
-"""The CUDA kernels' own sources, compiled for the host by tests/csrc/cuda_shim, against the CPU path.
+"""CUDA kernels compiled for the host with tests/csrc/cuda_shim, compared with the CPU path.
 
-They run under the sanitizers, so that a missing barrier is a failure and not a matter of luck; with
-one planted, the run has to fail.
+They run under the sanitizers, which detect a missing barrier. A test removes a barrier and expects a
+failure.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SOURCES = [
     ROOT / "tests" / "csrc" / "cuda_test.cc",
     *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
 ]
-# The shim's headers take the place of CUDA's; g++ knows neither .cu nor #pragma unroll.
+# The shim's headers replace CUDA's; g++ does not know .cu and #pragma unroll.
 FLAGS = ["-isystem", str(SHIM), "-Wno-unknown-pragmas", "-x", "c++"]
 DATA_RACE = 66  # the thread sanitizer's exit status
 
@@ -39,9 +39,9 @@ def build(flags: list[str], folder: Path) -> Path:
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # A preloaded library would come before the sanitizer's own, which it refuses.
+    # A sanitizer refuses to start after a preloaded library.
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    environment["TSAN_OPTIONS"] = "halt_on_error=1"  # after a race the barriers may never open
+    environment["TSAN_OPTIONS"] = "halt_on_error=1"  # after a race the program may hang
     return subprocess.run(
         [program, *arguments],
         check=False,
@@ -54,31 +54,30 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For the thread sanitizer."""
+    """Build the program with the thread sanitizer."""
     return build(["-fsanitize=thread"], tmp_path_factory.mktemp("thread"))
 
 
 def test_kernels_equal_the_cpu_path(tmp_path: Path) -> None:
-    done = run(build(["-fsanitize=address,undefined"], tmp_path), "all")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "ok\n"
+    process = run(build(["-fsanitize=address,undefined"], tmp_path), "all")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "ok\n"
 
 
-@pytest.mark.parametrize("what", ["threads", "one-launch", "two-launches"])
-def test_kernels_have_no_data_race(program: Path, what: str) -> None:
-    done = run(program, what)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "ok\n"
+@pytest.mark.parametrize("case", ["threads", "one-launch", "two-launches"])
+def test_kernels_have_no_data_race(program: Path, case: str) -> None:
+    process = run(program, case)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "ok\n"
 
 
 @pytest.mark.parametrize("barrier", ["0", "1"])
-@pytest.mark.parametrize("what", ["one-launch", "two-launches"])
-def test_a_missing_barrier_is_found(program: Path, what: str, barrier: str) -> None:
-    # The sanitizer remembers the last accesses to a word only, and may miss a race among hundreds of
-    # threads; several runs of it do not.
+@pytest.mark.parametrize("case", ["one-launch", "two-launches"])
+def test_a_missing_barrier_is_detected(program: Path, case: str, barrier: str) -> None:
+    # The sanitizer remembers only the last accesses to a word, so that one run may miss a race.
     for _ in range(5):
-        done = run(program, what, barrier)
-        if done.returncode != 0:
+        process = run(program, case, barrier)
+        if process.returncode != 0:
             break
-    assert done.returncode == DATA_RACE, done.stderr
-    assert "data race" in done.stderr
+    assert process.returncode == DATA_RACE, process.stderr
+    assert "data race" in process.stderr

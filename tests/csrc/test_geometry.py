@@ -118,7 +118,7 @@ def test_an_empty_side_is_refused(
 
 @properties
 @given(st.lists(st.integers(0, 5), max_size=5), st.sampled_from(["image", "out"]))
-def test_a_shape_of_no_image_is_refused(shape: list[int], name: str) -> None:
+def test_a_wrong_shape_is_refused(shape: list[int], name: str) -> None:
     channels = {"image": 2, "out": 0}[name]
     assume(len(shape) != 3 or shape[channels] != 3)
     arrays = {"image": random_image(4, 5), "out": np.zeros((3, 2, 2), np.float32)}

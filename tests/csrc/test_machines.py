@@ -1,8 +1,8 @@
-"""The CPU operations on machines that this is not, emulated by QEMU, against this one.
+"""CPU operations on processors emulated by QEMU, compared with this machine.
 
-An old x86-64 and one with AVX2 run the binary that is built here, for all; the baseline of 64-bit ARM,
-NEON, is what a Jetson's CPU runs. Without QEMU these are skipped: test_simd.py forces the same
-x86-64 versions on this machine, against NumPy and Pillow.
+An old x86-64 processor and one with AVX2 run this machine's binary. The baseline of 64-bit ARM, NEON,
+is the instruction set of a Jetson's CPU. Without QEMU these tests are skipped; test_simd.py forces
+the same x86-64 versions on this machine and compares them with NumPy and Pillow.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SOURCES = [
     ROOT / "tests" / "csrc" / "answers.cc",
 ]
 ARM = "aarch64-linux-gnu-g++"
-Answers = list[tuple[str, np.ndarray]]
+Results = list[tuple[str, np.ndarray]]
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
 
 def build(compiler: str, folder: Path, flags: list[str]) -> Path:
-    """As CMakeLists.txt does, but static: an emulated machine has none of this one's libraries."""
+    """Build as CMakeLists.txt does, but static, since an emulated machine has no shared libraries."""
     program = folder / "answers"
     filters = folder / "resample.o"
     common = ["-std=c++17", "-O2", "-pthread", f"-I{ROOT}", *flags]
@@ -46,10 +46,10 @@ def build(compiler: str, folder: Path, flags: list[str]) -> Path:
     return program
 
 
-def answers(command: list[str | Path], **environment: str) -> tuple[str, Answers]:
-    """The instruction set that ran, and the name and values of each line."""
+def run(command: list[str | Path], **environment: str) -> tuple[str, Results]:
+    """Run the program; return its instruction set, and the name and values of each line."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("EDGECLIP_SIMD", "LD_PRELOAD")}
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         check=False,
         capture_output=True,
@@ -57,8 +57,8 @@ def answers(command: list[str | Path], **environment: str) -> tuple[str, Answers
         timeout=300,
         env=inherited | environment,
     )
-    assert done.returncode == 0, done.stderr
-    first, *lines = (line.split(" ") for line in done.stdout.splitlines())
+    assert process.returncode == 0, process.stderr
+    first, *lines = (line.split(" ") for line in process.stdout.splitlines())
     return first[1], [(line[0], np.array(line[1:], np.float64)) for line in lines]
 
 
@@ -68,16 +68,16 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(native: Path) -> Answers:
-    """Of this machine's best instruction set."""
-    _, found = answers([native])
-    assert len(found) == 8 * 3 + 6 * 4
-    assert all(np.isfinite(values).all() for _, values in found)
-    return found
+def expected(native: Path) -> Results:
+    """Return the results of this machine's best instruction set."""
+    _, results = run([native])
+    assert len(results) == 8 * 3 + 6 * 4
+    assert all(np.isfinite(values).all() for _, values in results)
+    return results
 
 
-def check(found: Answers, expected: Answers) -> None:
-    for (name, values), (expected_name, expected_values) in zip(found, expected, strict=True):
+def check(actual: Results, expected: Results) -> None:
+    for (name, values), (expected_name, expected_values) in zip(actual, expected, strict=True):
         assert name == expected_name
         if name == "preprocess":
             np.testing.assert_array_equal(values, expected_values)
@@ -86,23 +86,23 @@ def check(found: Answers, expected: Answers) -> None:
 
 
 def emulator(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
+    path = shutil.which(name)
+    if path is None:
         pytest.skip(f"needs {name} (Debian: qemu-user)")
-    return found
+    return path
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="runs this machine's binary")
 @pytest.mark.parametrize(("cpu", "level"), [("Nehalem", "baseline"), ("Haswell", "avx2")])
-def test_x86_64(native: Path, expected: Answers, cpu: str, level: str) -> None:
-    simd, found = answers([emulator("qemu-x86_64"), "-cpu", cpu, native])
+def test_x86_64(native: Path, expected: Results, cpu: str, level: str) -> None:
+    simd, actual = run([emulator("qemu-x86_64"), "-cpu", cpu, native])
     assert simd == level
-    check(found, expected)
+    check(actual, expected)
 
 
-def test_64_bit_arm(expected: Answers, tmp_path: Path) -> None:
+def test_64_bit_arm(expected: Results, tmp_path: Path) -> None:
     if shutil.which(ARM) is None:
         pytest.skip(f"needs {ARM} (Debian: g++-aarch64-linux-gnu)")
-    simd, found = answers([emulator("qemu-aarch64"), build(ARM, tmp_path, [])])
+    simd, actual = run([emulator("qemu-aarch64"), build(ARM, tmp_path, [])])
     assert simd == "baseline"
-    check(found, expected)
+    check(actual, expected)

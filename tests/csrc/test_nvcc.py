@@ -1,4 +1,4 @@
-"""The CUDA kernels compile by nvcc without a warning and fit the registers. No GPU is needed."""
+"""Compilation of the CUDA kernels by nvcc: no warnings, and few enough registers. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support import cuda_check
 def test_kernels_compile_and_fit() -> None:
     nvcc = cuda_check.find_nvcc()
     assert nvcc is not None
-    kernels = cuda_check.report(nvcc, [87])  # all of them: make cuda-check
+    kernels = cuda_check.report(nvcc, [87])  # make cuda-check compiles for all architectures
     names = {kernel.name.partition("<")[0] for kernel in kernels}
     expected = {"score", "finish", "purify", "filter", "fill", "horizontal", "vertical"}
     assert names == {f"{name}_kernel" for name in expected}
@@ -29,10 +29,10 @@ def test_every_architecture_of_the_build_is_checked() -> None:
     assert [int(n) for n in re.findall(r"\d+", numbers)] == cuda_check.ARCHITECTURES
 
 
-def test_nvcc_of_the_path_comes_before_that_of_the_packages(
+def test_nvcc_on_the_path_is_preferred_to_the_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The packages as pip lays them out; two of them may share the folder `nvidia`."""
+    """Lay the packages out as pip does; several share the folder `nvidia`."""
     names = ("path/nvcc", "site/nvidia/cu13/bin/nvcc", "site/nvidia/cu12/bin/nvcc")
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True)

@@ -31,7 +31,7 @@ SIZES = [(1, 1), (2, 3), (7, 5), (33, 33), (32, 33), (33, 100), (2049, 33), (97,
 @pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("target", [(1, 1), (32, 32), (33, 33), (24, 41), (67, 30)])
-def test_pixels_are_pillows(mode: str, interpolation: str, target: tuple[int, int]) -> None:
+def test_pixels_equal_pillows(mode: str, interpolation: str, target: tuple[int, int]) -> None:
     for seed, size in enumerate(SIZES):
         image = random_image(*size, seed=seed)
         got = pixels(image, target, resize=mode, interpolation=interpolation, fill=7)
@@ -39,14 +39,14 @@ def test_pixels_are_pillows(mode: str, interpolation: str, target: tuple[int, in
         np.testing.assert_array_equal(got, expected, err_msg=str(size))
 
 
-def test_pixels_are_pillows_for_many_random_sizes() -> None:
+def test_pixels_equal_pillows_for_many_random_sizes() -> None:
     rng = np.random.default_rng(1)
     for case in range(150):
         height, width, *target = (int(side) for side in rng.integers(1, 90, 4))
         mode = MODES[case % 3]
         interpolation = list(FILTERS)[case % 2]
         if mode == "shortest" and max(height, width) > 30 * min(height, width):
-            continue  # Pillow would need a very large picture
+            continue  # Pillow would need too much memory
         image = random_image(height, width, seed=case)
         got = pixels(image, tuple(target), resize=mode, interpolation=interpolation)
         expected = pillow_pixels(image, tuple(target), mode, interpolation)
@@ -59,9 +59,7 @@ PORTRAITS = [(40, 30), (80, 30), (90, 30), (300, 30), (71, 24)]
 @pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize("mode", ["shortest", "squash"])
 @pytest.mark.parametrize("size", [(30, 40), (100, 100), (30, 300), *PORTRAITS])
-def test_pixels_are_those_of_a_single_resize(
-    size: tuple[int, int], mode: str, interpolation: str
-) -> None:
+def test_pixels_equal_a_single_resize(size: tuple[int, int], mode: str, interpolation: str) -> None:
     if size in PORTRAITS and int(PILLOW.partition(".")[0]) < 13:
         pytest.skip("Pillow resizes vertically first since version 13")
     image = random_image(*size)
@@ -92,17 +90,17 @@ def test_thin_images(size: tuple[int, int], mode: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(20000, 1), (1, 20000)])
-def test_only_what_the_crop_needs_is_computed(size: tuple[int, int]) -> None:
+def test_only_pixels_of_the_crop_are_computed(size: tuple[int, int]) -> None:
     image = random_image(*size)
     kibibytes = 1 if sys.platform != "darwin" else 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    got = pixels(image, (224, 224))  # of a resized 4480000 x 224, gigabytes if it were whole
+    got = pixels(image, (224, 224))  # the whole resized image, 4480000 x 224, would take gigabytes
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / kibibytes
     assert grown < 50_000
     middle = image.reshape(-1, 3)[9998:10002].astype(int)
     assert np.all(got >= np.clip(middle.min(0) - 64, 0, 255))
     assert np.all(got <= np.clip(middle.max(0) + 64, 0, 255))
-    # At the middle of a pixel that is 224 wide, and of a crop that is 224 wide, an edge.
+    # A source pixel becomes 224 pixels wide, so that the crop is centred on an edge of two.
     edges = got if size[1] == 1 else got.transpose(1, 0, 2)
     assert np.all(edges == edges[:, :1])
     near = np.abs(edges[0, 0].astype(int) - image.reshape(-1, 3)[9999])
@@ -155,7 +153,7 @@ def test_threads_do_not_change_the_result(mode: str, size: tuple[int, int]) -> N
 
 
 def test_after_a_fork() -> None:
-    """The threads that are kept are the parent's: a child has to start its own."""
+    """Check that a child starts its own threads; those in the pool are the parent's."""
     code = """
 import os, numpy as np
 from edgeclip import _core
@@ -199,7 +197,7 @@ def test_padding_is_normalised(fill: int) -> None:
     [
         case
         for case in itertools.product([32, (24, 41)], MODES, FILTERS)
-        if case != ((24, 41), "shortest", "bilinear")  # where open_clip is bicubic all the same
+        if case != ((24, 41), "shortest", "bilinear")  # open_clip uses bicubic here
     ],
 )
 def test_equals_open_clip(
@@ -236,7 +234,7 @@ def test_equals_open_clip(
         np.testing.assert_array_equal(out, reference(Image.fromarray(image)).numpy())
 
 
-GOOD = {"image": random_image(4, 5), "out": np.zeros((3, 2, 2), np.float32)}
+VALID = {"image": random_image(4, 5), "out": np.zeros((3, 2, 2), np.float32)}
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
@@ -287,7 +285,7 @@ def misaligned(shape: tuple[int, ...]) -> np.ndarray:
             "expected out to be C-contiguous, got strides (4, 24, 12) for shape (3, 2, 2)",
         ),
         ({"out": misaligned((3, 2, 2))}, "expected out to be aligned to its element size"),
-        ({"out": read_only(GOOD["out"])}, "expected out to be writable"),
+        ({"out": read_only(VALID["out"])}, "expected out to be writable"),
         ({"mean": (0, 0)}, "expected mean of 3 values, got 2"),
         ({"std": (1, 1, 1, 1)}, "expected std of 3 values, got 4"),
         ({"std": (1, 0, 1)}, "expected nonzero std"),
@@ -303,8 +301,8 @@ def misaligned(shape: tuple[int, ...]) -> np.ndarray:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
-    arguments = {**GOOD, "mean": (0, 0, 0), "std": (1, 1, 1), **change}
+def test_wrong_arguments_are_refused(change: dict, message: str) -> None:
+    arguments = {**VALID, "mean": (0, 0, 0), "std": (1, 1, 1), **change}
     with pytest.raises(ValueError) as error:  # noqa: PT011
         _core.preprocess(arguments.pop("image"), arguments.pop("out"), **arguments)
     assert str(error.value) == "[preprocess] " + message
@@ -313,9 +311,9 @@ def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
 def test_all_named_options_are_accepted() -> None:
     for resize in _core.RESIZES:
         for interpolation in _core.INTERPOLATIONS:
-            out = np.full_like(GOOD["out"], np.nan)
+            out = np.full_like(VALID["out"], np.nan)
             _core.preprocess(
-                GOOD["image"],
+                VALID["image"],
                 out,
                 mean=(0, 0, 0),
                 std=(1, 1, 1),
@@ -329,4 +327,4 @@ def test_lists_are_refused() -> None:
     with pytest.raises(
         TypeError, match=r"\[preprocess\] expected image to be a NumPy array, .* got list"
     ):
-        _core.preprocess([[1]], GOOD["out"], mean=(0, 0, 0), std=(1, 1, 1))
+        _core.preprocess([[1]], VALID["out"], mean=(0, 0, 0), std=(1, 1, 1))

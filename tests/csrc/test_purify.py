@@ -1,4 +1,4 @@
-"""_core.purify_cos against the released CLIPure code's output and a float64 loop."""
+"""_core.purify_cos against the output of the released CLIPure code and a float64 loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.clipure_reference import (
 
 
 def at_angle(degrees: float, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A float32 embedding of norm 1 and a null text with that angle between them."""
+    """Return a float32 embedding of norm 1 and a null text, with this angle between them."""
     rng = np.random.default_rng(seed)
     t, w = np.linalg.qr(rng.standard_normal((dim, 2)))[0].T
     z = np.cos(np.radians(degrees)) * t + np.sin(np.radians(degrees)) * w
@@ -42,7 +42,7 @@ def test_equals_the_loop_over_vectors(dim: int, steps: int, step_size: float) ->
     assert relative_error(got, purify_by_steps(z, t, steps, step_size)) < 2e-6
 
 
-def test_norms_are_kept() -> None:
+def test_norms_do_not_change() -> None:
     rng = np.random.default_rng(0)
     z = (rng.standard_normal((7, 64)) * np.logspace(-30, 30, 7)[:, None]).astype(np.float32)
     got = _core.purify_cos(z, z[0] + z[1] * np.float32(1e10), steps=3, step_size=30.0)
@@ -62,7 +62,7 @@ def test_an_even_number_of_published_steps_is_the_identity(degrees: float, steps
 
 @pytest.mark.parametrize("factor", [1.0, -1.0, 3.0, -0.3, 1e20])
 @pytest.mark.parametrize("steps", [1, 10])
-def test_parallel_to_the_null_text_there_is_no_tangent(factor: float, steps: int) -> None:
+def test_embeddings_parallel_to_the_null_text_do_not_change(factor: float, steps: int) -> None:
     _, t = at_angle(90, 96)
     z = (t * np.float32(factor))[None]
     np.testing.assert_array_equal(_core.purify_cos(z, t, steps=steps, step_size=30.0), z)
@@ -89,7 +89,7 @@ def test_a_step_onto_the_null_text_stays_there() -> None:
 
 
 @pytest.mark.parametrize(("steps", "step_size"), [(0, 30.0), (5, 0.0)])
-def test_nothing_to_do(steps: int, step_size: float) -> None:
+def test_no_steps_or_step_size_zero_is_the_identity(steps: int, step_size: float) -> None:
     z, t = at_angle(70, 33)
     got = _core.purify_cos(z, t, steps=steps, step_size=step_size)
     assert relative_error(got, z) < 1e-7
@@ -111,7 +111,7 @@ def test_alone_and_in_a_batch() -> None:
         np.testing.assert_array_equal(alone[0], batch[i])
 
 
-def test_output_may_be_given_and_be_the_input() -> None:
+def test_the_output_can_be_the_input() -> None:
     z, t = at_angle(70, 33)
     expected = _core.purify_cos(z, t, steps=3, step_size=0.5)
     assert _core.purify_cos(z, t, steps=3, step_size=0.5, out=z) is z
@@ -176,14 +176,14 @@ def with_value(array: np.ndarray, index: tuple[int, ...], value: float) -> np.nd
         ({"null_text": with_value(T, (0,), np.nan)}, "null_text contains NaN or infinity"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+def test_wrong_argumentsare_refused(change: dict, message: str) -> None:
     arguments = {"embeddings": Z, "null_text": T, "steps": 2, "step_size": 30.0, **change}
     with pytest.raises(ValueError) as error:  # noqa: PT011
         _core.purify_cos(arguments.pop("embeddings"), arguments.pop("null_text"), **arguments)
     assert str(error.value) == "[purify_cos] " + message
 
 
-# The step of CLIPure-Diff.
+# Step of CLIPure-Diff.
 
 
 def rows_of_all_sizes(n: int, dim: int, seed: int) -> np.ndarray:
@@ -198,15 +198,15 @@ def rows_of_all_sizes(n: int, dim: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("dim", [1, 33, 2049])
 def test_polar_step_equals_vectors(dim: int, n: int, step_size: float) -> None:
     z, g = rows_of_all_sizes(n, dim, 0), rows_of_all_sizes(n, dim, 1)[::-1].copy()
-    kept = z.copy(), g.copy()
+    copies = z.copy(), g.copy()
     got = _core.polar_step(z, g, step_size=step_size)
     assert got.dtype == np.float32
     assert got.shape == z.shape
     assert relative_error(got, polar_by_vectors(z, g, step_size)) < 1e-6
     norms = [np.linalg.norm(a.astype(np.float64), axis=1) for a in (got, z)]
     np.testing.assert_allclose(*norms, rtol=1e-6)
-    assert np.array_equal(z, kept[0])
-    assert np.array_equal(g, kept[1])
+    assert np.array_equal(z, copies[0])
+    assert np.array_equal(g, copies[1])
 
 
 def test_polar_step_goes_down_the_gradient() -> None:
@@ -225,25 +225,25 @@ def test_polar_step_without_a_gradient(step_size: float) -> None:
     assert (np.array_equal(got[1], z[1])) is (step_size == 0)
 
 
-def test_polar_step_that_would_leave_nothing() -> None:
+def test_polar_step_onto_or_past_the_origin() -> None:
     z = rows_of_all_sizes(3, 33, 0)
     g = z.copy()
     g[1] *= -1
-    wide = z.astype(np.float64)
+    exact = z.astype(np.float64)
     got = _core.polar_step(z, g, step_size=1.0)
     assert np.array_equal(got[[0, 2]], z[[0, 2]])
-    assert relative_error(got[1:2], wide[1:2]) < 1e-6
+    assert relative_error(got[1:2], exact[1:2]) < 1e-6
     beyond = _core.polar_step(z, g, step_size=2.0)
-    assert relative_error(beyond[[0, 2]], -wide[[0, 2]]) < 1e-6
+    assert relative_error(beyond[[0, 2]], -exact[[0, 2]]) < 1e-6
 
 
 @pytest.mark.parametrize("step_size", [1e30, 1e160, 1e300])
-def test_polar_step_of_a_size_beyond_all_use(step_size: float) -> None:
+def test_polar_step_of_a_huge_size(step_size: float) -> None:
     z, g = rows_of_all_sizes(9, 33, 0), rows_of_all_sizes(9, 33, 1)
     got = _core.polar_step(z, g, step_size=step_size)
-    wide = g.astype(np.float64)
+    exact = g.astype(np.float64)
     norms = [np.linalg.norm(a.astype(np.float64), axis=1, keepdims=True) for a in (z, g)]
-    assert relative_error(got, -norms[0] * wide / norms[1]) < 1e-6
+    assert relative_error(got, -norms[0] * exact / norms[1]) < 1e-6
 
 
 def test_polar_step_alone_and_in_a_batch() -> None:
@@ -285,8 +285,10 @@ def test_polar_step_alone_and_in_a_batch() -> None:
         ({"gradients": with_value(Z, (1, 0), np.inf)}, "gradient 1 contains NaN or infinity"),
     ],
 )
-def test_polar_step_refuses_what_does_not_fit(change: dict, message: str) -> None:
-    given = {"embeddings": Z, "gradients": np.ones_like(Z), "step_size": 0.5, **change}
+def test_polar_step_refuses_wrong_arguments(change: dict, message: str) -> None:
+    arguments = {"embeddings": Z, "gradients": np.ones_like(Z), "step_size": 0.5, **change}
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        _core.polar_step(given["embeddings"], given["gradients"], step_size=given["step_size"])
+        _core.polar_step(
+            arguments["embeddings"], arguments["gradients"], step_size=arguments["step_size"]
+        )
     assert str(error.value) == "[polar_step] " + message

@@ -1,4 +1,4 @@
-"""The C++ operations under the address, undefined-behaviour and thread sanitizers."""
+"""C++ operations under the address, undefined-behaviour and thread sanitizers."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ SOURCES = [
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize(
-    ("flags", "what"),
+    ("flags", "case"),
     [
         (["-fsanitize=address,undefined", *LEVELS], "all"),
         (["-fsanitize=thread", *LEVELS], "threads"),
     ],
     ids=["address", "thread"],
 )
-def test_operations_run_clean(flags: list[str], what: str, tmp_path: Path) -> None:
+def test_operations_run_clean(flags: list[str], case: str, tmp_path: Path) -> None:
     if not works(flags, tmp_path):
         pytest.skip(f"{' '.join(flags)} does not work here")
     program = tmp_path / "ops_test"
     compile_with(flags, SOURCES, program)
-    # A preloaded library would come before the sanitizer's own, which it refuses.
+    # A sanitizer refuses to start after a preloaded library.
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    done = subprocess.run(
-        [program, what], check=False, capture_output=True, text=True, env=environment, timeout=300
+    process = subprocess.run(
+        [program, case], check=False, capture_output=True, text=True, env=environment, timeout=300
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "ok\n"
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "ok\n"

@@ -1,6 +1,6 @@
-"""Every instruction set's version of the operations: EDGECLIP_SIMD, in processes of their own.
+"""Operations of each instruction set, chosen by EDGECLIP_SIMD in separate processes.
 
-Each of them against float64 NumPy and Pillow at awkward sizes, and against the others.
+Each is compared with float64 NumPy, with Pillow and with the others, at awkward sizes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from tests.support.paths import ROOT
 from tests.support.preprocessing import two_passes
 
 LEVELS = ["baseline", "avx2", "avx512"]
-SIZES = [1, 33, 2049]  # of embeddings, and numbers of classes
+SIZES = [1, 33, 2049]  # dimensions of embeddings, and numbers of classes
 IMAGES = [(1, 1), (33, 2049), (2049, 33), (97, 101)]
 TARGETS = [(1, 1), (33, 33), (24, 41)]
 STEPS, STEP_SIZE = 3, 0.3
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Python code in a process whose working directory is that of the tests."""
+    """Run Python code in a process whose working directory is the checkout."""
     inherited = {k: v for k, v in os.environ.items() if k != "EDGECLIP_SIMD"}
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -43,7 +43,7 @@ def available() -> list[str]:
 
 
 def problems() -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
-    """Embeddings (3 or 33, D), classes (K, D) with unit rows, a unit null text (D,)."""
+    """Yield a name, embeddings (1 or 33, D), classes (K, D) with unit rows, and a unit null text (D,)."""
     for d in SIZES:
         for k in SIZES:
             rng = np.random.default_rng(k + d)
@@ -64,18 +64,18 @@ def pictures() -> Iterator[tuple[str, np.ndarray, tuple[int, int]]]:
 
 
 def compute(path: str) -> None:
-    """What this process's instruction set makes of all of them, into a .npz file."""
+    """Save the outputs of this process's instruction set in a .npz file."""
     from edgeclip import _core
 
-    found: dict[str, np.ndarray] = {}
+    outputs: dict[str, np.ndarray] = {}
     for name, image, target in pictures():
         out = np.full((3, *target), np.nan, np.float32)
         _core.preprocess(image, out, mean=(0, 0, 0), std=(1, 1, 1), resize="squash")
-        found[f"pixels {name}"] = out
+        outputs[f"pixels {name}"] = out
     for name, embeddings, classes, null_text in problems():
         purification = {"steps": STEPS, "step_size": STEP_SIZE}
-        found[f"purified {name}"] = _core.purify_cos(embeddings, null_text, **purification)
-        found[f"moved {name}"] = _core.polar_step(
+        outputs[f"purified {name}"] = _core.purify_cos(embeddings, null_text, **purification)
+        outputs[f"moved {name}"] = _core.polar_step(
             embeddings, embeddings[::-1].copy(), step_size=0.5
         )
         answers = _core.classify(
@@ -89,35 +89,35 @@ def compute(path: str) -> None:
             **purification,
         )
         for kind, array in zip(("indices", "probabilities", "logits"), answers, strict=True):
-            found[f"{kind} {name}"] = array
-    np.savez(path, simd=np.array(_core.simd()), **found)
+            outputs[f"{kind} {name}"] = array
+    np.savez(path, simd=np.array(_core.simd()), **outputs)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.ndarray]]:
-    found = {}
+    outputs = {}
     for level in available():
-        path = tmp_path_factory.mktemp("simd") / "found.npz"
+        path = tmp_path_factory.mktemp("simd") / "outputs.npz"
         code = f"from tests.csrc import test_simd; test_simd.compute({str(path)!r})"
-        done = run(code, EDGECLIP_SIMD=level)
-        assert done.returncode == 0, done.stderr
+        process = run(code, EDGECLIP_SIMD=level)
+        assert process.returncode == 0, process.stderr
         with np.load(path) as arrays:
-            found[level] = dict(arrays)
-        assert found[level].pop("simd") == level
-    return found
+            outputs[level] = dict(arrays)
+        assert outputs[level].pop("simd") == level
+    return outputs
 
 
-def test_pixels_are_pillows_on_every_path(results: dict[str, dict[str, np.ndarray]]) -> None:
+def test_pixels_of_every_path_equal_pillows(results: dict[str, dict[str, np.ndarray]]) -> None:
     for name, image, (height, width) in pictures():
         picture = Image.fromarray(image)
         resized = np.asarray(two_passes(picture, (width, height), Image.Resampling.BICUBIC))
         expected = resized.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
-        for level, found in results.items():
-            np.testing.assert_array_equal(found[f"pixels {name}"], expected, f"{level} {name}")
+        for level, outputs in results.items():
+            np.testing.assert_array_equal(outputs[f"pixels {name}"], expected, f"{level} {name}")
 
 
 def purified(z: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """CLIPure-Cos by its definition, in float64, with the norms kept."""
+    """Run CLIPure-Cos as it is defined, in float64; the norms do not change."""
     norms = np.linalg.norm(z, axis=1, keepdims=True)
     u, t = z / norms, t / np.linalg.norm(t)
     for _ in range(STEPS):
@@ -136,22 +136,22 @@ def test_every_path_equals_float64(results: dict[str, dict[str, np.ndarray]]) ->
         logits = 10 * (clean / lengths) @ classes.T.astype(float)
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         softmax = powers / powers.sum(axis=1, keepdims=True)
-        for found in results.values():
-            difference = np.linalg.norm(found[f"purified {name}"] - clean, axis=1)
+        for outputs in results.values():
+            difference = np.linalg.norm(outputs[f"purified {name}"] - clean, axis=1)
             assert np.all(difference <= 1e-6 * lengths[:, 0])
-            np.testing.assert_allclose(found[f"logits {name}"], logits, atol=2e-5)
-            indices = found[f"indices {name}"]
-            order = np.argsort(-found[f"logits {name}"], axis=1, kind="stable")
+            np.testing.assert_allclose(outputs[f"logits {name}"], logits, atol=2e-5)
+            indices = outputs[f"indices {name}"]
+            order = np.argsort(-outputs[f"logits {name}"], axis=1, kind="stable")
             np.testing.assert_array_equal(indices, order[:, : indices.shape[1]])
             expected = np.take_along_axis(softmax, indices, axis=1)
-            np.testing.assert_allclose(found[f"probabilities {name}"], expected, rtol=3e-5)
+            np.testing.assert_allclose(outputs[f"probabilities {name}"], expected, rtol=3e-5)
 
 
 def test_the_paths_agree(results: dict[str, dict[str, np.ndarray]]) -> None:
     baseline = results["baseline"]
-    for found in results.values():
-        assert found.keys() == baseline.keys()
-        for name, array in found.items():
+    for outputs in results.values():
+        assert outputs.keys() == baseline.keys()
+        for name, array in outputs.items():
             if name.startswith(("purified", "moved", "probabilities")):
                 np.testing.assert_allclose(array, baseline[name], rtol=1e-5, atol=1e-6)
 
@@ -159,12 +159,12 @@ def test_the_paths_agree(results: dict[str, dict[str, np.ndarray]]) -> None:
 @pytest.mark.parametrize("value", ["sse", "AVX2", "avx512 ", "0"])
 def test_an_unknown_instruction_set_is_an_error(value: str) -> None:
     code = "from edgeclip import _core; _core.simd()"
-    done = run(code, EDGECLIP_SIMD=value)
+    process = run(code, EDGECLIP_SIMD=value)
     message = f"EDGECLIP_SIMD must be baseline, avx2 or avx512, got '{value}'"
-    assert done.stderr.splitlines()[-1] == f"RuntimeError: {message}"
+    assert process.stderr.splitlines()[-1] == f"RuntimeError: {message}"
     code = "from edgeclip.cli.main import main; import sys; sys.exit(main(['doctor']))"
-    done = run(code, EDGECLIP_SIMD=value)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
+    process = run(code, EDGECLIP_SIMD=value)
+    assert (process.returncode, process.stdout, process.stderr) == (2, "", f"error: {message}\n")
 
 
 def test_an_operation_does_not_fall_back() -> None:
@@ -178,20 +178,20 @@ for _ in range(2):
     except RuntimeError as err:
         print(err)
 """
-    done = run(code, EDGECLIP_SIMD="neon")
-    assert done.stdout == 2 * "EDGECLIP_SIMD must be baseline, avx2 or avx512, got 'neon'\n"
+    process = run(code, EDGECLIP_SIMD="neon")
+    assert process.stdout == 2 * "EDGECLIP_SIMD must be baseline, avx2 or avx512, got 'neon'\n"
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_doctor_prints_it(level: str) -> None:
+def test_doctor_prints_the_instruction_set(level: str) -> None:
     code = "from edgeclip.cli.main import main; import sys; sys.exit(main(['doctor', '--device', 'cpu']))"
-    done = run(code, EDGECLIP_SIMD=level)
+    process = run(code, EDGECLIP_SIMD=level)
     if level in available():
-        assert done.returncode == 0, done.stderr
-        assert f"core {level}," in done.stdout
+        assert process.returncode == 0, process.stderr
+        assert f"core {level}," in process.stdout
     else:
-        assert done.returncode == 2
-        assert f"error: EDGECLIP_SIMD={level}: this machine supports at most" in done.stderr
+        assert process.returncode == 2
+        assert f"error: EDGECLIP_SIMD={level}: this machine supports at most" in process.stderr
 
 
 def test_empty_is_unset() -> None:

@@ -1,4 +1,4 @@
-"""Compilers, and the sources of the core."""
+"""Compilers, and source files of the core."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CPU_SOURCES = [
     ROOT / "csrc" / "ops.cc",
     *sorted((ROOT / "csrc" / "cpu").glob("*.cc")),
 ]
-# As CMakeLists.txt finds out with the compiler of the machine.
+# CMakeLists.txt tests the compiler instead.
 LEVELS = ["-DEDGECLIP_HAVE_X86_LEVELS"] if platform.machine() == "x86_64" else []
 PROBE = "int main() { return 0; }"
 

@@ -1,7 +1,7 @@
-"""Compile the CUDA kernels for GPU architectures and hold their use of registers under a bar.
+"""Compilation of the CUDA kernels for GPU architectures, with a limit on their registers.
 
-Needs nvcc but no GPU: the one on the PATH, or else that of the Python packages of CUDA, which the
-extra `dev` brings. Exits with 1 where a kernel spills registers or needs too many of them.
+Needs no GPU, but nvcc: on the PATH, or from the Python packages of CUDA, which the extra `dev`
+installs. Exits with 1 if a kernel spills registers or uses too many.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import NamedTuple
 from tests.support.paths import ROOT
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHITECTURES = [75, 80, 86, 87, 89, 90, 110, 120]  # CMakeLists.txt's
-MAX_REGISTERS = 128  # with 256 threads: two blocks on any multiprocessor
+ARCHITECTURES = [75, 80, 86, 87, 89, 90, 110, 120]  # as in CMakeLists.txt
+MAX_REGISTERS = 128  # two blocks of 256 threads fit any multiprocessor
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
@@ -36,7 +36,7 @@ class Kernel(NamedTuple):
     registers: int
     spilled: int  # bytes
     stack: int  # bytes
-    shared: int  # bytes, without those asked for at the launch
+    shared: int  # bytes, without those requested at launch
 
     @property
     def fits(self) -> bool:
@@ -44,36 +44,36 @@ class Kernel(NamedTuple):
 
 
 def find_nvcc() -> str | None:
-    """nvcc on the PATH, or else beside this Python, whose folder is `nvidia/cu13/bin` for CUDA 13."""
-    if (found := shutil.which("nvcc")) is not None:
-        return found
+    """Return nvcc on the PATH, or in this Python's packages (`nvidia/cu13/bin` for CUDA 13), or None."""
+    if (nvcc := shutil.which("nvcc")) is not None:
+        return nvcc
     packages = importlib.util.find_spec("nvidia")
     for folder in (packages and packages.submodule_search_locations) or []:
-        for path in sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True):  # the newest first
+        for path in sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True):  # newest first
             return str(path)
     return None
 
 
 def demangle(name: str) -> str:
-    """A kernel's name and template arguments, without namespaces."""
+    """Return a kernel's name and template arguments, without namespaces."""
     if shutil.which("c++filt") is None:
         return name
-    done = subprocess.run(["c++filt", name], check=True, capture_output=True, text=True)
-    text = done.stdout.strip().replace("(anonymous namespace)", "")
+    process = subprocess.run(["c++filt", name], check=True, capture_output=True, text=True)
+    text = process.stdout.strip().replace("(anonymous namespace)", "")
     return re.sub(r"(\w*::)+|^void | (?=>)", "", text[: text.rindex("(")])
 
 
 def compile_kernels(nvcc: str, source: Path, architecture: int, folder: Path) -> list[Kernel]:
-    """Raises RuntimeError with what nvcc said where it fails or warns."""
+    """Compile one file; raise RuntimeError with nvcc's output if it fails or warns."""
     command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "--resource-usage"]
     command += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", f"-I{ROOT}", "-c", str(source)]
     command += ["-fmad=false"] if source.name == "preprocess.cu" else []  # as CMakeLists.txt
     command += ["-o", str(folder / f"{source.stem}.o")]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    process = subprocess.run(command, check=False, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{process.stdout}{process.stderr}")
     kernels = []
-    for match in ENTRY.finditer(done.stdout + done.stderr):
+    for match in ENTRY.finditer(process.stdout + process.stderr):
         shared = re.search(r"(\d+) bytes smem", match["rest"])
         kernels.append(
             Kernel(

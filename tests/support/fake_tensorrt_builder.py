@@ -25,9 +25,9 @@ class Builder:
             raise TypeError("pybind11::init(): factory function returned nullptr")
 
     def create_network(self, flags: int = 0) -> Any:
-        made = self._trt.INetworkDefinition()
-        made._flags = [x.name for x in self._trt.NetworkDefinitionCreationFlag if flags >> x & 1]
-        return made
+        network = self._trt.INetworkDefinition()
+        network._flags = [x.name for x in self._trt.NetworkDefinitionCreationFlag if flags >> x & 1]
+        return network
 
     def create_builder_config(self) -> Any:
         return self._trt.IBuilderConfig()
@@ -174,11 +174,11 @@ class IBuilderConfig:
     def create_timing_cache(self, serialized_timing_cache: bytes) -> Any:
         """Read the bytes of a timing cache, or none; return None for others."""
         data = bytes(serialized_timing_cache)
-        made = self._trt.ITimingCache()
-        made._head, _, made._entries = (
+        cache = self._trt.ITimingCache()
+        cache._head, _, cache._entries = (
             data.partition(b"\n") if data else (_head(self._trt), b"", b"")
         )
-        return made if made._head.startswith(b"timings ") else None
+        return cache if cache._head.startswith(b"timings ") else None
 
     def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
         if not ignore_mismatch and cache._head != _head(self._trt):
@@ -252,11 +252,11 @@ class OnnxParser:
         return True
 
     def _tensor(self, value: onnx.ValueInfoProto) -> Any:
-        made = self._trt.ITensor()
-        made.name = value.name
+        tensor = self._trt.ITensor()
+        tensor.name = value.name
         dims = value.type.tensor_type.shape.dim
-        made.shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims)
-        return made
+        tensor.shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims)
+        return tensor
 
     def _fail(self, operator: str, function: str, code: Any, text: str) -> None:
         error = self._trt.ParserError()

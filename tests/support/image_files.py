@@ -1,4 +1,4 @@
-"""Image files written byte by byte: what other software writes, and what Pillow would not."""
+"""Image files written byte by byte, as by other software; Pillow would not write some of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 ORIENTATION = 0x0112
-Tag = tuple[int, int, int, bytes]  # number, type, count, and the value or its place in four bytes
+Tag = tuple[int, int, int, bytes]  # number, type, count, and four bytes: the value or its offset
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:
@@ -20,8 +20,8 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def stored(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """What a camera stores so that a viewer, undoing an orientation, shows these pixels."""
+def camera_pixels(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Return the pixels a camera stores so that a viewer, undoing an orientation, shows `pixels`."""
     transposed = pixels.swapaxes(0, 1)
     return np.ascontiguousarray(
         {
@@ -38,7 +38,7 @@ def stored(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def exif(*tags: Tag, order: str = "<") -> bytes:
-    """EXIF, a TIFF without an image, of these tags."""
+    """Return EXIF data with these tags: a TIFF without an image."""
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
     rows = (struct.pack(f"{order}HHI", *tag[:3]) + tag[3] for tag in tags)
     return head + b"".join(rows) + bytes(4)
@@ -49,15 +49,15 @@ def turned(orientation: int) -> Tag:
 
 
 def chunk(kind: bytes, body: bytes, damage: int = 0) -> bytes:
-    """A chunk of a PNG; its checksum is wrong where there is damage."""
+    """Return a chunk of a PNG; its checksum is wrong if damage is not 0."""
     checksum = zlib.crc32(kind + body) ^ damage
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
 
 
 def png(samples: np.ndarray, bits: int, colour: int, *chunks: bytes) -> bytes:
-    """A PNG of samples (H, W) or (H, W, C), without filters, with chunks before the pixels."""
+    """Return a PNG of samples (H, W) or (H, W, C), without filters, with chunks before the pixels."""
     height, width = samples.shape[:2]
-    rows = packed(samples.reshape(height, -1), bits, ">")
+    rows = pack_samples(samples.reshape(height, -1), bits, ">")
     size = len(rows) // height
     lines = b"".join(b"\0" + rows[i : i + size] for i in range(0, len(rows), size))
     return (
@@ -70,9 +70,9 @@ def png(samples: np.ndarray, bits: int, colour: int, *chunks: bytes) -> bytes:
 
 
 def with_chunks(data: bytes, *chunks: bytes, after: bool = False) -> bytes:
-    """A PNG with more chunks, before or after its pixels."""
-    place = data.index(b"IEND" if after else b"IDAT") - 4
-    return data[:place] + b"".join(chunks) + data[place:]
+    """Insert chunks into a PNG, before or after its pixels."""
+    offset = data.index(b"IEND" if after else b"IDAT") - 4
+    return data[:offset] + b"".join(chunks) + data[offset:]
 
 
 def segment(marker: int, body: bytes) -> bytes:
@@ -80,13 +80,13 @@ def segment(marker: int, body: bytes) -> bytes:
 
 
 def with_segments(data: bytes, *segments: bytes, jfif: bytes | None = None) -> bytes:
-    """A JPEG with more segments; jfif, which may be empty, is in the place of its first one."""
+    """Insert segments into a JPEG; jfif, which may be empty, replaces its first segment."""
     end = 4 + struct.unpack(">H", data[4:6])[0] if jfif is not None else 2
     return data[:2] + (jfif or b"") + b"".join(segments) + data[end:]
 
 
-def packed(rows: np.ndarray, bits: int, order: str) -> bytes:
-    """Rows of samples of 1 to 32 bits, each from a whole byte on; the type tells their sign."""
+def pack_samples(rows: np.ndarray, bits: int, order: str) -> bytes:
+    """Pack rows of samples of 1 to 32 bits; each row starts at a byte, and the dtype has the sign."""
     if bits in (8, 16, 32):
         kind = rows.dtype.kind if rows.dtype.itemsize * 8 == bits else "u"
         return rows.astype(f"{order}{kind}{bits // 8}").tobytes()
@@ -105,14 +105,14 @@ def tiff(
     tags: Sequence[tuple[int, int, Sequence[int]]] = (),
     raw: bytes | None = None,
 ) -> bytes:
-    """A TIFF of samples (H, W) or (H, W, C), in one strip or in one for each plane.
+    """Return a TIFF of samples (H, W) or (H, W, C), in one strip or in one strip per plane.
 
-    tags: number, type (3 for 16 bits, 4 for 32) and values. raw: the strip, in place of the samples.
+    tags: number, type (3 for 16 bits, 4 for 32) and values. raw: a strip that replaces the samples.
     """
     height, width = samples.shape[:2]
     count = samples[0, 0].size
     planes = np.moveaxis(samples, -1, 0) if separate else [samples.reshape(height, -1)]
-    strips = [packed(plane, bits, order) for plane in planes] if raw is None else [raw]
+    strips = [pack_samples(plane, bits, order) for plane in planes] if raw is None else [raw]
     strips = [zlib.compress(strip) if deflate else strip for strip in strips]
     offsets = [8 + sum(map(len, strips[:i])) for i in range(len(strips))]
     rows = {

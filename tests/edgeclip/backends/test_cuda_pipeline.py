@@ -73,9 +73,9 @@ def frame(height: int, width: int, seed: int = 0) -> np.ndarray:
     return image
 
 
-def check_same(found: list, expected: list) -> None:
-    assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected, strict=True):
+def check_same(actual: list, expected: list) -> None:
+    assert len(actual) == len(expected)
+    for ours, theirs in zip(actual, expected, strict=True):
         scores = {p.label: p.score for p in theirs}
         assert [p.label for p in ours] == sorted(scores, key=scores.__getitem__, reverse=True)
         np.testing.assert_allclose(
@@ -125,11 +125,11 @@ def test_labels_and_top_k_change_between_graphs(device: str) -> None:
     many = [f"thing number {i}" for i in range(1030)]
     for _ in range(2):
         for labels, top_k in ((LABELS, 5), (LABELS[:2], 1), (many, 7), (LABELS[:1], 3)):
-            found = ours.classify(image, labels, top_k=top_k)
-            assert len(found) == min(top_k, len(labels))
+            actual = ours.classify(image, labels, top_k=top_k)
+            assert len(actual) == min(top_k, len(labels))
             (expected,) = theirs.scores(image, labels)
-            scores = [p.score for p in found]
-            np.testing.assert_allclose(scores, expected[[p.index for p in found]], atol=2e-5)
+            scores = [p.score for p in actual]
+            np.testing.assert_allclose(scores, expected[[p.index for p in actual]], atol=2e-5)
             np.testing.assert_allclose(scores, np.sort(expected)[::-1][:top_k], atol=2e-5)
             np.testing.assert_allclose(ours.scores([image], labels)[0], expected, atol=2e-5)
 
@@ -215,8 +215,8 @@ def test_two_runtimes_in_two_threads(device: str) -> None:
         return [ours.classify(image, LABELS) for _ in range(3) for image in images]
 
     with ThreadPoolExecutor(2) as pool:
-        for found in pool.map(work, range(2)):
-            check_same(found, 3 * expected)
+        for actual in pool.map(work, range(2)):
+            check_same(actual, 3 * expected)
 
 
 def test_many_images_and_broken_ones(device: str, tmp_path: Path) -> None:
@@ -224,11 +224,11 @@ def test_many_images_and_broken_ones(device: str, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     sources = [frame(40, 50, 1), broken, EXAMPLES / "bag.png", frame(20, 30, 2), frame(9, 9, 3)]
-    found = list(ours.classify_each(iter(sources), LABELS))
+    actual = list(ours.classify_each(iter(sources), LABELS))
     expected = list(theirs.classify_each(sources, LABELS))
-    assert isinstance(found[1], edgeclip.ImageError)
+    assert isinstance(actual[1], edgeclip.ImageError)
     check_same(
-        [x for x in found if isinstance(x, list)], [x for x in expected if isinstance(x, list)]
+        [x for x in actual if isinstance(x, list)], [x for x in expected if isinstance(x, list)]
     )
 
 
@@ -250,8 +250,8 @@ def test_threads_share_a_runtime(device: str) -> None:
     images = [frame(30 + i % 3, 40, i) for i in range(12)]
     expected = [theirs.classify(image, LABELS) for image in images]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda image: ours.classify(image, LABELS), images))
-    check_same(found, expected)
+        actual = list(pool.map(lambda image: ours.classify(image, LABELS), images))
+    check_same(actual, expected)
 
 
 def test_a_graph_that_takes_one_image_at_a_time(device: str) -> None:
@@ -272,8 +272,8 @@ def test_embeddings_and_golden_outputs(device: str) -> None:
 
 def test_texts_are_the_cpus(device: str) -> None:
     texts = ["a dress", "two boots"]
-    found, expected = (rt.embed_texts(texts) for rt in runtimes(device))
-    np.testing.assert_allclose(found, expected, atol=1e-5)  # TensorFloat-32 is 1e-4 apart
+    actual, expected = (rt.embed_texts(texts) for rt in runtimes(device))
+    np.testing.assert_allclose(actual, expected, atol=1e-5)  # TensorFloat-32 is 1e-4 apart
 
 
 def test_bench_times_the_stages_on_the_gpu(device: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,12 +282,12 @@ def test_bench_times_the_stages_on_the_gpu(device: str, capsys: pytest.CaptureFi
     settings = bench.Settings(
         image=(EXAMPLES / "bag.png").read_bytes(), batch_sizes=(1,), repeats=1
     )
-    found = bench.measure(str(Bundle().path), device, "fp32", settings)
-    assert list(found["gpu_stages_ms"]) == ["preprocess", "encoder", "classify"]
-    (place, *lines) = bench._render_one(
-        found | {"device": device, "precision": "fp32", "problem": ""}
+    report = bench.measure(str(Bundle().path), device, "fp32", settings)
+    assert list(report["gpu_stages_ms"]) == ["preprocess", "encoder", "classify"]
+    (heading, *lines) = bench._render_one(
+        report | {"device": device, "precision": "fp32", "problem": ""}
     )
-    assert place.startswith(f"{device} fp32")
+    assert heading.startswith(f"{device} fp32")
     assert any("by the GPU's own clock" in line for line in lines)
 
 
@@ -298,9 +298,9 @@ def test_no_images(device: str) -> None:
 
 def test_stages_are_timed(device: str) -> None:
     ours, _ = runtimes(device)
-    found = ours.gpu.stage_ms([frame(9, 9), frame(12, 9)], ours.labels(LABELS), COS)
-    assert list(found) == ["preprocess", "encoder", "classify"]
-    assert min(found.values()) >= 0
+    times = ours.gpu.stage_ms([frame(9, 9), frame(12, 9)], ours.labels(LABELS), COS)
+    assert list(times) == ["preprocess", "encoder", "classify"]
+    assert min(times.values()) >= 0
 
 
 def test_a_zero_embedding_is_an_error(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,9 +359,9 @@ def test_a_wrong_engine_is_refused(home: Path) -> None:
     with pytest.raises(edgeclip.DeviceError, match="engine is not the bundle's encoder"):
         check(WrongEncoder(), Bundle(), "fp32")
     images = [EXAMPLES / f"{name}.png" for name in ("bag", "dress", "ankle-boot")]
-    found = check(rt._image_encoder, Bundle(), "fp32", images, LABELS)
-    assert found["top1_agreement"] == 1.0
-    assert found["pictures"] == 3
+    actual = check(rt._image_encoder, Bundle(), "fp32", images, LABELS)
+    assert actual["top1_agreement"] == 1.0
+    assert actual["pictures"] == 3
 
 
 def test_a_missing_engine_is_an_error_with_advice(

@@ -47,10 +47,10 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags += [f'-DEDGECLIP_VERSION="{edgeclip.__version__}"']
 
     def compile_one(source: Path) -> str:
-        made = folder / f"{source.parent.name}-{source.name}.o"
-        command = ["c++", *flags, "-x", "c++", "-c", str(source), "-o", str(made)]
+        compiled = folder / f"{source.parent.name}-{source.name}.o"
+        command = ["c++", *flags, "-x", "c++", "-c", str(source), "-o", str(compiled)]
         subprocess.run(command, check=True)
-        return str(made)
+        return str(compiled)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, SOURCES))
@@ -66,7 +66,7 @@ def emulated(core: Path, command: list[str], trt: str, **environment: str) -> st
         "EDGECLIP_FAKE_TENSORRT": trt,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *command],
         check=False,
         capture_output=True,
@@ -75,7 +75,7 @@ def emulated(core: Path, command: list[str], trt: str, **environment: str) -> st
         env=os.environ | variables | environment,
         timeout=300,
     )
-    return f"{done.stdout}{done.stderr}exit status {done.returncode}"
+    return f"{process.stdout}{process.stderr}exit status {process.returncode}"
 
 
 # TensorRT, selected tests (all if empty), and environment variables.

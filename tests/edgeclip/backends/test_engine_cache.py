@@ -34,10 +34,10 @@ def test_invalid_options(wrong: dict[str, int], message: str) -> None:
 
 
 def key(**changed: Any) -> EngineKey:
-    made = engine_key(
+    original = engine_key(
         ["11" * 32, "22" * 32], fake_tensorrt.module("tensorrt-10.3.0"), ORIN, BuildOptions()
     )
-    return dataclasses.replace(made, **changed)
+    return dataclasses.replace(original, **changed)
 
 
 def test_every_field_changes_the_key() -> None:
@@ -55,7 +55,7 @@ def test_every_field_changes_the_key() -> None:
         key(options=BuildOptions(optimization_level=3)),
         key(recipe=engine_cache.RECIPE + 1),
     ]
-    assert len({made.digest for made in (key(), *others)}) == len(others) + 1
+    assert len({each.digest for each in (key(), *others)}) == len(others) + 1
     assert key().digest == key().digest
 
 

@@ -52,7 +52,7 @@ def embeddings(
     """Return "KIND PRECISION" -> unit embeddings, on this processor or an emulated one."""
     emulator = ["qemu-x86_64", "-cpu", cpu] if cpu else []
     out = folder / "out.npz"
-    done = subprocess.run(
+    process = subprocess.run(
         [*emulator, sys.executable, "-c", EMBED, bundle, folder / "inputs.npz", out, kinds],
         check=False,
         capture_output=True,
@@ -61,7 +61,7 @@ def embeddings(
         # Restrict NumPy and the core to instructions that the emulated processor has.
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "EDGECLIP_SIMD": "baseline"},
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     with np.load(out) as arrays:
         return {n: a / np.linalg.norm(a, axis=1, keepdims=True) for n, a in arrays.items()}
 

@@ -28,7 +28,7 @@ LABELS = ["cat", "dog", "house", "tree"]
 
 
 @pytest.fixture(scope="module")
-def made() -> Conditioned:
+def conditioned() -> Conditioned:
     return with_prior()
 
 
@@ -39,22 +39,24 @@ def images() -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def null_prior(made: Conditioned) -> NullPrior:
-    context = null_context(made.prior.model, made.source, wording(made.source).null_templates)
-    return NullPrior(made.prior.model, context)
+def null_prior(conditioned: Conditioned) -> NullPrior:
+    context = null_context(
+        conditioned.prior.model, conditioned.source, wording(conditioned.source).null_templates
+    )
+    return NullPrior(conditioned.prior.model, context)
 
 
-def opened(made: Conditioned, purifier: Any = GENTLE, **options: Any) -> Runtime:
+def open_runtime(conditioned: Conditioned, purifier: Any = GENTLE, **options: Any) -> Runtime:
     options = {"device": "cpu", "batch_size": 33, "threads": 1} | options
-    return Runtime(made.bundle, purify=purifier, **options)
+    return Runtime(conditioned.bundle, purify=purifier, **options)
 
 
 @pytest.fixture(scope="module")
-def plain(made: Conditioned, images: list[np.ndarray]) -> np.ndarray:
-    return opened(made, None).embed_images(images)
+def plain(conditioned: Conditioned, images: list[np.ndarray]) -> np.ndarray:
+    return open_runtime(conditioned, None).embed_images(images)
 
 
-def drawn(purifier: DiffPurifier) -> tuple[np.ndarray, np.ndarray]:
+def draw(purifier: DiffPurifier) -> tuple[np.ndarray, np.ndarray]:
     """Draw timesteps and noise from the Mersenne Twister, which is the same in every NumPy."""
     random = np.random.RandomState(purifier.seed)
     first, last = purifier.timesteps
@@ -62,12 +64,12 @@ def drawn(purifier: DiffPurifier) -> tuple[np.ndarray, np.ndarray]:
     return times, random.standard_normal((purifier.steps, DIM)).astype(np.float32)
 
 
-def by_loop(z: np.ndarray, prior: NullPrior, purifier: DiffPurifier) -> np.ndarray:
+def purify_by_loop(z: np.ndarray, prior: NullPrior, purifier: DiffPurifier) -> np.ndarray:
     """Run the published loop in float64, with the gradients of PyTorch's prior in float64."""
     wide = NullPrior(prior.prior, prior_context(prior)).double()
     try:
         u = z.astype(np.float64)
-        for timestep, noise in zip(*drawn(purifier), strict=True):
+        for timestep, noise in zip(*draw(purifier), strict=True):
             gradient = wide.gradient(
                 torch.from_numpy(u), int(timestep), torch.from_numpy(noise).double()
             )
@@ -88,31 +90,33 @@ def prior_context(prior: NullPrior) -> Any:
     ids=str,
 )  # fmt: skip
 def test_equals_a_float64_loop(
-    made: Conditioned, images: list, plain: np.ndarray, null_prior: NullPrior, purifier: Any
+    conditioned: Conditioned, images: list, plain: np.ndarray, null_prior: NullPrior, purifier: Any
 ) -> None:
-    found = opened(made, purifier).embed_images(images)
-    assert found.dtype == np.float32
-    wanted = by_loop(plain, null_prior, purifier)
-    assert relative_error(found, wanted) < 1e-4
-    assert relative_error(found, plain) > 1e-2
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    actual = open_runtime(conditioned, purifier).embed_images(images)
+    assert actual.dtype == np.float32
+    expected = purify_by_loop(plain, null_prior, purifier)
+    assert relative_error(actual, expected) < 1e-4
+    assert relative_error(actual, plain) > 1e-2
+    np.testing.assert_allclose(np.linalg.norm(actual, axis=1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["exact", "identity", "released"])
 def test_equals_the_purification_in_pytorch(
-    made: Conditioned, images: list, plain: np.ndarray, null_prior: NullPrior, mode: str
+    conditioned: Conditioned, images: list, plain: np.ndarray, null_prior: NullPrior, mode: str
 ) -> None:
-    found = opened(made).embed_images(images)
+    actual = open_runtime(conditioned).embed_images(images)
     ours = purify(torch.from_numpy(plain), torch.zeros(DIM), GENTLE, mode, null_prior)
-    assert relative_error(found, ours.numpy()) < 1e-4
+    assert relative_error(actual, ours.numpy()) < 1e-4
 
 
-def test_same_answer_alone_in_a_batch_and_on_two_threads(made: Conditioned, images: list) -> None:
-    whole = opened(made)
+def test_same_answer_alone_in_a_batch_and_on_two_threads(
+    conditioned: Conditioned, images: list
+) -> None:
+    whole = open_runtime(conditioned)
     embeddings = whole.embed_images(images)
     labels = [row[0].label for row in whole.classify(images, LABELS)]
     for threads, size in ((1, 1), (2, 1), (2, 33), (1, 5)):
-        other = opened(made, threads=threads, batch_size=size)
+        other = open_runtime(conditioned, threads=threads, batch_size=size)
         np.testing.assert_allclose(other.embed_images(images), embeddings, rtol=0, atol=1e-5)
         assert [row[0].label for row in other.classify(images, LABELS)] == labels
     backwards = whole.embed_images(images[::-1])[::-1]
@@ -120,68 +124,71 @@ def test_same_answer_alone_in_a_batch_and_on_two_threads(made: Conditioned, imag
     assert np.array_equal(whole.embed_images(images), embeddings)
 
 
-def test_another_seed_gives_another_answer(made: Conditioned, images: list) -> None:
-    found = [
-        opened(made, DiffPurifier(2, 0.5, seed=seed)).embed_images(images[:3]) for seed in (0, 1, 0)
+def test_another_seed_gives_another_answer(conditioned: Conditioned, images: list) -> None:
+    actual = [
+        open_runtime(conditioned, DiffPurifier(2, 0.5, seed=seed)).embed_images(images[:3])
+        for seed in (0, 1, 0)
     ]
-    assert relative_error(found[1], found[0]) > 1e-3
-    assert np.array_equal(found[2], found[0])
+    assert relative_error(actual[1], actual[0]) > 1e-3
+    assert np.array_equal(actual[2], actual[0])
 
 
 @pytest.mark.parametrize("purifier", [DiffPurifier(0, 30.0), DiffPurifier(5, 0.0)], ids=str)
 def test_no_steps_or_size_zero_is_the_identity(
-    made: Conditioned, images: list, plain: np.ndarray, purifier: DiffPurifier
+    conditioned: Conditioned, images: list, plain: np.ndarray, purifier: DiffPurifier
 ) -> None:
-    assert np.array_equal(opened(made, purifier).embed_images(images), plain)
+    assert np.array_equal(open_runtime(conditioned, purifier).embed_images(images), plain)
 
 
-def test_classifies_what_it_embeds(made: Conditioned, images: list) -> None:
-    runtime = opened(made)
+def test_classify_agrees_with_embed_images(conditioned: Conditioned, images: list) -> None:
+    runtime = open_runtime(conditioned)
     labels = runtime.labels(LABELS)
-    logits = made.bundle.manifest.logit_scale * (
+    logits = conditioned.bundle.manifest.logit_scale * (
         runtime.embed_images(images).astype(float) @ labels.embeddings.T
     )
     powers = np.exp(logits - logits.max(1, keepdims=True))
-    wanted = powers / powers.sum(1, keepdims=True)
+    probabilities = powers / powers.sum(1, keepdims=True)
     pixels = runtime.preprocess(images)
-    ways = (
+    results = (
         runtime.classify(images, labels),
         list(runtime.classify_each(images, labels)),
         runtime.classify_pixels(pixels, labels),
     )
-    for answers in ways:
-        for row, expected in zip(answers, wanted, strict=True):
+    for answers in results:
+        for row, expected in zip(answers, probabilities, strict=True):
             scores = {p.index: p.score for p in row}
             np.testing.assert_allclose([scores[i] for i in range(4)], expected, atol=1e-4)
     each = np.stack(list(runtime.embed_each(images)))
     np.testing.assert_allclose(each, runtime.embed_images(images), atol=1e-6)
 
 
-def test_texts_are_not_purified(made: Conditioned) -> None:
+def test_texts_are_not_purified(conditioned: Conditioned) -> None:
     texts = ["a cat", "a dog"]
-    found = [opened(made, purifier).embed_texts(texts) for purifier in (None, GENTLE)]
-    assert np.array_equal(*found)
+    actual = [open_runtime(conditioned, purifier).embed_texts(texts) for purifier in (None, GENTLE)]
+    assert np.array_equal(*actual)
 
 
-def test_no_images(made: Conditioned) -> None:
-    runtime = opened(made)
+def test_no_images(conditioned: Conditioned) -> None:
+    runtime = open_runtime(conditioned)
     assert runtime.embed_images([]).shape == (0, DIM)
     assert runtime.classify([], LABELS) == []
     assert next(iter(runtime.classify_each([b"no image"], LABELS))).args
 
 
-def test_step_equals_pytorch(made: Conditioned, plain: np.ndarray, null_prior: NullPrior) -> None:
-    prior = Prior(made.bundle.graph(PRIOR_FILE), DIM, device="cpu", threads=1)
+def test_step_equals_pytorch(
+    conditioned: Conditioned, plain: np.ndarray, null_prior: NullPrior
+) -> None:
+    prior = Prior(conditioned.bundle.graph(PRIOR_FILE), DIM, device="cpu", threads=1)
     (timestep, *_), (noise, *_) = GENTLE.draws(DIM)
     loss, gradient = prior.loss_and_grad(plain, int(timestep), noise)
     assert loss.shape == (33,)
-    wanted = null_prior.gradient(torch.from_numpy(plain), int(timestep), torch.from_numpy(noise))
-    assert relative_error(gradient, wanted.numpy()) < 1e-4
+    expected = null_prior.gradient(torch.from_numpy(plain), int(timestep), torch.from_numpy(noise))
+    assert relative_error(gradient, expected.numpy()) < 1e-4
 
 
-def test_step_for_other_embeddings_is_refused(made: Conditioned) -> None:
+def test_step_for_other_embeddings_is_refused(conditioned: Conditioned) -> None:
     with pytest.raises(BundleError, match="which contradicts the manifest"):
-        Prior(made.bundle.graph(PRIOR_FILE), DIM + 1, device="cpu")
+        Prior(conditioned.bundle.graph(PRIOR_FILE), DIM + 1, device="cpu")
 
 
 def test_bundle_without_a_prior_is_an_error() -> None:
@@ -195,18 +202,18 @@ def test_bundle_without_a_prior_is_an_error() -> None:
         )
 
 
-def test_timesteps_beyond_the_schedule(made: Conditioned) -> None:
+def test_timesteps_beyond_the_schedule(conditioned: Conditioned) -> None:
     with pytest.raises(BundleError, match="prior has the timesteps 0 to 999"):
-        opened(made, DiffPurifier(timesteps=(900, 1000)))
+        open_runtime(conditioned, DiffPurifier(timesteps=(900, 1000)))
 
 
 def test_prior_is_opened_on_first_use(
-    made: Conditioned, monkeypatch: pytest.MonkeyPatch, images: list
+    conditioned: Conditioned, monkeypatch: pytest.MonkeyPatch, images: list
 ) -> None:
     monkeypatch.setattr("edgeclip.backends.host_pipeline.Prior", None)
-    opened(made, CosPurifier(1, 0.1)).embed_images(images[:1])
-    opened(made, "auto").embed_images(images[:1])
-    runtime = opened(made, "diff")
+    open_runtime(conditioned, CosPurifier(1, 0.1)).embed_images(images[:1])
+    open_runtime(conditioned, "auto").embed_images(images[:1])
+    runtime = open_runtime(conditioned, "diff")
     runtime.embed_texts(["a bag"])
     with pytest.raises(TypeError):
         runtime.embed_images(images[:1])
@@ -228,36 +235,38 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return status, captured.out, captured.err
 
 
-def classify(made: Conditioned, picture: str, *more: str) -> list[str]:
-    words = ["classify", picture, "--bundle", str(made.bundle.path), "--format", "json"]
+def classify(conditioned: Conditioned, picture: str, *more: str) -> list[str]:
+    words = ["classify", picture, "--bundle", str(conditioned.bundle.path), "--format", "json"]
     for label in LABELS:
         words += ["--label", label]
     return [*words, *more]
 
 
 def test_classify_with_a_prior(
-    made: Conditioned, picture: str, capsys: pytest.CaptureFixture[str]
+    conditioned: Conditioned, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = "--purify diff --steps 2 --step-size 0.5 --seed 3 --timesteps 0 99"
     options = line.split()
-    status, out, err = run(capsys, *classify(made, picture, *options))
+    status, out, err = run(capsys, *classify(conditioned, picture, *options))
     assert (status, err) == (0, "")
     (answer,) = json.loads(out)
-    own = opened(made, DiffPurifier(2, 0.5, (0, 99), 3))
-    (wanted,) = own.classify([picture], LABELS)
-    assert [p["label"] for p in answer["predictions"]] == [p.label for p in wanted]
+    runtime = open_runtime(conditioned, DiffPurifier(2, 0.5, (0, 99), 3))
+    (expected,) = runtime.classify([picture], LABELS)
+    assert [p["label"] for p in answer["predictions"]] == [p.label for p in expected]
     scores = [p["score"] for p in answer["predictions"]]
-    np.testing.assert_allclose(scores, [p.score for p in wanted], atol=1e-5)
-    _, other, _ = run(capsys, *classify(made, picture, *options[:-3], "--timesteps", "900", "999"))
+    np.testing.assert_allclose(scores, [p.score for p in expected], atol=1e-5)
+    _, other, _ = run(
+        capsys, *classify(conditioned, picture, *options[:-3], "--timesteps", "900", "999")
+    )
     assert json.loads(other) != json.loads(out)
 
 
 def test_published_setting_is_the_default(
-    made: Conditioned, picture: str, capsys: pytest.CaptureFixture[str]
+    conditioned: Conditioned, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, short, _ = run(capsys, *classify(made, picture, "--purify", "diff"))
-    given = "--purify diff --steps 10 --step-size 30 --timesteps 900 999 --seed 0"
-    _, whole, _ = run(capsys, *classify(made, picture, *given.split()))
+    _, short, _ = run(capsys, *classify(conditioned, picture, "--purify", "diff"))
+    options = "--purify diff --steps 10 --step-size 30 --timesteps 900 999 --seed 0"
+    _, whole, _ = run(capsys, *classify(conditioned, picture, *options.split()))
     assert json.loads(short) == json.loads(whole)
 
 
@@ -282,13 +291,13 @@ def test_published_setting_is_the_default(
     ],
 )
 def test_wrong_options_are_one_line(
-    made: Conditioned,
+    conditioned: Conditioned,
     picture: str,
     capsys: pytest.CaptureFixture[str],
     options: str,
     message: str,
 ) -> None:
-    status, out, err = run(capsys, *classify(made, picture, *options.split()))
+    status, out, err = run(capsys, *classify(conditioned, picture, *options.split()))
     assert (status, out) == (2, "")
     assert err.startswith("error: ")
     assert message in err
@@ -308,17 +317,26 @@ def test_command_on_a_bundle_without_a_prior(
 
 
 def test_embed_with_a_prior(
-    made: Conditioned, picture: str, capsys: pytest.CaptureFixture[str]
+    conditioned: Conditioned, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["embed", picture, "--bundle", str(made.bundle.path), "--purify", "diff", "--seed", "5"]
+    words = [
+        "embed",
+        picture,
+        "--bundle",
+        str(conditioned.bundle.path),
+        "--purify",
+        "diff",
+        "--seed",
+        "5",
+    ]
     status, out, _ = run(capsys, *words, "--steps", "2", "--step-size", "0.5")
     assert status == 0
-    (wanted,) = opened(made, DiffPurifier(2, 0.5, seed=5)).embed_images([picture])
-    np.testing.assert_allclose(json.loads(out)["embedding"], wanted, atol=1e-5)
+    (expected,) = open_runtime(conditioned, DiffPurifier(2, 0.5, seed=5)).embed_images([picture])
+    np.testing.assert_allclose(json.loads(out)["embedding"], expected, atol=1e-5)
 
 
-def test_info_shows_the_prior(made: Conditioned, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, "info", str(made.bundle.path))
+def test_info_shows_the_prior(conditioned: Conditioned, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "info", str(conditioned.bundle.path))
     assert status == 0
     shown = json.loads(out)["prior"]
     assert shown[0] == "prior.onnx, exact gradient, 1000 timesteps"

@@ -60,9 +60,9 @@ def graph_of(tmp_path: Path) -> ONNX:
             for i, operator in enumerate(operators)
         ]
         outputs = [helper.make_tensor_value_info("out0", TensorProto.FLOAT, ("batch", 5))]
-        made = helper.make_model(helper.make_graph(nodes, "made", values, outputs))
-        path = tmp_path / "made.onnx"
-        onnx.save(made, path)
+        model = helper.make_model(helper.make_graph(nodes, "model", values, outputs))
+        path = tmp_path / "model.onnx"
+        onnx.save(model, path)
         return path
 
     return make
@@ -104,23 +104,23 @@ SET_FLAGS = {"tensorrt": [], "tensorrt_rtx": ["REQUIRE_USER_ALLOCATION"]}
 
 
 def test_engines_are_strongly_typed_without_precision_flags(trt: ModuleType) -> None:
-    found = built(trt, IMAGE)
-    assert found["network_flags"] == ["STRONGLY_TYPED"]
-    assert found["builder_flags"] == SET_FLAGS[trt.__name__]  # TF32, a default, is cleared
-    assert found["pools"] == {"WORKSPACE": 1 << 30}
+    settings = built(trt, IMAGE)
+    assert settings["network_flags"] == ["STRONGLY_TYPED"]
+    assert settings["builder_flags"] == SET_FLAGS[trt.__name__]  # TF32, a default, is cleared
+    assert settings["pools"] == {"WORKSPACE": 1 << 30}
     smallest, largest = [1, 3, 28, 28], [8, 3, 28, 28]
-    assert found["profiles"] == [{"pixels": [smallest, smallest, largest]}]
+    assert settings["profiles"] == [{"pixels": [smallest, smallest, largest]}]
 
 
 def test_options_reach_the_builder(trt: ModuleType) -> None:
     options = BuildOptions(max_batch=32, opt_batch=4, workspace_bytes=1 << 28, optimization_level=5)
-    found = built(trt, IMAGE, options)
-    assert [shape[0] for shape in found["profiles"][0]["pixels"]] == [1, 4, 32]
-    assert found["pools"] == {"WORKSPACE": 1 << 28}
-    assert found["optimization_level"] == 5
-    found = built(trt, IMAGE, BuildOptions(workspace_bytes=None))
-    assert found["pools"] == {}
-    assert found["optimization_level"] == 3
+    settings = built(trt, IMAGE, options)
+    assert [shape[0] for shape in settings["profiles"][0]["pixels"]] == [1, 4, 32]
+    assert settings["pools"] == {"WORKSPACE": 1 << 28}
+    assert settings["optimization_level"] == 5
+    settings = built(trt, IMAGE, BuildOptions(workspace_bytes=None))
+    assert settings["pools"] == {}
+    assert settings["optimization_level"] == 3
 
 
 def test_unrequested_outputs_are_pruned(trt: ModuleType) -> None:
@@ -336,8 +336,8 @@ def test_without_a_driver(trt: ModuleType) -> None:
 
 
 def test_the_key_contains_the_settings_of_the_build(trt: ModuleType) -> None:
-    found = engine_key(["11" * 32], trt, ORIN, BuildOptions(max_batch=4))
-    assert found.fields() == {
+    key = engine_key(["11" * 32], trt, ORIN, BuildOptions(max_batch=4))
+    assert key.fields() == {
         "graphs": ["11" * 32],
         "module": trt.__name__,
         "version": trt.__version__,

@@ -153,7 +153,7 @@ def test_doctor_fails_only_for_the_precision_that_auto_uses(
 
     assert main(["doctor", str(good), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["precision_used"] == "int8"
-    # An older trial that says what is no longer so.
+    # An older trial, whose result is outdated.
     monkeypatch.setattr(trials, "trials", lambda *_, **__: {})
     monkeypatch.setattr("edgeclip.backends.select.choose_precision", lambda *_: "int8")
     assert main(["doctor", str(copy)]) == 2
@@ -163,19 +163,19 @@ def test_doctor_fails_only_for_the_precision_that_auto_uses(
 
 
 @pytest.mark.parametrize(
-    ("fp32", "int8", "wanted"),
+    ("fp32", "int8", "expected"),
     [(2.0, 1.0, "int8"), (1.0, 2.0, "fp32"), (2.0, 1.41, "fp32"), (2.0, 1.39, "int8")],
 )
 def test_auto_takes_the_fastest_by_a_margin(
-    fresh: Callable[[], None], times: dict[str, float], fp32: float, int8: float, wanted: str
+    fresh: Callable[[], None], times: dict[str, float], fp32: float, int8: float, expected: str
 ) -> None:
     times.update(fp32=fp32, int8=int8)
-    assert Runtime().precision == wanted
+    assert Runtime().precision == expected
 
 
 def test_best_of_trials() -> None:
-    def chosen(**found: tuple[str, float | None]) -> str:
-        return best({name: Trial(*entry) for name, entry in found.items()}, "fp32", 0.9)
+    def chosen(**results: tuple[str, float | None]) -> str:
+        return best({name: Trial(*result) for name, result in results.items()}, "fp32", 0.9)
 
     assert chosen(int8=("", 5.0), fp16=("", 4.0)) == "fp16"  # without fp32
     assert chosen(fp32=("", None)) == "fp32"  # alone, and not timed
@@ -224,8 +224,8 @@ def test_a_damaged_file_is_replaced_by_a_new_trial(
     Runtime(precision="fp32")
     (file,) = (cache / "trials").iterdir()
     if content is None:  # the key is valid, a value is not
-        found = json.loads(file.read_text())
-        content = json.dumps(found | {"trials": {"fp32": {"problem": 3, "ms": "x"}}}).encode()
+        document = json.loads(file.read_text())
+        content = json.dumps(document | {"trials": {"fp32": {"problem": 3, "ms": "x"}}}).encode()
     file.write_bytes(content)
     fresh()
     Runtime(precision="fp32")

@@ -1,4 +1,4 @@
-"""Captions: every character is drawn by a font that has it, or by its number."""
+"""Captions: each character is drawn with a font that has it, or as its number."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ FOLDER = Path(mpl.get_data_path(), "fonts", "ttf")
 DEJAVU = FOLDER / "DejaVuSans.ttf"
 SHOE, BOOT = "靴", "👢"
 WIDTH = 320
-STRIKE = 109  # pixels of a bitmap font
+STRIKE = 109  # size of a bitmap font, in pixels
 
 
 def build(path: Path, *characters: str, colour: str = "") -> Path:
-    """Write a font in which each character is a square as large as a letter, and blank is blank."""
+    """Write a font in which each of the characters is a square as large as a letter."""
     builder = FontBuilder(1000, isTTF=True)
     builder.setupGlyphOrder([".notdef", "square"])
     builder.setupCharacterMap({ord(character): "square" for character in characters})
@@ -56,7 +56,7 @@ def build(path: Path, *characters: str, colour: str = "") -> Path:
 
 
 def add_bitmaps(font: TTFont) -> None:
-    """Make the square a red picture in one size, as Noto Color Emoji has its glyphs."""
+    """Replace the square by a red bitmap in one size, the format of Noto Color Emoji."""
     png = io.BytesIO()
     Image.new("RGBA", (STRIKE, STRIKE), "red").save(png, "PNG")
     # Small metrics: height, width, bearings, advance; then the PNG (format 17).
@@ -64,7 +64,7 @@ def add_bitmaps(font: TTFont) -> None:
     data = struct.pack(">HH", 3, 0) + glyph + png.getvalue()
     lines = struct.pack(">bbBbbbbbbbbb", 100, -20, STRIKE, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     subtable = struct.pack(">HHI", 1, 17, 4) + struct.pack(">II", 0, len(data) - 4)
-    array = struct.pack(">HHI", 1, 1, 8)  # of the one glyph; where its subtable is
+    array = struct.pack(">HHI", 1, 1, 8)  # range of one glyph; offset of its subtable
     size = struct.pack(">IIII", 56, len(array + subtable), 1, 0) + 2 * lines
     size += struct.pack(">HHBBBb", 1, 1, STRIKE, STRIKE, 32, 1)
     for tag, content in (("CBDT", data), ("CBLC", struct.pack(">HHI", 3, 0, 1) + size)):
@@ -74,21 +74,21 @@ def add_bitmaps(font: TTFont) -> None:
 
 
 def read(path: Path, index: int = 0) -> FontFile:
-    found = FontFile.read(str(path), index)
-    assert found is not None
-    return found
+    font = FontFile.read(str(path), index)
+    assert font is not None
+    return font
 
 
 @pytest.fixture(autouse=True)
-def _nothing_was_said() -> Iterator[None]:
+def _reset_warnings() -> Iterator[None]:
     captions._warned.clear()
     yield
     captions._warned.clear()
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Lets the system have these fonts only."""
+def use_fonts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that makes these the system's only fonts."""
 
     def patch(*paths: Path) -> None:
         monkeypatch.setattr(captions, "system_fonts", lambda _: iter(map(read, paths)))
@@ -96,12 +96,12 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return patch
 
 
-def drawn(text: str, font: ImageFont.FreeTypeFont | None = None) -> Image.Image:
-    """What Pillow alone draws."""
+def draw_with_pillow(text: str, font: ImageFont.FreeTypeFont | None = None) -> Image.Image:
+    """Draw the text with Pillow alone."""
     strip = Image.new("RGB", (WIDTH, LINE), "white")
     ascent = ImageFont.load_default(FONT_SIZE).getmetrics()[0]
-    own = font or ImageFont.load_default(FONT_SIZE)
-    ImageDraw.Draw(strip).text((0, ascent), text, "black", own, "ls")
+    font = font or ImageFont.load_default(FONT_SIZE)
+    ImageDraw.Draw(strip).text((0, ascent), text, "black", font, "ls")
     return strip
 
 
@@ -117,18 +117,18 @@ def ink(strip: Image.Image) -> tuple[int, int, int, int]:
     return box
 
 
-# Which characters a font has.
+# Characters of a font.
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ttf"))[::9], ids=lambda path: path.stem)
 def test_characters_of_a_font(path: Path) -> None:
-    font, wanted = read(path), TTFont(path).getBestCmap().keys()
+    font, covered = read(path), TTFont(path).getBestCmap().keys()
     random = np.random.default_rng(0)
-    chosen = {int(code) for code in random.choice(sorted(wanted), 500)}
+    chosen = {int(code) for code in random.choice(sorted(covered), 500)}
     chosen |= {code + i for code in chosen for i in (-1, 1)} | {0, 0xFFFF, 0x10000, 0x10FFFF}
     chosen |= {int(code) for code in random.integers(0, 0x20000, 1000)}
     for code in chosen:
-        assert font.has(chr(code)) == (code in wanted)
+        assert font.has(chr(code)) == (code in covered)
     assert not font.colour
 
 
@@ -159,17 +159,17 @@ def test_fonts_that_are_damaged(tmp_path: Path) -> None:
     start = read(DEJAVU).cmap
     at = good.index(start[:4096])
     random = np.random.default_rng(0)
-    for _ in range(60):  # whatever the table says, an answer comes
+    for _ in range(60):  # any damage gives an answer, not an error
         broken = bytearray(good)
-        for place in random.integers(0, 64, 3):
-            broken[at + int(place)] = int(random.integers(256))
+        for offset in random.integers(0, 64, 3):
+            broken[at + int(offset)] = int(random.integers(256))
         path.write_bytes(broken[: int(random.integers(at, len(good)))])
-        found = FontFile.read(str(path))
+        font = FontFile.read(str(path))
         for character in ("a", "é", SHOE, BOOT):
-            assert found is None or found.has(character) in (True, False)
+            assert font is None or font.has(character) in (True, False)
 
 
-# Which fonts the system has.
+# Fonts of the system.
 
 
 @pytest.mark.skipif(shutil.which("fc-match") is None, reason="needs fontconfig")
@@ -206,7 +206,7 @@ def test_folders_are_searched_without_fontconfig(
     assert names == ["DejaVuSans", "NotoSansCJK-Regular", "Symbola", "a", "b"]
 
 
-# What is drawn.
+# Drawing.
 
 
 @pytest.mark.parametrize(
@@ -214,45 +214,45 @@ def test_folders_are_searched_without_fontconfig(
 )
 def test_ascii_needs_no_fonts(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captions, "system_fonts", pytest.fail)
-    assert caption(text) == drawn(text)
-    assert draw_captions(["", " \n"], WIDTH) == [drawn("")] * 2
+    assert caption(text) == draw_with_pillow(text)
+    assert draw_captions(["", " \n"], WIDTH) == [draw_with_pillow("")] * 2
 
 
 @pytest.mark.parametrize(
     "text", ["Stiefel für Männer", "e\u0301", "ботинок", "μπότα", "אדום", "two\nlines\tand more"]
 )
-def test_one_font_draws_the_whole_text(text: str, here: Callable[..., None]) -> None:
-    """In order and shape as Pillow draws it: from right to left, with marks."""
-    here(DEJAVU)
+def test_one_font_draws_the_whole_text(text: str, use_fonts: Callable[..., None]) -> None:
+    """Compare order and shape with Pillow: from right to left, with marks."""
+    use_fonts(DEJAVU)
     font = ImageFont.truetype(str(DEJAVU), FONT_SIZE) if not text.isascii() else None
     line = "é" if text == "e\u0301" else text.replace("\n", " ").replace("\t", " ")
-    assert caption(text) == drawn(line, font)
+    assert caption(text) == draw_with_pillow(line, font)
 
 
-def test_scripts_mix(tmp_path: Path, here: Callable[..., None]) -> None:
-    """Each by a font that has it, on one line."""
-    here(DEJAVU, build(tmp_path / "cjk.ttf", SHOE))
+def test_scripts_mix(tmp_path: Path, use_fonts: Callable[..., None]) -> None:
+    """Draw each script with a font that has it, on one line."""
+    use_fonts(DEJAVU, build(tmp_path / "cjk.ttf", SHOE))
     strip, font = caption(f"né{SHOE}né"), ImageFont.truetype(str(DEJAVU), FONT_SIZE)
     start = font.getlength("né")
     base = ImageFont.load_default(FONT_SIZE).getmetrics()[0]
     rows = slice(base - round(0.6 * FONT_SIZE), base)
     square = np.asarray(strip)[rows, round(start) + 1 : round(start + 0.6 * FONT_SIZE)]
     assert square.max() == 0  # black all over
-    assert ImageChops.difference(strip, drawn("né", font)).getbbox()[0] >= start - 1
+    assert ImageChops.difference(strip, draw_with_pillow("né", font)).getbbox()[0] >= start - 1
     end = start + 0.8 * FONT_SIZE + font.getlength("né")
     assert ink(strip)[2] == pytest.approx(end, abs=2)
 
 
 @pytest.mark.parametrize("kind", ["layers", "bitmaps"])
-def test_emoji_are_in_colour(tmp_path: Path, here: Callable[..., None], kind: str) -> None:
-    """Also where another font has them in black, and letters do not come from the font of emoji."""
+def test_emoji_are_in_colour(tmp_path: Path, use_fonts: Callable[..., None], kind: str) -> None:
+    """Prefer a colour font for emoji, even if another has them in black, but not for letters."""
     plain = build(tmp_path / "symbols.ttf", BOOT, "é")
-    here(build(tmp_path / "emoji.ttf", BOOT, "é", colour=kind), plain)
+    use_fonts(build(tmp_path / "emoji.ttf", BOOT, "é", colour=kind), plain)
     pixels = np.asarray(caption(f"a{BOOT}")).astype(int)
     red = (pixels[..., 0] > 200) & (pixels[..., 1:].max(axis=-1) < 60)
     rows, columns = (np.flatnonzero(red.any(axis=axis)) for axis in (1, 0))
-    for places in (rows, columns):  # as large as letters
-        assert 0.5 * FONT_SIZE < len(places) <= 1.1 * FONT_SIZE
+    for extent in (rows, columns):  # as large as letters
+        assert 0.5 * FONT_SIZE < len(extent) <= 1.1 * FONT_SIZE
     assert columns[0] >= ImageFont.load_default(FONT_SIZE).getlength("a") - 1
     assert rows[-1] <= LINE - 4
     pixels = np.asarray(caption("é1"))
@@ -263,9 +263,9 @@ def test_joined_emoji_are_one(tmp_path: Path) -> None:
     for text, count in (
         ("👩\u200d🔬", 1), ("👍🏽👍", 2), ("❤️", 1), ("e\u0323\u0301x", 2), ("한글", 2), ("🏴\U000e0067\U000e007f", 1),
     ):  # fmt: skip
-        found = captions._clusters(text)
-        assert len(found) == count
-        assert "".join(found) == text
+        clusters = captions._clusters(text)
+        assert len(clusters) == count
+        assert "".join(clusters) == text
 
 
 @pytest.mark.parametrize(
@@ -284,74 +284,78 @@ def test_joined_emoji_are_one(tmp_path: Path) -> None:
     ],
 )
 def test_missing_characters_are_numbers(
-    text: str, shown: str, package: str, here: Callable[..., None], caplog: pytest.LogCaptureFixture
+    text: str,
+    shown: str,
+    package: str,
+    use_fonts: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    here()
+    use_fonts()
     with caplog.at_level(logging.WARNING):
-        assert caption(text) == drawn(shown)
-        told = [record.getMessage() for record in caplog.records]
-        assert package in told[0]
-        assert shown.partition("[")[2].partition("]")[0] in told[0]
-        assert not any("\n" in line for line in told)
+        assert caption(text) == draw_with_pillow(shown)
+        messages = [record.getMessage() for record in caplog.records]
+        assert package in messages[0]
+        assert shown.partition("[")[2].partition("]")[0] in messages[0]
+        assert not any("\n" in line for line in messages)
         caption(text)
-    assert len(caplog.records) == len(told) == len(set(told))  # once
+    assert len(caplog.records) == len(messages) == len(set(messages))  # each warning comes once
 
 
-def test_marks_that_the_font_of_a_letter_has_not(tmp_path: Path, here: Callable[..., None]) -> None:
-    """A font of both is preferred to one of the letter alone."""
-    here(build(tmp_path / "letters.ttf", "x", "é"), DEJAVU)
+def test_a_font_with_the_mark_is_preferred(tmp_path: Path, use_fonts: Callable[..., None]) -> None:
+    """Prefer a font with the letter and its mark to a font with the letter alone."""
+    use_fonts(build(tmp_path / "letters.ttf", "x", "é"), DEJAVU)
     font = ImageFont.truetype(str(DEJAVU), FONT_SIZE)
-    assert caption("x\u0301") == drawn("x\u0301", font)
+    assert caption("x\u0301") == draw_with_pillow("x\u0301", font)
 
 
-def test_fonts_that_pillow_cannot_load_are_passed_over(
-    tmp_path: Path, here: Callable[..., None]
+def test_fonts_that_pillow_cannot_load_are_skipped(
+    tmp_path: Path, use_fonts: Callable[..., None]
 ) -> None:
     broken = build(tmp_path / "broken.ttf", SHOE)
     font = TTFont(broken)
     del font["head"]
     font.save(broken)
-    here(broken)
-    assert caption(SHOE) == drawn("[U+9774]")
+    use_fonts(broken)
+    assert caption(SHOE) == draw_with_pillow("[U+9774]")
 
 
-def test_without_raqm(monkeypatch: pytest.MonkeyPatch, here: Callable[..., None]) -> None:
-    """Pillow's basic layout draws boxes for characters that only shape others."""
+def test_without_raqm(monkeypatch: pytest.MonkeyPatch, use_fonts: Callable[..., None]) -> None:
+    """Drop characters that only shape others; Pillow's basic layout draws boxes for them."""
     monkeypatch.setattr(features, "check", lambda _: False)
-    here(DEJAVU)
+    use_fonts(DEJAVU)
     font = ImageFont.truetype(str(DEJAVU), FONT_SIZE)
-    assert caption("é\u200d\ufe0e\u200f") == drawn("é", font)
+    assert caption("é\u200d\ufe0e\u200f") == draw_with_pillow("é", font)
 
 
 @pytest.mark.parametrize("letter", ["x", "é", SHOE])
 @pytest.mark.parametrize("width", [1, 100, WIDTH])
 def test_long_lines_are_cut(
-    tmp_path: Path, here: Callable[..., None], letter: str, width: int
+    tmp_path: Path, use_fonts: Callable[..., None], letter: str, width: int
 ) -> None:
-    here(DEJAVU, build(tmp_path / "cjk.ttf", SHOE))
+    use_fonts(DEJAVU, build(tmp_path / "cjk.ttf", SHOE))
     (strip,) = draw_captions([5000 * letter], width)
     assert strip.size == (width, LINE)
     if letter == "x":
         font = ImageFont.load_default(FONT_SIZE)
         counts = [n for n in range(200) if font.getlength("x" * n + "...") <= width]
-        whole = drawn("x" * max(counts, default=0) + "...")
+        whole = draw_with_pillow("x" * max(counts, default=0) + "...")
         assert strip == whole.crop((0, 0, width, LINE))
     if width > 1:
         assert width - 30 < ink(strip)[2] <= width
 
 
-def test_a_line_that_just_fits_is_not_cut(here: Callable[..., None]) -> None:
-    here()
+def test_a_line_that_just_fits_is_not_cut(use_fonts: Callable[..., None]) -> None:
+    use_fonts()
     width = int(ImageFont.load_default(FONT_SIZE).getlength("boot")) + 1
     (strip,) = draw_captions(["boot"], width)
-    assert strip == drawn("boot").crop((0, 0, width, LINE))
+    assert strip == draw_with_pillow("boot").crop((0, 0, width, LINE))
 
 
-def test_labels_of_a_picture(tmp_path: Path, here: Callable[..., None]) -> None:
-    here(DEJAVU, build(tmp_path / "cjk.ttf", SHOE))
+def test_labels_of_a_picture(tmp_path: Path, use_fonts: Callable[..., None]) -> None:
+    use_fonts(DEJAVU, build(tmp_path / "cjk.ttf", SHOE))
     flat = np.zeros((28, 28), np.float32)
     image = np.zeros((28, 28, 3), np.uint8)
     one, other = (render([Explanation(label, flat, image, 0.5)]) for label in (SHOE, "x"))
     box = ImageChops.difference(one, other).getbbox()
     assert box is not None
-    assert box[3] - box[1] < LINE  # in the line of captions
+    assert box[3] - box[1] < LINE  # only the caption differs

@@ -1,4 +1,4 @@
-"""Fast decoding: JPEGs at a reduced scale, against exact decoding and through the encoder."""
+"""Fast decoding of JPEGs at a reduced scale: pixels and embeddings against exact decoding."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def spec(height: int, width: int, resize: str = "shortest") -> ImageSpec:
 
 
 def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Two pixels of it are hardly different, so that scales can be told from contents."""
+    """Return an image without detail, so that every scale has nearly the same contents."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def size_found(height: int, width: int, wanted: ImageSpec) -> tuple[int, ...]:
-    return decode(encoded(smooth(height, width), "JPEG"), fast_for=wanted).shape[:2]
+def decoded_size(height: int, width: int, target: ImageSpec) -> tuple[int, ...]:
+    return decode(encoded(smooth(height, width), "JPEG"), fast_for=target).shape[:2]
 
 
 @pytest.mark.parametrize(
-    ("stored", "wanted", "scale"),
+    ("size", "target", "scale"),
     [
         ((640, 640), spec(40, 40), 8),
         ((632, 640), spec(40, 40), 4),  # one block less than twice as large
@@ -52,17 +52,17 @@ def size_found(height: int, width: int, wanted: ImageSpec) -> tuple[int, ...]:
         ((40, 40), spec(40, 40), 1),
         ((8, 8), spec(40, 40), 1),
         ((1, 2048), spec(4, 4), 1),
-        ((1, 2048), spec(1, 4, "longest"), 1),  # a single row stays as it is
+        ((1, 2048), spec(1, 4, "longest"), 1),  # a single row is not scaled
         ((644, 644), spec(40, 40), 4),  # does not divide by 8
         ((642, 642), spec(40, 40), 2),
-        ((641, 641), spec(40, 40), 2),  # shrinks by 1 of 16, within the limit
-        ((640, 161), spec(40, 40), 1),  # by 1 of 4, which would move the right edge too far
+        ((641, 641), spec(40, 40), 2),  # moves the right edge by 1/16, within the limit
+        ((640, 161), spec(40, 40), 1),  # would move the right edge by 1/4, too far
         ((20001, 17), spec(2, 2, "longest"), 8),
     ],
 )
-def test_the_scale(stored: tuple[int, int], wanted: ImageSpec, scale: int) -> None:
-    expected = tuple(-(-side // scale) for side in stored)
-    assert size_found(*stored, wanted) == expected
+def test_the_scale(size: tuple[int, int], target: ImageSpec, scale: int) -> None:
+    expected = tuple(-(-side // scale) for side in size)
+    assert decoded_size(*size, target) == expected
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
@@ -88,7 +88,7 @@ def test_orientation(orientation: int) -> None:
     exact = decode(data)
     turned = orientation >= 5
     assert exact.shape == ((480, 320, 3) if turned else (320, 480, 3))
-    # What is needed is told by the picture as it is seen: of these shapes by the other side.
+    # The upright picture decides the scale: its other side for these two shapes.
     wide = decode(data, fast_for=spec(20, 30, "squash"))
     tall = decode(data, fast_for=spec(30, 20, "squash"))
     assert [wide.shape, tall.shape] == (
@@ -113,7 +113,7 @@ def test_other_formats_are_exact(form: str) -> None:
     np.testing.assert_array_equal(decode(data, fast_for=spec(10, 10)), decode(data))
 
 
-def test_what_the_caller_decodes_is_exact_and_left_alone(tmp_path: Path) -> None:
+def test_decoded_images_of_the_caller_are_exact_and_unchanged(tmp_path: Path) -> None:
     smooth(320, 480).save(tmp_path / "a.jpg")
     array = decode(tmp_path / "a.jpg")
     assert decode(array, fast_for=spec(10, 10)) is array
@@ -123,7 +123,7 @@ def test_what_the_caller_decodes_is_exact_and_left_alone(tmp_path: Path) -> None
         np.testing.assert_array_equal(np.asarray(lazy), array)
 
 
-def test_the_limit_is_that_of_the_whole_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_applies_to_the_whole_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(smooth(320, 480), "JPEG")
     monkeypatch.setattr("edgeclip.images.decoding.MAX_PIXELS", 320 * 480)
     assert decode(data, fast_for=spec(10, 10)).shape == (40, 60, 3)
@@ -146,7 +146,7 @@ def photograph(name: str) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def runtimes() -> Runtimes:
-    """Fast and exact."""
+    """Return a Runtime with fast decoding and one with exact decoding."""
     kinds = ("fast", "exact")
     fast, exact = (edgeclip.Runtime(purify="none", decode=kind, threads=1) for kind in kinds)
     return fast, exact
@@ -155,7 +155,7 @@ def runtimes() -> Runtimes:
 def check_embedding(
     runtimes: Runtimes, picture: Image.Image, blocks: int, **options: object
 ) -> None:
-    """The picture at just `blocks` times the size needed, in each scale."""
+    """Compare fast and exact decoding at each scale, which leaves `blocks` times the encoder's size."""
     fast, exact = runtimes
     height, width = fast.bundle.manifest.image.size
     for scale in (2, 4, 8):
@@ -186,7 +186,7 @@ def test_embeddings_of_garments(runtimes: Runtimes, name: str, subsampling: int)
 @pytest.mark.parametrize("name", ["rocket", "retina"])
 @pytest.mark.parametrize("edge", [1, 3, 7])
 def test_embeddings_of_odd_sizes(runtimes: Runtimes, name: str, edge: int) -> None:
-    """Whatever scale is chosen, a picture that does not divide has to keep its embedding."""
+    """Check that the embedding hardly changes if the scale does not divide the size."""
     fast, exact = runtimes
     picture = photograph(name)
     for side in (112, 224, 448, 704):
@@ -207,8 +207,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
     def embedding(*options: str) -> list[float]:
         assert main(["embed", str(path), *options]) == 0
-        found: list[float] = json.loads(capsys.readouterr().out)["embedding"]
-        return found
+        values: list[float] = json.loads(capsys.readouterr().out)["embedding"]
+        return values
 
     exact = embedding("--decode", "exact")
     assert embedding("--decode", "fast") == embedding() != exact
@@ -219,7 +219,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "invalid choice: 'quick'" in capsys.readouterr().err
 
 
-def test_long_pictures_are_copied_whole(rng: np.random.Generator) -> None:
+def test_every_row_of_a_picture_is_copied(rng: np.random.Generator) -> None:
     for height in (1, 63, 64, 65, 200):
         array = rng.integers(0, 256, (height, 3, 3), np.uint8)
         stored = io.BytesIO(encoded(Image.fromarray(array), "PNG"))

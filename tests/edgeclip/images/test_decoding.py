@@ -1,4 +1,4 @@
-"""Decoding: what a person sees in a file is what the model is given."""
+"""Decoding: the model gets the pixels that a viewer shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from edgeclip import ImageError
 from edgeclip.images.decoding import decode
-from tests.support.image_files import chunk, encoded, stored
+from tests.support.image_files import camera_pixels, chunk, encoded
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -26,9 +26,9 @@ def picture(rng: np.random.Generator) -> Image.Image:
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "WEBP"])
 def test_lossless_formats_keep_every_pixel(picture: Image.Image, form: str) -> None:
     options = {"lossless": True} if form == "WEBP" else {}
-    found = decode(encoded(picture, form, **options))
-    assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, np.asarray(picture))
+    pixels = decode(encoded(picture, form, **options))
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, np.asarray(picture))
 
 
 def test_jpeg_equals_pillow(picture: Image.Image) -> None:
@@ -48,7 +48,7 @@ def test_sources_give_the_same_pixels(picture: Image.Image, tmp_path: Path) -> N
 def test_exif_orientation(orientation: int) -> None:
     pixels = np.zeros((20, 30, 3), np.uint8)
     pixels[:10, :15] = RED
-    image = Image.fromarray(stored(pixels, orientation))
+    image = Image.fromarray(camera_pixels(pixels, orientation))
     exif = Image.Exif()
     exif[0x0112] = orientation
     np.testing.assert_array_equal(decode(encoded(image, "PNG", exif=exif)), pixels)
@@ -71,8 +71,8 @@ def test_palette_with_a_transparent_colour() -> None:
     image.putpalette([*BLUE, *GREEN])
     image.putpixel((1, 0), 1)
     np.testing.assert_array_equal(decode(encoded(image, "PNG")), [[BLUE, GREEN]])
-    found = decode(encoded(image, "PNG", transparency=1))
-    np.testing.assert_array_equal(found, [[BLUE, WHITE]])
+    pixels = decode(encoded(image, "PNG", transparency=1))
+    np.testing.assert_array_equal(pixels, [[BLUE, WHITE]])
 
 
 def test_transparent_colour_of_an_rgb_png() -> None:
@@ -83,9 +83,9 @@ def test_transparent_colour_of_an_rgb_png() -> None:
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
 def test_16_bit_grey_is_scaled(form: str) -> None:
     grey = np.array([[0, 257, 32896, 65535]], np.uint16)
-    found = decode(encoded(Image.fromarray(grey), form))
-    np.testing.assert_array_equal(found[0, :, 0], [0, 1, 128, 255])
-    np.testing.assert_array_equal(found, found[..., :1].repeat(3, axis=2))
+    pixels = decode(encoded(Image.fromarray(grey), form))
+    np.testing.assert_array_equal(pixels[0, :, 0], [0, 1, 128, 255])
+    np.testing.assert_array_equal(pixels, pixels[..., :1].repeat(3, axis=2))
 
 
 def test_bilevel_and_grey() -> None:
@@ -97,8 +97,8 @@ def test_bilevel_and_grey() -> None:
 
 def test_cmyk() -> None:
     image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    found = decode(encoded(image, "JPEG", quality=95)).reshape(-1, 3)
-    assert np.abs(found.astype(int) - RED).max() < 10
+    pixels = decode(encoded(image, "JPEG", quality=95)).reshape(-1, 3)
+    assert np.abs(pixels.astype(int) - RED).max() < 10
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -149,11 +149,11 @@ def test_float_images_are_refused() -> None:
     "array",
     [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)],
 )
-def test_arrays_that_are_no_pictures(array: np.ndarray) -> None:
+def test_wrong_arrays_are_refused(array: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"\[decode\] expected \(H, W, 3\) uint8 RGB, got"):
         decode(array)
 
 
-def test_other_types() -> None:
+def test_other_types_are_refused() -> None:
     with pytest.raises(TypeError, match="got int"):
         decode(3)  # type: ignore[arg-type]

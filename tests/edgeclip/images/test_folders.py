@@ -1,4 +1,4 @@
-"""Folders are read whole, and what is left out of them is said in one line."""
+"""Folders: listed recursively; one line counts the files that are left out."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.paths import EXAMPLES
 
 @pytest.fixture(autouse=True)
 def _no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither HEIC nor JPEG XL can be decoded, whatever is installed here."""
+    """Hide the decoders of HEIC and JPEG XL, which may be installed."""
     for extra in (formats.HEIF, formats.JPEG_XL):
         monkeypatch.setitem(sys.modules, extra.decoder, None)
 
 
-def make(folder: Path, *names: str) -> str:
+def make_files(folder: Path, *names: str) -> str:
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def names_in(folder: str | Path) -> list[str]:
     return [os.path.relpath(path, folder) for path in expand([str(folder)])]
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+def logged_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     lines = [record.getMessage() for record in caplog.records]
     caplog.clear()
     assert not any("\n" in line for line in lines)
@@ -43,17 +43,17 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_expand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = make(tmp_path, "b.png", "a.JPG", "deep/c.webp")
+    folder = make_files(tmp_path, "b.png", "a.JPG", "deep/c.webp")
     assert expand([folder]) == [f"{folder}/a.JPG", f"{folder}/b.png", f"{folder}/deep/c.webp"]
     assert expand([f"{folder}/*.png", "-"]) == [f"{folder}/b.png", "-"]
     assert expand([f"{folder}/**/*.webp"]) == [f"{folder}/deep/c.webp"]
     assert expand([f"{folder}/none*.png"]) == [f"{folder}/none*.png"]
     assert expand([]) == []
-    assert said(caplog) == []
+    assert logged_lines(caplog) == []
 
 
-def test_patterns_stand_for_what_a_shell_makes_of_them(tmp_path: Path) -> None:
-    folder = make(tmp_path, "a/1.png", "b/2.png", "b/notes.txt", "3.png", ".c/4.png")
+def test_patterns_expand_as_in_a_shell(tmp_path: Path) -> None:
+    folder = make_files(tmp_path, "a/1.png", "b/2.png", "b/notes.txt", "3.png", ".c/4.png")
     assert expand([f"{folder}/[ab]"]) == [f"{folder}/a/1.png", f"{folder}/b/2.png"]
     assert expand([f"{folder}/*"]) == [f"{folder}/{n}" for n in ("3.png", "a/1.png", "b/2.png")]
     (tmp_path / "empty").mkdir()
@@ -64,7 +64,7 @@ def test_patterns_stand_for_what_a_shell_makes_of_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "wanted"),
+    ("pattern", "matches"),
     [
         ("**", "0.png a/1.png a/2.jpg a/b/3.png a/b/c/4.jpg b/5.png"),
         ("**/", "0.png a/1.png a/2.jpg a/b/3.png a/b/c/4.jpg b/5.png"),
@@ -74,49 +74,49 @@ def test_patterns_stand_for_what_a_shell_makes_of_them(tmp_path: Path) -> None:
         ("**/b/*.png", "a/b/3.png b/5.png"),
         ("**/b/**/*.jpg", "a/b/c/4.jpg"),
         ("**/*/**/*.jpg", "a/2.jpg a/b/c/4.jpg"),
-        ("**/c", "a/b/c/4.jpg"),  # a folder is read whole, as everywhere
+        ("**/c", "a/b/c/4.jpg"),  # a folder is listed recursively
         ("a/**/*.png", "a/1.png a/b/3.png"),
         ("?/**/*.png", "a/1.png a/b/3.png b/5.png"),
         ("a/*/**/*.jpg", "a/b/c/4.jpg"),
-        ("a**/*.png", "a/1.png"),  # no name that is ** alone
+        ("a**/*.png", "a/1.png"),  # ** is not a whole name here
         ("**/*.PNG", None),
         ("**/a*.png", None),
         ("none/**/*.png", None),
     ],
 )
-def test_two_stars_stand_for_any_depth(
-    pattern: str, wanted: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_two_stars_match_any_depth(
+    pattern: str, matches: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("0.png", "a/1.png", "a/2.jpg", "a/b/3.png", "a/b/c/4.jpg", "b/5.png", "b/notes.txt")
-    folder = make(tmp_path, *names)
+    folder = make_files(tmp_path, *names)
     whole = f"{folder}/{pattern}"
-    expected = [pattern] if wanted is None else wanted.split()
+    expected = [pattern] if matches is None else matches.split()
     assert expand([whole]) == [f"{folder}/{name}" for name in expected]
     monkeypatch.chdir(tmp_path)
     assert expand([pattern]) == expected
     assert expand([f"./{pattern}"]) == [f"./{name}" for name in expected]
 
 
-def test_two_stars_end_where_links_lead_up(
+def test_two_stars_do_not_follow_links_upward(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = ("1.png", "a/2.png", ".hidden/3.png", "@eaDir/1.png", "a/._2.png", "b.heic", "c.txt")
-    folder = make(tmp_path / "photos", *names)
+    folder = make_files(tmp_path / "photos", *names)
     for name, target in (("up", ".."), ("again", "."), ("a/up", ".."), ("once more", "a")):
         (tmp_path / "photos" / name).symlink_to(target)
     assert expand([f"{folder}/**/*.png"]) == [f"{folder}/1.png", f"{folder}/a/2.png"]
-    assert said(caplog) == [f"{folder}/: left out 3: 3 hidden or system"]
+    assert logged_lines(caplog) == [f"{folder}/: left out 3: 3 hidden or system"]
     expand([f"{folder}/**"])
-    (line,) = said(caplog)
+    (line,) = logged_lines(caplog)
     assert line.startswith(f"{folder}/: left out 5: 3 hidden or system, 1 .heic (pip install ")
     assert line.endswith(", 1 not a picture (.txt)")
     assert expand([f"{folder}/**/*.heic"]) == [f"{folder}/**/*.heic"]
-    assert "1 .heic (pip install" in said(caplog)[0]
-    assert expand([f"{folder}/@ea*/**"]) == [f"{folder}/@eaDir/1.png"]  # named itself
+    assert "1 .heic (pip install" in logged_lines(caplog)[0]
+    assert expand([f"{folder}/@ea*/**"]) == [f"{folder}/@eaDir/1.png"]  # named by the caller
 
 
 def test_two_stars_below_a_folder_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
-    folder = make(tmp_path, "shoe[1]/a/1.png", "shoe1/2.png")
+    folder = make_files(tmp_path, "shoe[1]/a/1.png", "shoe1/2.png")
     assert expand([f"{folder}/shoe[1]/**/*.png"]) == [f"{folder}/shoe[1]/a/1.png"]
     assert expand([""]) == [""]
 
@@ -130,9 +130,9 @@ def test_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
 def test_all_suffixes_are_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     jpegs = [".jpg", ".jpeg", ".jfif", ".jpe", ".mpo", ".JPG"]
     known = [*jpegs, ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".Tiff"]
-    folder = make(tmp_path, *(f"{i}{suffix}" for i, suffix in enumerate(known)))
+    folder = make_files(tmp_path, *(f"{i}{suffix}" for i, suffix in enumerate(known)))
     assert len(expand([folder])) == len(known)
-    assert said(caplog) == []
+    assert logged_lines(caplog) == []
     assert {suffix.lower() for suffix in known} == formats.SUFFIXES
 
 
@@ -141,15 +141,15 @@ def test_formats_that_need_a_decoder(
     installed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    make(tmp_path, "a.heic", "b.HEIF", "c.hif", "d.jxl", "e.avif", "f.avifs", "g.png")
+    make_files(tmp_path, "a.heic", "b.HEIF", "c.hif", "d.jxl", "e.avif", "f.avifs", "g.png")
     monkeypatch.setattr(formats.Extra, "installed", installed)
-    found = names_in(tmp_path)
+    listed = names_in(tmp_path)
     if installed:
-        assert len(found) == 7
-        assert said(caplog) == []
+        assert len(listed) == 7
+        assert logged_lines(caplog) == []
         return
-    assert found == ["g.png"]
-    (line,) = said(caplog)
+    assert listed == ["g.png"]
+    (line,) = logged_lines(caplog)
     assert line.startswith(f"{tmp_path}: left out 6: ")
     assert "1 .heic (pip install 'edgeclip[formats]')" in line
     assert "1 .jxl (pip install 'edgeclip[formats]')" in line
@@ -159,33 +159,35 @@ def test_formats_that_need_a_decoder(
 def test_hidden_and_system_files_are_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make(tmp_path, "a.jpg", "._a.jpg", ".hidden.png", ".thumbnails/a.jpg", ".Trash/deep/b.png")
+    make_files(
+        tmp_path, "a.jpg", "._a.jpg", ".hidden.png", ".thumbnails/a.jpg", ".Trash/deep/b.png"
+    )
     systems = (
         "@eaDir", ".@__thumb", "#recycle", "$RECYCLE.BIN", "System Volume Information",
         "__MACOSX", "lost+found",
     )  # fmt: skip
-    make(tmp_path, *(f"album/{name}/a.jpg" for name in systems))
+    make_files(tmp_path, *(f"album/{name}/a.jpg" for name in systems))
     assert names_in(tmp_path) == ["a.jpg"]
-    assert said(caplog) == [f"{tmp_path}: left out 11: 11 hidden or system"]
-    assert names_in(tmp_path / ".thumbnails") == ["a.jpg"]  # named itself
+    assert logged_lines(caplog) == [f"{tmp_path}: left out 11: 11 hidden or system"]
+    assert names_in(tmp_path / ".thumbnails") == ["a.jpg"]  # named by the caller
     assert names_in(tmp_path / "album" / "@eaDir") == ["a.jpg"]
-    assert said(caplog) == []
+    assert logged_lines(caplog) == []
 
 
 def test_other_files_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    make(tmp_path, "a.png", "notes.txt", "more.txt", "README", ".b.png", "deep/c.heic")
+    make_files(tmp_path, "a.png", "notes.txt", "more.txt", "README", ".b.png", "deep/c.heic")
     assert names_in(tmp_path) == ["a.png"]
     heic = "1 .heic (pip install 'edgeclip[formats]')"
     line = f"left out 5: 1 hidden or system, {heic}, 3 not a picture (.txt, no suffix)"
-    assert said(caplog) == [f"{tmp_path}: {line}"]
+    assert logged_lines(caplog) == [f"{tmp_path}: {line}"]
 
 
 def test_the_line_stays_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    make(
+    make_files(
         tmp_path, *(f"a.k{i}" for i in range(200)), "b.very long suffix", "c.with\nnewline", "d.k1"
     )
     expand([str(tmp_path)])
-    (line,) = said(caplog)
+    (line,) = logged_lines(caplog)
     assert line.startswith(f"{tmp_path}: left out 203: 203 not a picture (.k1, ")
     assert line.endswith(", ...)")
     assert len(line) < len(str(tmp_path)) + 100
@@ -193,29 +195,31 @@ def test_the_line_stays_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 def test_several_folders_have_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("a", "b"):
-        make(tmp_path / name, "1.png", "notes.txt", ".2.png")
+        make_files(tmp_path / name, "1.png", "notes.txt", ".2.png")
     expand([str(tmp_path / "a"), str(tmp_path / "b"), "photo.png"])
-    assert said(caplog) == ["2 folders: left out 4: 2 hidden or system, 2 not a picture (.txt)"]
+    assert logged_lines(caplog) == [
+        "2 folders: left out 4: 2 hidden or system, 2 not a picture (.txt)"
+    ]
 
 
-def test_a_folder_of_nothing_that_can_be_read(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = make(tmp_path, "a.heic")
+def test_a_folder_without_readable_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_files(tmp_path, "a.heic")
     assert expand([folder]) == [folder]
     with pytest.raises(ImageError, match="no images in this directory"):
         decode(folder)
-    assert "pip install 'edgeclip[formats]'" in said(caplog)[0]
+    assert "pip install 'edgeclip[formats]'" in logged_lines(caplog)[0]
 
 
 def test_links_are_followed_and_each_folder_is_read_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     photos = tmp_path / "photos"
-    make(photos, "1.png", "a/2.png", "a/deep/3.png")
-    make(tmp_path / "elsewhere", "4.png", "5.jpg")
+    make_files(photos, "1.png", "a/2.png", "a/deep/3.png")
+    make_files(tmp_path / "elsewhere", "4.png", "5.jpg")
     (photos / "album").symlink_to(tmp_path / "elsewhere")
-    (photos / "0-again").symlink_to(photos / "a")  # before the folder, whose own name is kept
+    (photos / "0-again").symlink_to(
+        photos / "a"
+    )  # sorts before the folder, whose own name is listed
     (photos / "loop").symlink_to(".")
     (photos / "a" / "deep" / "up").symlink_to("../..")
     (photos / "6.png").symlink_to("1.png")
@@ -224,41 +228,43 @@ def test_links_are_followed_and_each_folder_is_read_once(
     ]  # fmt: skip
     (tmp_path / "entry").symlink_to(photos)
     assert len(names_in(tmp_path / "entry")) == 6
-    # A link two levels up leads to all that is there, once.
+    # A link two levels up leads to further folders, each listed once.
     (photos / "a" / "top").symlink_to("../..")
     assert sorted(map(os.path.basename, names_in(photos))) == sorted(
         ["1.png", "6.png", "2.png", "3.png", "4.png", "5.jpg"]
     )
-    assert said(caplog) == []
+    assert logged_lines(caplog) == []
 
 
 def test_dangling_links_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    make(tmp_path, "a.png")
+    make_files(tmp_path, "a.png")
     for name in ("gone.jpg", "album", ".#lock.png", "notes.txt"):
         (tmp_path / name).symlink_to("nowhere")
-    found = names_in(tmp_path)
-    assert found == ["a.png", "album", "gone.jpg"]
-    for name in found[1:]:
+    listed = names_in(tmp_path)
+    assert listed == ["a.png", "album", "gone.jpg"]
+    for name in listed[1:]:
         with pytest.raises(ImageError, match=f"{name}: no such file"):
             decode(tmp_path / name)
-    assert said(caplog) == [f"{tmp_path}: left out 2: 1 hidden or system, 1 not a picture (.txt)"]
+    assert logged_lines(caplog) == [
+        f"{tmp_path}: left out 2: 1 hidden or system, 1 not a picture (.txt)"
+    ]
 
 
-def test_pipes_are_not_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pipes_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to("pipe.png")
-    make(tmp_path, "a.png")
+    make_files(tmp_path, "a.png")
     assert names_in(tmp_path) == ["a.png"]
-    assert said(caplog) == [f"{tmp_path}: left out 2: 2 not a picture (.png)"]
+    assert logged_lines(caplog) == [f"{tmp_path}: left out 2: 2 not a picture (.png)"]
 
 
 def test_a_folder_that_cannot_be_read_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = make(tmp_path, "a.png", "secret/b.png")
+    folder = make_files(tmp_path, "a.png", "secret/b.png")
     scan = os.scandir
 
-    def refuse(path: str) -> object:  # as the system does, but for root
+    def refuse(path: str) -> object:  # as the system does, except for root
         if os.path.basename(path) == "secret":
             raise PermissionError(13, "Permission denied", path)
         return scan(path)
@@ -268,17 +274,17 @@ def test_a_folder_that_cannot_be_read_is_named(
 
 
 def test_one_level(tmp_path: Path) -> None:
-    make(tmp_path, "a.png", "deep/b.png", ".hidden/c.png")
+    make_files(tmp_path, "a.png", "deep/b.png", ".hidden/c.png")
     listing = Listing()
     assert listing.read(str(tmp_path), recursive=False) == [f"{tmp_path}/a.png"]
     assert listing.summary() == "left out 2: 1 hidden or system, 1 below a class folder"
 
 
-def test_the_command_line_says_it_on_stderr(tmp_path: Path) -> None:
+def test_the_command_line_prints_the_line_on_stderr(tmp_path: Path) -> None:
     for name in ("1.png", "._1.png", "notes.txt"):
         (tmp_path / name).write_bytes((EXAMPLES / "bag.png").read_bytes())
     command = [sys.executable, "-m", "edgeclip", "classify", str(tmp_path), "--label", "a bag"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert len(done.stdout.splitlines()) == 1
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(process.stdout.splitlines()) == 1
     line = f"{tmp_path}: left out 2: 1 hidden or system, 1 not a picture (.txt)"
-    assert done.stderr.splitlines().count(line) == 1
+    assert process.stderr.splitlines().count(line) == 1

@@ -1,4 +1,4 @@
-"""Formats beyond Pillow's usual ones, with their decoders and without."""
+"""Optional formats (HEIC, AVIF, JPEG XL), with and without their decoders."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from PIL import Image
 from edgeclip import ImageError
 from edgeclip.images import formats
 from edgeclip.images.decoding import decode
-from tests.support.image_files import encoded, stored
+from tests.support.image_files import camera_pixels, encoded
 from tests.support.paths import VECTORS
 
-HEIC = VECTORS / "red_over_blue.heic"  # turned by its orientation
+HEIC = VECTORS / "red_over_blue.heic"  # stored sideways, with an orientation
 JXL = b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(20)
 needs_avif = pytest.mark.skipif(not formats.AVIF.installed, reason="Pillow without AVIF")
 
 
 def halves() -> Image.Image:
-    """Red on the left, blue on the right."""
+    """Return an image that is red on the left and blue on the right."""
     image = Image.new("RGB", (32, 16), (255, 0, 0))
     image.paste((0, 0, 255), (16, 0, 32, 16))
     return image
@@ -51,7 +51,7 @@ def test_without_a_decoder(
     monkeypatch.setitem(sys.modules, extra.decoder, None)
     assert not extra.installed
     assert not formats.suffixes() & set(extra.suffixes)
-    path = tmp_path / "photo.jpg"  # what it holds counts, not its name
+    path = tmp_path / "photo.jpg"  # the content decides, not the name
     path.write_bytes(data)
     for source in (path, data):
         with pytest.raises(ImageError) as caught:
@@ -79,10 +79,10 @@ def test_avif(orientation: int) -> None:
     pixels[:8, :16] = (255, 0, 0)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = Image.fromarray(stored(pixels, orientation))
-    found = decode(encoded(image, "AVIF", quality=95, exif=exif))
-    assert found.shape == pixels.shape
-    assert np.abs(found.astype(int) - pixels).mean() < 3
+    image = Image.fromarray(camera_pixels(pixels, orientation))
+    decoded = decode(encoded(image, "AVIF", quality=95, exif=exif))
+    assert decoded.shape == pixels.shape
+    assert np.abs(decoded.astype(int) - pixels).mean() < 3
 
 
 @needs_avif
@@ -102,10 +102,10 @@ def test_the_limit_holds_for_avif(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_heic() -> None:
     pytest.importorskip("pi_heif")
     for source in (HEIC, HEIC.read_bytes()):
-        found = decode(source)
-        assert found.shape == (32, 16, 3)
-        assert np.abs(found[2, 8].astype(int) - (255, 0, 0)).max() < 9
-        assert np.abs(found[-3, 8].astype(int) - (0, 0, 255)).max() < 9
+        decoded = decode(source)
+        assert decoded.shape == (32, 16, 3)
+        assert np.abs(decoded[2, 8].astype(int) - (255, 0, 0)).max() < 9
+        assert np.abs(decoded[-3, 8].astype(int) - (0, 0, 255)).max() < 9
     with pytest.raises(ImageError, match="broken image"):
         decode(HEIC.read_bytes()[:400])
 
@@ -115,15 +115,15 @@ def test_jpeg_xl() -> None:
     image = halves()
     exif = Image.Exif()
     exif[0x0112] = 6
-    for options in ({}, {"exif": exif.tobytes()}):  # which a viewer of JPEG XL does not heed
+    for options in ({}, {"exif": exif.tobytes()}):  # viewers of JPEG XL ignore EXIF's orientation
         data = encoded(image, "JXL", lossless=True, **options)
         np.testing.assert_array_equal(decode(data), np.asarray(image))
     grey = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
-    found = decode(encoded(Image.fromarray(grey), "JXL", lossless=True))
-    np.testing.assert_array_equal(found[..., 0], np.rint(grey / 257))
+    decoded = decode(encoded(Image.fromarray(grey), "JXL", lossless=True))
+    np.testing.assert_array_equal(decoded[..., 0], np.rint(grey / 257))
 
 
-def test_an_extra_format_is_not_loaded_before_it_is_met() -> None:
+def test_optional_decoders_are_loaded_on_demand() -> None:
     before = set(sys.modules)
     decode(encoded(halves(), "PNG"))
     with pytest.raises(ImageError, match="not an image of a known kind"):

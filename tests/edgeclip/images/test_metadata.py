@@ -1,4 +1,4 @@
-"""Metadata that is broken, odd or too large: the picture is decoded, upright where that is known."""
+"""Broken, odd or large metadata: the picture is decoded, upright if its orientation is readable."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from edgeclip.images import formats
 from edgeclip.images.decoding import decode
 from edgeclip.manifest import ImageSpec
 from tests.support.image_files import (
+    camera_pixels,
     chunk,
     encoded,
     exif,
     png,
     segment,
-    stored,
     tiff,
     turned,
     with_chunks,
     with_segments,
 )
 
-# What Pillow thinks of such files is a warning to whoever asks for their metadata.
+# Pillow warns about such metadata when it is read.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (33, 47, 3), np.uint8)
@@ -39,12 +39,12 @@ PICTURE = Image.fromarray(PIXELS)
 JPEG, PNG, GIF = (encoded(PICTURE, form) for form in ("JPEG", "PNG", "GIF"))
 WEBP = encoded(PICTURE, "WEBP", lossless=True, exif=b"Exif\0\0" + exif(turned(1)))
 GIF_HEAD = 13 + 768  # with its global palette
-DENSITY = segment(0xE0, b"JFIF\0\1\1\1\0H\0H\0\0")  # with which Pillow leaves EXIF for later
+DENSITY = segment(0xE0, b"JFIF\0\1\1\1\0H\0H\0\0")  # makes Pillow read EXIF later
 HUGE = zlib.compress(bytes(2 << 20))  # above Pillow's limit once inflated
 JUNK = b"Exif\0\0" + b"junk" * 10
 XMP = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>'
 SIX = exif(turned(6))
-# A resolution that Pillow divides: its two bytes are one.
+# Pillow divides the resolution, which should be two numbers but is one.
 ODD = exif(turned(6), (0x011A, 1, 1, b"\1\0\0\0"), (0x0128, 3, 1, b"\2\0\0\0"))
 # A tag whose value Pillow reads but cannot write.
 UNWRITABLE = exif((0x010F, 3, 1, b"\6\0\0\0"), turned(6), (0x011A, 2, 4, b"abc\0"))
@@ -58,7 +58,7 @@ def jpeg(*segments: bytes, jfif: bytes | None = None) -> bytes:
     return with_segments(JPEG, *segments, jfif=jfif)
 
 
-def extended(extension: bytes) -> bytes:
+def gif_with(extension: bytes) -> bytes:
     return GIF[:GIF_HEAD] + extension + GIF[GIF_HEAD:]
 
 
@@ -67,7 +67,7 @@ def text(key: bytes, value: bytes) -> bytes:
 
 
 def webp_without(size: int) -> bytes:
-    """The file without its last bytes, which are EXIF's."""
+    """Return the file without its last bytes, which belong to EXIF."""
     return WEBP[:-size]
 
 
@@ -111,10 +111,10 @@ UPRIGHT = {
     "webp, junk EXIF": encoded(PICTURE, "WEBP", lossless=True, exif=JUNK),
     "webp, EXIF cut": webp_without(3),
     "webp, bad profile": encoded(PICTURE, "WEBP", lossless=True, icc_profile=b"junk"),
-    "gif, junk comment": extended(b"!\xfe\3a\0b\xff" + b"x" * 255 + b"\0"),
-    "gif, empty extension": extended(b"!\xff\0"),
-    "gif, junk application": extended(b"!\xff\x0bNETSCAPE2.0\1a\0"),
-    "gif, cut control": extended(b"!\xf9\1\1\0"),
+    "gif, junk comment": gif_with(b"!\xfe\3a\0b\xff" + b"x" * 255 + b"\0"),
+    "gif, empty extension": gif_with(b"!\xff\0"),
+    "gif, junk application": gif_with(b"!\xff\x0bNETSCAPE2.0\1a\0"),
+    "gif, cut control": gif_with(b"!\xf9\1\1\0"),
     "tiff, junk profile": tiff(PIXELS, 8, 2, tags=[(34675, 3, [1])]),
     "tiff, XMP of numbers": tiff(PIXELS, 8, 2, tags=[(700, 4, [1, 2, 3])]),
     "tiff, XMP of numbers, deflated": tiff(PIXELS, 8, 2, deflate=True, tags=[(700, 4, [1, 2, 3])]),
@@ -149,25 +149,25 @@ TURNED = {
 }  # fmt: skip
 
 
-def expected(data: bytes) -> np.ndarray:
-    """The pixels of the file that metadata was added to."""
+def clean_pixels(data: bytes) -> np.ndarray:
+    """Return the pixels of the file before metadata was added."""
     clean = {b"\xff\xd8": JPEG, b"GI": GIF}.get(data[:2], PNG)
     return np.asarray(Image.open(io.BytesIO(clean)).convert("RGB"))
 
 
 @pytest.mark.parametrize("name", UPRIGHT)
-def test_metadata_refuses_no_picture(name: str, tmp_path: Path) -> None:
+def test_broken_metadata_is_ignored(name: str, tmp_path: Path) -> None:
     data = UPRIGHT[name]
     path = tmp_path / "picture"
     path.write_bytes(data)
     for source in (data, path, memoryview(data)):
-        np.testing.assert_array_equal(decode(source), expected(data))
+        np.testing.assert_array_equal(decode(source), clean_pixels(data))
 
 
 @pytest.mark.parametrize("name", TURNED)
-def test_orientation_is_kept(name: str) -> None:
+def test_orientation_is_applied(name: str) -> None:
     data = TURNED[name]
-    np.testing.assert_array_equal(decode(data), np.rot90(expected(data), -1))
+    np.testing.assert_array_equal(decode(data), np.rot90(clean_pixels(data), -1))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -190,11 +190,11 @@ def test_every_orientation_beside_an_odd_tag(
 ) -> None:
     coarse = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
     upright = np.asarray(Image.fromarray(coarse).resize((64, 48), Image.Resampling.BICUBIC))
-    image = Image.fromarray(stored(upright, orientation))
+    image = Image.fromarray(camera_pixels(upright, orientation))
     data = write(image, exif(turned(orientation), (0x011A, 2, 4, b"abc\0")))
-    found = decode(data)
-    assert found.shape == upright.shape
-    assert np.abs(found.astype(int) - upright).mean() < 4
+    decoded = decode(data)
+    assert decoded.shape == upright.shape
+    assert np.abs(decoded.astype(int) - upright).mean() < 4
 
 
 @pytest.mark.parametrize(
@@ -211,24 +211,24 @@ def test_every_orientation_beside_an_odd_tag(
         (99, b"\6\0\0\0"),
     ],
 )
-def test_orientations_of_other_types_count_as_none(kind: int, value: bytes) -> None:
+def test_orientations_of_other_types_are_ignored(kind: int, value: bytes) -> None:
     tags = exif((0x0112, kind, 1, value))
     for data in (
         jpeg(segment(0xE1, b"Exif\0\0" + tags)),
         jpeg(segment(0xE1, b"Exif\0\0" + tags), segment(0xE2, b"ICC_PROFILE\0")),
         with_chunks(PNG, chunk(b"eXIf", tags)),
     ):
-        np.testing.assert_array_equal(decode(data), expected(data))
+        np.testing.assert_array_equal(decode(data), clean_pixels(data))
 
 
 def test_a_pil_image_with_broken_metadata() -> None:
     for name in ("jpeg, junk EXIF after a density", "png, junk EXIF", "webp, junk EXIF"):
         with Image.open(io.BytesIO(UPRIGHT[name])) as image:
-            np.testing.assert_array_equal(decode(image), expected(UPRIGHT[name]))
+            np.testing.assert_array_equal(decode(image), clean_pixels(UPRIGHT[name]))
     turned_six = TURNED["jpeg, an unwritable tag"]
     with Image.open(io.BytesIO(turned_six)) as image:
-        np.testing.assert_array_equal(decode(image), np.rot90(expected(turned_six), -1))
-        assert image.size == (47, 33)  # the caller's own is left as it is
+        np.testing.assert_array_equal(decode(image), np.rot90(clean_pixels(turned_six), -1))
+        assert image.size == (47, 33)  # the caller's image is unchanged
 
 
 def test_fast_decoding_of_a_jpeg_with_broken_metadata() -> None:
@@ -241,12 +241,12 @@ def test_fast_decoding_of_a_jpeg_with_broken_metadata() -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK"])
 def test_colours_of_a_jpeg_without_its_metadata(mode: str) -> None:
-    """Adobe's segment tells them, and that of a file without JFIF is kept."""
+    """Check that Adobe's segment, which defines the colours, is kept if there is no JFIF."""
     colours = Image.new(mode, (16, 16), (200, 30, 90) if mode == "RGB" else (0, 180, 90, 20))
     clean = encoded(colours, "JPEG", quality=95, keep_rgb=True)
     assert b"Adobe" in clean
-    for place in (2, clean.index(b"\xff\xdb")):
-        data = clean[:place] + segment(0xE2, b"ICC_PROFILE\0") + clean[place:]
+    for offset in (2, clean.index(b"\xff\xdb")):
+        data = clean[:offset] + segment(0xE2, b"ICC_PROFILE\0") + clean[offset:]
         with pytest.raises(OSError, match="cannot identify"):
             Image.open(io.BytesIO(data))
         np.testing.assert_array_equal(decode(data), decode(clean))
@@ -263,8 +263,8 @@ def test_transparency_of_a_png_without_its_metadata() -> None:
 def test_avif_with_junk_exif() -> None:
     data = encoded(PICTURE, "AVIF", quality=95, exif=exif((0x010F, 3, 1, b"\6\0\0\0")))
     assert data.count(b"II*\0") == 1
-    found = decode(data.replace(b"II*\0", b"junk"))
-    np.testing.assert_array_equal(found, decode(data))
+    decoded = decode(data.replace(b"II*\0", b"junk"))
+    np.testing.assert_array_equal(decoded, decode(data))
 
 
 BROKEN = {
@@ -276,8 +276,8 @@ BROKEN = {
     "png, no pixels": with_chunks(PNG, chunk(b"tEXt", b"a\0b", damage=1))[:60],
     "png, damaged header": PNG[:29] + bytes(4) + PNG[33:],
     "webp": WEBP[: len(WEBP) // 2],
-    "gif": extended(b"!\xff\0")[:-500],
-    "gif, nothing but an extension": extended(b"!\xff\0")[: GIF_HEAD + 3],
+    "gif": gif_with(b"!\xff\0")[:-500],
+    "gif, nothing but an extension": gif_with(b"!\xff\0")[: GIF_HEAD + 3],
     "tiff": tiff(PIXELS, 8, 2, tags=[(700, 4, [1, 2, 3])])[:200],
     "tiff, header": tiff(PIXELS, 8, 2)[:6],
 }
@@ -301,7 +301,7 @@ def test_the_limit_holds_without_metadata() -> None:
         decode(bomb)
 
 
-def test_pillow_is_left_as_it_is() -> None:
+def test_pillows_settings_are_restored() -> None:
     def settings() -> list[object]:
         modules = ((ImageFile, "LOAD_TRUNCATED_IMAGES"), (Image, "MAX_IMAGE_PIXELS"))
         limits = [getattr(module, name) for module, name in modules]
@@ -321,5 +321,5 @@ def test_a_pipe_is_read_once(tmp_path: Path) -> None:
     writer = threading.Thread(target=pipe.write_bytes, args=(UPRIGHT["png, damaged text"],))
     writer.start()
     with pytest.raises(ImageError, match="picture"):
-        decode(pipe)  # and does not wait for another writer
+        decode(pipe)  # without waiting for another writer
     writer.join()

@@ -1,4 +1,4 @@
-"""Samples of every depth and meaning: the oracle is the array that was written to the file."""
+"""Decoding of samples of every depth and colour model, compared with the array in the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from edgeclip import ImageError
 from edgeclip.images.decoding import decode
-from tests.support.image_files import chunk, encoded, png, stored, tiff
+from tests.support.image_files import camera_pixels, chunk, encoded, png, tiff
 
 BLACK_IS_ZERO, WHITE_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, LAB = 1, 0, 2, 3, 5, 6, 8
 HEIGHT, WIDTH = 19, 23
@@ -21,28 +21,28 @@ ALPHA, PREMULTIPLIED, UNKNOWN = ((338, 3, [value]) for value in (2, 1, 0))
 
 
 def samples(bits: int, channels: int | None = None) -> np.ndarray:
-    """Random samples of so many bits, the first and the last level among them."""
+    """Return random samples of this many bits, which include the lowest and highest level."""
     shape = (HEIGHT, WIDTH) if channels is None else (HEIGHT, WIDTH, channels)
-    found = np.random.default_rng(bits).integers(0, 2**bits, shape)
-    found[0, 0], found[0, 1] = 0, 2**bits - 1
-    return found
+    levels = np.random.default_rng(bits).integers(0, 2**bits, shape)
+    levels[0, 0], levels[0, 1] = 0, 2**bits - 1
+    return levels
 
 
-def grey(levels: np.ndarray, most: int) -> np.ndarray:
-    """What a person sees of levels from 0, black, to most, white."""
-    return np.rint(levels / most * 255)[..., np.newaxis].repeat(3, axis=2)
+def grey(levels: np.ndarray, maximum: int) -> np.ndarray:
+    """Return 8-bit greys of levels from 0 (black) to `maximum` (white)."""
+    return np.rint(levels / maximum * 255)[..., np.newaxis].repeat(3, axis=2)
 
 
 def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Colours and alpha of 0 to 1, over white, as levels of three channels."""
+    """Blend colours and alpha, from 0 to 1, with white; return levels of three channels."""
     levels = 255 * (colours * alpha + 1 - alpha)
     return levels if levels.shape[2] == 3 else levels.repeat(3, axis=2)
 
 
-def check(found: np.ndarray, expected: np.ndarray, tolerance: float = 0) -> None:
-    assert found.dtype == np.uint8
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= tolerance
+def check(actual: np.ndarray, expected: np.ndarray, tolerance: float = 0) -> None:
+    assert actual.dtype == np.uint8
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= tolerance
 
 
 def refusal(source: object) -> str:
@@ -61,7 +61,7 @@ def test_greys_of_a_tiff(bits: int, white: bool, order: str, deflate: bool) -> N
     data = tiff(
         levels, bits, WHITE_IS_ZERO if white else BLACK_IS_ZERO, order=order, deflate=deflate
     )
-    # Pillow does not know these, and says so.
+    # Pillow does not know these variants.
     unknown = {(12, "<", True), (12, ">", True), (12, ">", False), (16, ">", True)}
     if (bits, order, white) in unknown:
         assert "a variant of its format that cannot be decoded" in refusal(data)
@@ -74,7 +74,9 @@ def test_greys_of_a_tiff(bits: int, white: bool, order: str, deflate: bool) -> N
 @pytest.mark.parametrize(("bits", "photometric"), [(8, 1), (12, 1), (16, 1), (16, 0)])
 def test_turned_greys_of_a_tiff(bits: int, photometric: int, orientation: int) -> None:
     levels = samples(bits)
-    data = tiff(stored(levels, orientation), bits, photometric, tags=[(274, 3, [orientation])])
+    data = tiff(
+        camera_pixels(levels, orientation), bits, photometric, tags=[(274, 3, [orientation])]
+    )
     expected = grey(levels, 2**bits - 1)
     check(decode(data), expected if photometric else 255 - expected)
 
@@ -98,10 +100,10 @@ def test_samples_without_a_range_are_refused(
 ) -> None:  # fmt: skip
     levels = np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(dtype)
     bits = levels.dtype.itemsize * 8
-    found = refusal(tiff(levels, bits, photometric, order=order, deflate=deflate, tags=[tag]))
-    assert message in found or "a variant of its format that cannot be decoded" in found
+    error = refusal(tiff(levels, bits, photometric, order=order, deflate=deflate, tags=[tag]))
+    assert message in error or "a variant of its format that cannot be decoded" in error
     if photometric == BLACK_IS_ZERO and order == "<":
-        assert message in found
+        assert message in error
 
 
 @pytest.mark.parametrize("deflate", [False, True])
@@ -142,21 +144,19 @@ def test_colours_of_a_tiff(
         stored_samples, bits, photometric, order=order, deflate=deflate, separate=separate,
         tags=[extra] if extra else [],
     )  # fmt: skip
-    # Right or refused; what is common is not refused.
+    # Rare layouts may be refused, but never decoded wrongly.
     if separate or (channels == 2 and bits == 16):
         with suppress(ImageError):
             check(decode(data), expected, 3)
     else:
-        # Pillow keeps the upper byte of 16 bits, and divides by alpha in 8.
+        # Pillow reduces 16 bits to the upper byte, and divides by alpha in 8 bits.
         check(decode(data), expected, 1.5 if bits == 8 else 3)
 
 
 @pytest.mark.parametrize(
     ("bits", "channels", "deflate"), [(16, 3, False), (16, 4, False), (8, 2, True)]
 )
-def test_planes_that_pillow_takes_for_others_are_refused(
-    bits: int, channels: int, deflate: bool
-) -> None:
+def test_planes_that_pillow_misreads_are_refused(bits: int, channels: int, deflate: bool) -> None:
     photometric, tags = (RGB, []) if channels == 3 else (RGB, [ALPHA])
     if channels == 2:
         photometric = BLACK_IS_ZERO
@@ -170,7 +170,7 @@ def test_planes_that_pillow_takes_for_others_are_refused(
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("largest", [255, 65535])
 def test_palette_of_a_tiff(bits: int, order: str, largest: int) -> None:
-    """Some software stores bytes where the specification wants 16 bits."""
+    """Test 16-bit palettes, and palettes of bytes, which some software writes instead."""
     indices = samples(bits)
     colours = np.random.default_rng(0).integers(0, largest, (3, 2**bits), endpoint=True)
     colours[0, 0] = largest
@@ -187,7 +187,7 @@ def test_palette_with_alpha_of_a_tiff() -> None:
 
 
 def test_luma_and_chroma_of_a_tiff() -> None:
-    """Of ITU-R BT.601, which TIFF's coefficients are by default."""
+    """Use the coefficients of ITU-R BT.601, TIFF's default."""
     y, cb, cr = 100, 60, 200
     red, blue = y + 1.402 * (cr - 128), y + 1.772 * (cb - 128)
     green = (y - 0.299 * red - 0.114 * blue) / 0.587
@@ -196,7 +196,7 @@ def test_luma_and_chroma_of_a_tiff() -> None:
     whole = (530, 3, [1, 1])
     for deflate in (False, True):
         check(decode(tiff(pixels, 8, YCBCR, deflate=deflate, tags=[whole])), expected, 2)
-    # Four lumas and a pair of chromas for each 2 x 2 pixels, which is what the tag means by default.
+    # Four lumas and one pair of chromas per 2 x 2 pixels, the tag's default.
     units = bytes([y] * 4 + [cb, cr]) * (8 * 12)
     for tags in ([], [(530, 3, [2, 2])]):
         check(decode(tiff(pixels, 8, YCBCR, deflate=True, tags=tags, raw=units)), expected, 2)
@@ -205,7 +205,7 @@ def test_luma_and_chroma_of_a_tiff() -> None:
 
 
 def test_lab_of_a_tiff() -> None:
-    """CIE 1976 at D50, adapted by Bradford's method to sRGB's white."""
+    """Convert CIE 1976 L*a*b* at D50 to sRGB's white by Bradford's method."""
     lab = np.array([[[60.0, 40, -30], [60, 10, -10], [20, 0, 0], [90, -20, 20]]])
     pixels = np.rint(np.dstack([lab[..., 0] * 2.55, lab[..., 1:] % 256])).astype(np.uint8)
     y = (lab[..., 0] + 16) / 116
@@ -228,11 +228,14 @@ def test_greys_of_a_png(bits: int) -> None:
     check(decode(png(levels, bits, 0)), expected)
     for transparent in {0, 1, 2**bits - 1, int(levels[3, 4])}:
         data = png(levels, bits, 0, chunk(b"tRNS", transparent.to_bytes(2, "big")))
-        seen = np.where(levels[..., np.newaxis] == transparent, 255, expected)
-        check(decode(data), seen)
+        visible = np.where(levels[..., np.newaxis] == transparent, 255, expected)
+        check(decode(data), visible)
         with Image.open(io.BytesIO(data)) as image:
-            check(decode(image), seen)
-            assert image.info["transparency"] in (transparent, 255)  # the caller's own
+            check(decode(image), visible)
+            assert image.info["transparency"] in (
+                transparent,
+                255,
+            )  # the caller's image is unchanged
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -253,7 +256,7 @@ def test_a_transparent_colour_of_a_png() -> None:
     colour = b"".join(int(level).to_bytes(2, "big") for level in levels[0, 3])
     expected = np.where((levels == levels[0, 3]).all(axis=2)[..., np.newaxis], 255, levels)
     check(decode(png(levels, 8, 2, chunk(b"tRNS", colour))), expected)
-    # Pillow keeps one of two bytes, and then cannot tell the colour from its neighbours.
+    # Pillow keeps one of two bytes, which mixes the colour up with its neighbours.
     for value in (levels[0, 3] * 257, np.zeros(3, int)):
         colour = b"".join(int(level).to_bytes(2, "big") for level in value)
         data = png(levels * 257, 16, 2, chunk(b"tRNS", colour))
@@ -268,10 +271,10 @@ def test_palettes_of_a_png(bits: int) -> None:
     alphas = rng.integers(0, 256, 2**bits, np.uint8)
     palette = chunk(b"PLTE", colours.tobytes())
     check(decode(png(indices, bits, 3, palette)), colours[indices])
-    found = decode(png(indices, bits, 3, palette, chunk(b"tRNS", alphas.tobytes())))
-    check(found, on_white(colours[indices] / 255, alphas[indices][..., np.newaxis] / 255), 1)
-    found = decode(png(indices, bits, 3, palette, chunk(b"tRNS", b"\xff\0")))
-    check(found, np.where(indices[..., np.newaxis] == 1, 255, colours[indices]))
+    actual = decode(png(indices, bits, 3, palette, chunk(b"tRNS", alphas.tobytes())))
+    check(actual, on_white(colours[indices] / 255, alphas[indices][..., np.newaxis] / 255), 1)
+    actual = decode(png(indices, bits, 3, palette, chunk(b"tRNS", b"\xff\0")))
+    check(actual, np.where(indices[..., np.newaxis] == 1, 255, colours[indices]))
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B"])
@@ -302,7 +305,7 @@ def test_a_loaded_pil_image_of_a_tiff() -> None:
     "mode", ["L", "LA", "La", "RGBA", "RGBa", "P", "1", "CMYK", "YCbCr", "HSV"]
 )
 def test_pil_modes(mode: str) -> None:
-    """Of one colour each: a half transparent red or grey, or an opaque one."""
+    """Decode images of one colour: half-transparent or opaque red or grey."""
     red = Image.new("RGBA", (3, 2), (255, 0, 0, 128))
     grey_alpha = Image.new("LA", (3, 2), (0, 128))
     image = {
@@ -326,8 +329,8 @@ def test_pil_modes(mode: str) -> None:
     check(decode(image), np.full((2, 3, 3), expected), 1)
 
 
-def test_ink_is_inverted_where_adobe_says_so() -> None:
-    """Adobe's JPEGs store ink as light; Pillow's writer does so too."""
+def test_ink_of_adobes_jpegs_is_inverted() -> None:
+    """Decode a JPEG that stores inverted ink, as Adobe's software and Pillow do."""
     data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
     assert b"Adobe" in data
     check(decode(data), np.full((16, 16, 3), (255, 0, 0)), 9)
@@ -340,5 +343,5 @@ def test_the_first_frame_of_16_bits_or_colour(form: str) -> None:
         frames = [Image.fromarray(samples(8).astype(np.uint8)), Image.new("L", (WIDTH, HEIGHT))]
     options = {"lossless": True} if form == "WEBP" else {}
     data = encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
-    levels, most = (samples(16), 65535) if form == "TIFF" else (samples(8), 255)
-    check(decode(data), grey(levels, most))
+    levels, maximum = (samples(16), 65535) if form == "TIFF" else (samples(8), 255)
+    check(decode(data), grey(levels, maximum))

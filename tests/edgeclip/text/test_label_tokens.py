@@ -1,4 +1,4 @@
-"""Labels that the model reads as the same tokens, and labels that it cuts, beside open_clip's ids."""
+"""Labels with equal tokens, and labels that are cut off, compared with open_clip's tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CHANGES: tuple[Callable[[str], str], ...] = (
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, Tokenizer]:
-    """open_clip's tokenizer, and edgeclip's."""
+    """Return open_clip's tokenizer, and edgeclip's."""
     folder = tmp_path_factory.mktemp("tokenizer")
     if request.param == "siglip-like":
         write_sentencepiece_like(folder)
@@ -57,7 +57,7 @@ def random_label(rng: random.Random) -> str:
     return awkward if awkward and rng.random() < 0.2 else text
 
 
-def tell_apart(
+def check_distinct(
     tokenizer: Tokenizer, labels: Sequence[Label], templates: Sequence[str], length: int = LENGTH
 ) -> list[LabelTokens]:
     tokens = [read_tokens(tokenizer, label, templates) for label in labels]
@@ -65,26 +65,28 @@ def tell_apart(
     return tokens
 
 
-def test_an_error_exactly_where_open_clip_gives_the_same_ids(pair: tuple[Any, Tokenizer]) -> None:
+def test_labels_are_refused_exactly_if_open_clips_ids_are_equal(
+    pair: tuple[Any, Tokenizer],
+) -> None:
     theirs, ours = pair
     rng = random.Random(0)
-    alike = 0
+    equal_count = 0
     for _ in range(400):
         name = random_label(rng)
         other = rng.choice(CHANGES)(name).strip() or "y"
         templates = rng.choice((["{}"], ["a {}.", "my {} here"], ["{}", "one two three four {}"]))
         labels = [Label(name), Label(other)]
         ids = [sorted(theirs(label.worded(templates)).tolist()) for label in labels]
-        alike += ids[0] == ids[1]
+        equal_count += ids[0] == ids[1]
         if ids[0] == ids[1]:
             with pytest.raises(LabelError, match="cannot be told apart"):
-                tell_apart(ours, labels, templates)
+                check_distinct(ours, labels, templates)
         else:
-            tell_apart(ours, labels, templates)
-    assert 25 < alike < 385
+            check_distinct(ours, labels, templates)
+    assert 25 < equal_count < 385
 
 
-def test_cut_exactly_where_open_clip_cuts(pair: tuple[Any, Tokenizer]) -> None:
+def test_labels_are_cut_exactly_if_open_clip_cuts(pair: tuple[Any, Tokenizer]) -> None:
     theirs, ours = pair
     rng = random.Random(1)
     kinds = []
@@ -96,7 +98,7 @@ def test_cut_exactly_where_open_clip_cuts(pair: tuple[Any, Tokenizer]) -> None:
         one = read_tokens(ours, Label(name), [f"{before} {{}}"])
         kinds.append(one.cut)
         assert (one.cut != Cut.NOTHING) == (read != whole[:LENGTH])
-        # Where a name is cut off, any other gives the same. SigLIP's first token may be a space's.
+        # If a name is cut off, any name gives the same ids. SigLIP's first token may be a space.
         same = [theirs([f"{before} {other}"]).tolist() == [read] for other in ("zebra", "7")]
         assert all(same) or one.cut != Cut.NAME
         assert not all(same) or one.cut == Cut.NAME or isinstance(theirs, HFTokenizer)
@@ -129,7 +131,7 @@ def test_the_error_names_both_and_the_reason(
 ) -> None:
     labels = [x if isinstance(x, Label) else Label(x) for x in ("other", a, "more", b)]
     with pytest.raises(LabelError) as caught:
-        tell_apart(clip, labels, templates)
+        check_distinct(clip, labels, templates)
     message = str(caught.value)
     assert "\n" not in message
     if max(len(labels[1].name), len(labels[3].name)) < 20 and "after" not in reason:
@@ -144,39 +146,43 @@ def test_punctuation_that_siglips_cleaning_drops(tmp_path: Path) -> None:
     with pytest.raises(
         LabelError, match=r"'a-b' and 'ab' .* since they differ only in punctuation"
     ):
-        tell_apart(ours, [Label("a-b"), Label("ab")], ["a {}."])
+        check_distinct(ours, [Label("a-b"), Label("ab")], ["a {}."])
 
 
 def test_prompts_may_share_tokens_in_part(clip: Tokenizer) -> None:
-    tell_apart(clip, [Label("cat"), Label("dog", ("cat", "dog"))], ["{}"])
-    tell_apart(clip, [Label("a", ("x", "x", "y")), Label("b", ("x", "y", "y"))], ["{}"])
+    check_distinct(clip, [Label("cat"), Label("dog", ("cat", "dog"))], ["{}"])
+    check_distinct(clip, [Label("a", ("x", "x", "y")), Label("b", ("x", "y", "y"))], ["{}"])
     with pytest.raises(LabelError, match="cannot be told apart"):
-        tell_apart(clip, [Label("a", ("X", "x", "y", "Y")), Label("b", ("y", "x"))], ["{}"])
+        check_distinct(clip, [Label("a", ("X", "x", "y", "Y")), Label("b", ("y", "x"))], ["{}"])
 
 
-def test_one_warning_names_what_is_cut(clip: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
-    def warned(labels: Sequence[str | Label], *templates: str) -> list[str]:
+def test_one_warning_names_the_cut_labels(
+    clip: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings_of(labels: Sequence[str | Label], *templates: str) -> list[str]:
         caplog.clear()
         with caplog.at_level(logging.DEBUG):
             checked = [x if isinstance(x, Label) else Label(x) for x in labels]
-            tell_apart(clip, checked, templates)
+            check_distinct(clip, checked, templates)
         return caplog.messages
 
-    assert warned(["cat", "dog"], "one two three four five six seven {}", "{}") == []
+    assert warnings_of(["cat", "dog"], "one two three four five six seven {}", "{}") == []
     end = "a prompt is longer than the 10 tokens that the model reads, and"
     long = "x " * 40
-    assert warned(["cat", f"y {long}"], "{}") == [
+    assert warnings_of(["cat", f"y {long}"], "{}") == [
         f"label {('y ' + long)[:60] + '...'!r}: {end} its end is cut off"
     ]
-    assert warned([f"{i} {'x ' * 9}" for i in "abcde"], "{}") == [
+    assert warnings_of([f"{i} {'x ' * 9}" for i in "abcde"], "{}") == [
         f"labels 'a {'x ' * 9}', 'b {'x ' * 9}', 'c {'x ' * 9}' and 2 more: {end} its end is cut off"
     ]
     name_cut = f"{end} the label itself is cut off: shorten the template"
-    assert warned(["cat", "dog"], "{}", "a " * 8 + "{}") == [f"labels 'cat', 'dog': {name_cut}"]
-    assert warned(["cat"], "a " * 8 + "{}") == [f"label 'cat': {name_cut}"]
-    assert warned(["cat"], "a " * 7 + "{} b") == [f"label 'cat': {end} its end is cut off"]
-    own = Label("x", ("a " * 9,)), Label("y", ("a " * 8 + "{}", "{}"))
-    assert warned(own, "{}") == [
+    assert warnings_of(["cat", "dog"], "{}", "a " * 8 + "{}") == [
+        f"labels 'cat', 'dog': {name_cut}"
+    ]
+    assert warnings_of(["cat"], "a " * 8 + "{}") == [f"label 'cat': {name_cut}"]
+    assert warnings_of(["cat"], "a " * 7 + "{} b") == [f"label 'cat': {end} its end is cut off"]
+    prompted = Label("x", ("a " * 9,)), Label("y", ("a " * 8 + "{}", "{}"))
+    assert warnings_of(prompted, "{}") == [
         f"label 'x': {end} its end is cut off",
         f"label 'y': {name_cut}",
     ]

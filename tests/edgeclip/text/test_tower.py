@@ -1,4 +1,4 @@
-"""The text side: batches change no embedding, labels are encoded once, and memory is let go."""
+"""Text tower: batches do not change embeddings, labels are encoded once, memory is released."""
 
 from __future__ import annotations
 
@@ -24,78 +24,78 @@ TEMPLATES = ["a {}.", "a very long way to say that there is a {} in this picture
 
 
 @pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many prompts each run of a text encoder took, as it goes."""
+def run_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record the number of prompts in each run of a text encoder."""
     runs: list[int] = []
     open_encoder = tower.OnnxEncoder
 
-    def watched(*args: object, **options: object) -> object:
+    def open_recorded(*args: object, **options: object) -> object:
         encoder = open_encoder(*args, **options)
         embed = encoder.embed
         encoder.embed = lambda ids: (runs.append(len(ids)), embed(ids))[1]
         return encoder
 
-    monkeypatch.setattr(tower, "OnnxEncoder", watched)
+    monkeypatch.setattr(tower, "OnnxEncoder", open_recorded)
     return runs
 
 
-def alone(rt: Runtime, texts: list[str]) -> np.ndarray:
+def embed_one_by_one(rt: Runtime, texts: list[str]) -> np.ndarray:
     return np.concatenate([rt.embed_texts([one]) for one in texts])
 
 
-def test_batches_change_no_embedding(rt: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_do_not_change_embeddings(rt: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [template.format(n) for n in ("bag", "ankle boot", "bag") for template in TEMPLATES]
-    expected = alone(rt, texts)
+    expected = embed_one_by_one(rt, texts)
     for tokens in (1, 20, 10_000):
         monkeypatch.setattr(tower, "RUN_TOKENS", tokens)
         np.testing.assert_allclose(rt.embed_texts(texts), expected, atol=1e-6)
     assert rt.embed_texts([]).shape == (0, 128)
 
 
-def test_runs_are_bounded_and_equal_prompts_encoded_once(encoded: list[int]) -> None:
+def test_runs_are_bounded_and_equal_prompts_encoded_once(run_sizes: list[int]) -> None:
     rt = Runtime()
     texts = [f"thing {i}" for i in range(2000)]
-    seen: list[tuple[int, int]] = []
-    found = rt.embed_texts([*texts, *texts, "THING 7"], progress=lambda *x: seen.append(x))
-    assert sum(encoded) == 2000
+    steps: list[tuple[int, int]] = []
+    actual = rt.embed_texts([*texts, *texts, "THING 7"], progress=lambda *x: steps.append(x))
+    assert sum(run_sizes) == 2000
     longest = rt.tokenize(texts).shape[1]
-    assert max(encoded) * longest <= tower.RUN_TOKENS * 1.5  # those of a run are of one length
-    assert min(encoded[:-1]) * longest >= tower.RUN_TOKENS / 2
-    assert [total for _, total in seen] == [4001] * len(encoded)
-    assert seen[-1] == (4001, 4001)
-    np.testing.assert_array_equal(found[:2000], found[2000:4000])
-    np.testing.assert_array_equal(found[4000], found[7])
+    assert max(run_sizes) * longest <= tower.RUN_TOKENS * 1.5  # a run has prompts of one length
+    assert min(run_sizes[:-1]) * longest >= tower.RUN_TOKENS / 2
+    assert [total for _, total in steps] == [4001] * len(run_sizes)
+    assert steps[-1] == (4001, 4001)
+    np.testing.assert_array_equal(actual[:2000], actual[2000:4000])
+    np.testing.assert_array_equal(actual[4000], actual[7])
 
 
 def test_only_new_labels_are_encoded(
-    labels: list[str], encoded: list[int], monkeypatch: pytest.MonkeyPatch
+    labels: list[str], run_sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = Runtime().labels(labels, TEMPLATES)
-    assert sum(encoded) == len(labels) * len(TEMPLATES)
-    encoded.clear()
+    assert sum(run_sizes) == len(labels) * len(TEMPLATES)
+    run_sizes.clear()
     second = Runtime()
-    found = second.labels(labels, TEMPLATES)
-    np.testing.assert_array_equal(found.embeddings, first.embeddings)
-    assert second.labels(labels, TEMPLATES) is found
-    assert encoded == []
+    actual = second.labels(labels, TEMPLATES)
+    np.testing.assert_array_equal(actual.embeddings, first.embeddings)
+    assert second.labels(labels, TEMPLATES) is actual
+    assert run_sizes == []
     more = Runtime().labels(["something new", *reversed(labels)], TEMPLATES)
-    assert sum(encoded) == len(TEMPLATES)
+    assert sum(run_sizes) == len(TEMPLATES)
     assert more.names == ("something new", *reversed(labels))
     np.testing.assert_array_equal(more.embeddings[1:], first.embeddings[::-1])
     np.testing.assert_allclose(
         more.null_scores, more.embeddings @ second.bundle.null_text, atol=1e-6
     )
-    encoded.clear()
+    run_sizes.clear()
     Runtime().labels([Label("bag", ("a bag.",))])
-    assert sum(encoded) == 1
+    assert sum(run_sizes) == 1
     monkeypatch.setenv("EDGECLIP_CACHE_SIZE", "0")
     Runtime().labels(["bag"], TEMPLATES)
-    assert sum(encoded) == 1 + len(TEMPLATES)
+    assert sum(run_sizes) == 1 + len(TEMPLATES)
 
 
 @pytest.fixture
 def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Call it, and from then on no tokenizer can be loaded."""
+    """Return a function after whose call no tokenizer can be loaded."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the tokenizer was loaded")
@@ -104,23 +104,23 @@ def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def test_labels_that_are_the_same_tokens(
-    cache: Path, encoded: list[int], no_tokenizer: Callable[[], None]
+    cache: Path, run_sizes: list[int], no_tokenizer: Callable[[], None]
 ) -> None:
-    """New, half in the cache, in the cache: always an error, and nothing is encoded for it."""
+    """Expect an error before any encoding, with none, one and both labels in the cache."""
     rt = Runtime()
     pairs = (("Trousers", "trousers"), ("caf\u00e9", "cafe\u0301"), ("a  b", "a b"))
     for a, b in pairs:
         with pytest.raises(LabelError, match=f"{a!r} and {b!r} cannot be told apart"):
             rt.labels(["bag", a, b])
-    assert encoded == []
+    assert run_sizes == []
     for a, _ in pairs:
         rt.labels([a])
-    encoded.clear()
+    run_sizes.clear()
     for a, b in pairs:
         with pytest.raises(LabelError, match=f"{a!r} and {b!r} cannot be told apart"):
             rt.labels([a, b])
-    assert encoded == []
-    for _, b in pairs:  # one alone is as good as ever
+    assert run_sizes == []
+    for _, b in pairs:  # one of them alone is valid
         assert rt.labels([b]).names == (b,)
     no_tokenizer()
     for a, b in pairs:
@@ -130,10 +130,10 @@ def test_labels_that_are_the_same_tokens(
             Runtime(labels=[a, b])
 
 
-def test_own_prompts_hold_the_name(rt: Runtime) -> None:
-    own = [Label(name, ("a sketch of a {}",)) for name in ("bag", "dress")]
+def test_prompts_of_a_label_may_contain_its_name(rt: Runtime) -> None:
+    prompted = [Label(name, ("a sketch of a {}",)) for name in ("bag", "dress")]
     expected = rt.labels(["bag", "dress"], ["a sketch of a {}"])
-    np.testing.assert_array_equal(rt.labels(own).embeddings, expected.embeddings)
+    np.testing.assert_array_equal(rt.labels(prompted).embeddings, expected.embeddings)
 
 
 def test_cut_prompts_are_logged_whether_cached_or_not(
@@ -143,7 +143,7 @@ def test_cut_prompts_are_logged_whether_cached_or_not(
     long, template = "bag " * length, "a " * length + "{}"
     with pytest.raises(LabelError, match=f"it reads {length} tokens, and they differ only after"):
         Runtime().labels(["dress", "bag"], [template])
-    seen = []
+    messages = []
     for _ in range(2):
         rt = Runtime()
         caplog.clear()
@@ -151,33 +151,35 @@ def test_cut_prompts_are_logged_whether_cached_or_not(
         rt.labels(["dress"], [template])
         rt.labels(["dress"], [template])  # in memory
         rt.labels(["dress"])
-        seen.append(caplog.messages)
+        messages.append(caplog.messages)
         no_tokenizer()
-    assert seen[0] == seen[1]
-    own, of_template = seen[0]
-    assert own.startswith("label 'bag bag")
-    assert f"longer than the {length} tokens that the model reads, and its end is cut" in own
-    assert of_template.startswith("label 'dress': ")
-    assert "the label itself is cut off: shorten the template" in of_template
+    assert messages[0] == messages[1]
+    label_warning, template_warning = messages[0]
+    assert label_warning.startswith("label 'bag bag")
+    assert (
+        f"longer than the {length} tokens that the model reads, and its end is cut" in label_warning
+    )
+    assert template_warning.startswith("label 'dress': ")
+    assert "the label itself is cut off: shorten the template" in template_warning
 
 
-def test_what_computes_has_labels_of_its_own(
-    labels: list[str], encoded: list[int], monkeypatch: pytest.MonkeyPatch
+def test_labels_are_cached_for_each_processor_and_device(
+    labels: list[str], run_sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But a LabelSet may be used wherever the encoder is the same."""
+    """Check also that a LabelSet can be used with any Runtime that has the same encoder."""
     first = Runtime()
-    made = first.labels(labels)
-    encoded.clear()
+    label_set = first.labels(labels)
+    run_sizes.clear()
     monkeypatch.setattr("edgeclip.text.cache.processor", lambda: "another processor")
     other = Runtime()
-    np.testing.assert_allclose(other.labels(labels).embeddings, made.embeddings, atol=1e-6)
-    assert sum(encoded) == len(labels) * len(first.bundle.manifest.templates)
+    np.testing.assert_allclose(other.labels(labels).embeddings, label_set.embeddings, atol=1e-6)
+    assert sum(run_sizes) == len(labels) * len(first.bundle.manifest.templates)
     assert other.text_identity() == first.text_identity()
-    assert other.labels(made) is made
+    assert other.labels(label_set) is label_set
     towers = [tower.TextTower(Bundle(None), "int8", device=name) for name in ("cpu", "cuda")]
     assert towers[0].identity == towers[1].identity
     towers[0].labels(labels)
-    with pytest.raises(EdgeclipError, match="cuda"):  # which these tests have not
+    with pytest.raises(EdgeclipError, match="cuda"):  # no device of these tests
         towers[1].labels(labels)
 
 
@@ -194,94 +196,94 @@ def test_another_encoder_has_other_labels(tmp_path: Path, labels: list[str]) -> 
     assert sum(share.labels for share in LabelCache().shares()) == 2 * len(labels)
 
 
-def test_spoilt_label_is_encoded_again(
-    cache: Path, labels: list[str], encoded: list[int], caplog: pytest.LogCaptureFixture
+def test_damaged_label_is_encoded_again(
+    cache: Path, labels: list[str], run_sizes: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     first = Runtime().labels(labels)
     db = sqlite3.connect(cache / FILE)
     with db:
         db.execute("UPDATE labels SET vector = zeroblob(512) WHERE rowid = 3")
     db.close()
-    encoded.clear()
+    run_sizes.clear()
     with caplog.at_level(logging.WARNING):
-        found = Runtime().labels(labels)
-    np.testing.assert_allclose(found.embeddings, first.embeddings, atol=1e-6)
-    assert encoded == [len(Runtime().bundle.manifest.templates)]
+        actual = Runtime().labels(labels)
+    np.testing.assert_allclose(actual.embeddings, first.embeddings, atol=1e-6)
+    assert run_sizes == [len(Runtime().bundle.manifest.templates)]
     assert "1 labels in it are damaged; encoding them again" in caplog.text
     (cache / FILE).write_bytes(b"spoilt")
     np.testing.assert_allclose(Runtime().labels(labels).embeddings, first.embeddings, atol=1e-6)
-    encoded.clear()
+    run_sizes.clear()
     Runtime().labels(labels)
-    assert encoded == []
+    assert run_sizes == []
 
 
-def test_interrupted_encoding_keeps_what_is_done(
-    encoded: list[int], monkeypatch: pytest.MonkeyPatch
+def test_interrupted_encoding_keeps_finished_labels(
+    run_sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tower, "BLOCK_PROMPTS", 20)
     names = [f"thing {i}" for i in range(100)]
-    seen: list[tuple[int, int]] = []
+    steps: list[tuple[int, int]] = []
 
     def interrupt(done: int, total: int) -> None:
-        seen.append((done, total))
+        steps.append((done, total))
         if done >= 60:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         Runtime().labels(names, ["{}"], progress=interrupt)
-    assert seen == [(20, 100), (40, 100), (60, 100)]
-    encoded.clear()
-    seen.clear()
-    assert len(Runtime().labels(names, ["{}"], progress=lambda *x: seen.append(x))) == 100
-    assert sum(encoded) == 60
-    assert seen[-1] == (60, 60)
+    assert steps == [(20, 100), (40, 100), (60, 100)]
+    run_sizes.clear()
+    steps.clear()
+    assert len(Runtime().labels(names, ["{}"], progress=lambda *x: steps.append(x))) == 100
+    assert sum(run_sizes) == 60
+    assert steps[-1] == (60, 60)
 
 
 @pytest.fixture
-def alive(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[object]]:
-    """The text encoders that were opened."""
+def encoders(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[object]]:
+    """Record the text encoders that were opened."""
     opened: list[weakref.ref[object]] = []
     open_encoder = tower.OnnxEncoder
 
-    def watched(*args: object, **options: object) -> object:
+    def open_recorded(*args: object, **options: object) -> object:
         encoder = open_encoder(*args, **options)
         opened.append(weakref.ref(encoder))
         return encoder
 
-    monkeypatch.setattr(tower, "OnnxEncoder", watched)
+    monkeypatch.setattr(tower, "OnnxEncoder", open_recorded)
     return opened
 
 
-def test_labels_let_go_of_the_encoder(alive: list[weakref.ref[object]]) -> None:
+def test_labels_release_the_encoder(encoders: list[weakref.ref[object]]) -> None:
     rt = Runtime()
     rt.labels(["bag"])
-    assert [ref() for ref in alive] == [None]
+    assert [ref() for ref in encoders] == [None]
     rt.labels(["bag", "coat"])
-    assert [ref() for ref in alive] == [None, None]
+    assert [ref() for ref in encoders] == [None, None]
     rt.embed_texts(["a coat"])
     rt.labels(["dress"])
     rt.tokenize(["a coat"])
-    assert [ref() is not None for ref in alive] == [False, False, True]
+    assert [ref() is not None for ref in encoders] == [False, False, True]
     rt.release_text()
-    assert alive[2]() is None
+    assert encoders[2]() is None
     rt.load_text()
     rt.labels(["shirt"])
     rt.labels(["gown"])
-    assert [ref() is not None for ref in alive] == [False, False, False, True]
+    assert [ref() is not None for ref in encoders] == [False, False, False, True]
     assert rt.labels(["shirt", "gown"]).names == ("shirt", "gown")
 
 
-def test_memory_is_returned_when_nothing_holds_the_encoder(
-    alive: list[weakref.ref[object]], monkeypatch: pytest.MonkeyPatch
+def test_memory_is_trimmed_after_the_encoder_is_freed(
+    encoders: list[weakref.ref[object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rt = Runtime()
-    seen: list[object] = []
-    monkeypatch.setattr(tower, "trim_memory", lambda: seen.append(alive[0]()))
+    living: list[object] = []
+    monkeypatch.setattr(tower, "trim_memory", lambda: living.append(encoders[0]()))
     rt.labels(["bag"])
-    assert seen == [None]
+    assert living == [None]
 
 
-def test_encoder_is_let_go_after_a_failure(alive: list[weakref.ref[object]]) -> None:
+def test_encoder_is_released_after_a_failure(encoders: list[weakref.ref[object]]) -> None:
     rt = Runtime()
 
     def fail(*_: int) -> None:
@@ -289,11 +291,11 @@ def test_encoder_is_let_go_after_a_failure(alive: list[weakref.ref[object]]) -> 
 
     with pytest.raises(RuntimeError):
         rt.labels(["bag"], progress=fail)
-    assert alive[0]() is None
+    assert encoders[0]() is None
     assert len(rt.labels(["bag"])) == 1
 
 
-def test_release_waits_for_those_who_use_it(alive: list[weakref.ref[object]]) -> None:
+def test_release_waits_for_running_calls(encoders: list[weakref.ref[object]]) -> None:
     rt = Runtime()
     encoding, go_on = threading.Event(), threading.Event()
 
@@ -306,11 +308,11 @@ def test_release_waits_for_those_who_use_it(alive: list[weakref.ref[object]]) ->
         assert encoding.wait(30)
         rt.labels(["coat"])
         rt.release_text()
-        assert len(alive) == 1  # one encoder for both
-        assert alive[0]() is not None
+        assert len(encoders) == 1  # one encoder for both
+        assert encoders[0]() is not None
         go_on.set()
         slow.result()
-    assert alive[0]() is None
+    assert encoders[0]() is None
 
 
 def test_text_from_many_threads(labels: list[str]) -> None:
@@ -319,9 +321,9 @@ def test_text_from_many_threads(labels: list[str]) -> None:
 
     def turn(i: int) -> None:
         name = labels[i % len(labels)]
-        found = rt.labels([name, f"new {i}"], ["a {}."]).embeddings[0]
-        np.testing.assert_allclose(found, expected[i % len(labels)], atol=1e-6)
-        np.testing.assert_allclose(rt.embed_texts([f"a {name}."])[0], found, atol=1e-6)
+        actual = rt.labels([name, f"new {i}"], ["a {}."]).embeddings[0]
+        np.testing.assert_allclose(actual, expected[i % len(labels)], atol=1e-6)
+        np.testing.assert_allclose(rt.embed_texts([f"a {name}."])[0], actual, atol=1e-6)
         rt.release_text()
 
     with ThreadPoolExecutor(8) as pool:
@@ -339,13 +341,15 @@ def test_labels_in_memory_do_not_wait_for_new_ones(labels: list[str]) -> None:
     with ThreadPoolExecutor(1) as pool:
         new = pool.submit(rt.labels, ["something new"], progress=wait)
         assert encoding.wait(30)
-        assert rt.classify(EXAMPLES / "bag.png", labels)[0].label == "bag"  # while the other waits
+        assert (
+            rt.classify(EXAMPLES / "bag.png", labels)[0].label == "bag"
+        )  # while the other call waits
         assert not new.done()
         go_on.set()
         assert len(new.result()) == 1
 
 
-def test_cache_size_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_cache_size_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGECLIP_CACHE_SIZE", "lots")
     with pytest.raises(EdgeclipError, match="EDGECLIP_CACHE_SIZE is 'lots'"):
         Runtime()
