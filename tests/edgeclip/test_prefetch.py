@@ -43,9 +43,9 @@ def run(
     return results
 
 
-def drain(given: Iterator[tuple[np.ndarray, object]], seen: list[float]) -> None:
-    for batch, _ in given:
-        seen += batch[:, 0].tolist()
+def drain(prefetched: Iterator[tuple[np.ndarray, object]], values: list[float]) -> None:
+    for batch, _ in prefetched:
+        values += batch[:, 0].tolist()
 
 
 @pytest.mark.parametrize("total", [0, 1, SIZE - 1, SIZE, SIZE + 1, 10 * SIZE + 3])
@@ -67,8 +67,8 @@ def test_order_holds_where_later_images_are_ready_first() -> None:
 
 
 def test_unreadable_images_leave_the_others_in_place() -> None:
-    found = run([1, -2, 3, 4, -5, -6, -7, -8, 9])
-    assert [str(x) if isinstance(x, ImageError) else x for x in found] == [
+    results = run([1, -2, 3, 4, -5, -6, -7, -8, 9])
+    assert [str(x) if isinstance(x, ImageError) else x for x in results] == [
         1, "image -2", 3, 4, "image -5", "image -6", "image -7", "image -8", 9,
     ]  # fmt: skip
 
@@ -82,18 +82,18 @@ def test_error_of_the_source_comes_after_the_images_before_it(
         yield from range(1, before + 1)
         raise error
 
-    seen: list[float] = []
+    values: list[float] = []
     with pytest.raises(type(error)) as caught:
-        drain(batches(source(), fill, (SIZE, 1), 2), seen)
+        drain(batches(source(), fill, (SIZE, 1), 2), values)
     assert caught.value is error
-    assert seen == list(range(1, before + 1))
+    assert values == list(range(1, before + 1))
 
 
-def test_error_that_is_no_image_error_is_raised_in_its_place() -> None:
-    seen: list[float] = []
+def test_other_errors_are_raised_in_order() -> None:
+    values: list[float] = []
     with pytest.raises(TypeError, match="NoneType"):
-        drain(batches([1, 2, 3, 4, 5, None, 7], fill, (SIZE, 1), 2), seen)
-    assert seen == [1, 2, 3, 4, 5]
+        drain(batches([1, 2, 3, 4, 5, None, 7], fill, (SIZE, 1), 2), values)
+    assert values == [1, 2, 3, 4, 5]
 
 
 def test_source_is_read_by_one_thread_and_a_bounded_way_ahead() -> None:
@@ -121,15 +121,15 @@ def test_full_batch_does_not_wait_for_the_source() -> None:
         assert released.wait(WAIT)
         yield SIZE
 
-    given = batches(source(), fill, (SIZE, 1), 2)
-    batch, _ = next(given)
+    prefetched = batches(source(), fill, (SIZE, 1), 2)
+    batch, _ = next(prefetched)
     assert batch[:, 0].tolist() == [0, 1, 2, 3]
     released.set()
-    assert [row.tolist() for row, _ in given] == [[[4.0]]]
+    assert [row.tolist() for row, _ in prefetched] == [[[4.0]]]
 
 
 def test_images_are_prepared_side_by_side() -> None:
-    together = threading.Barrier(3, timeout=WAIT)  # broken, and so an error, by fewer than three
+    together = threading.Barrier(3, timeout=WAIT)  # fewer than three break it
 
     def meet(row: np.ndarray, image: ImageSource) -> None:
         together.wait()
@@ -140,9 +140,9 @@ def test_images_are_prepared_side_by_side() -> None:
 
 def test_closing_early_stops_reading() -> None:
     pulled: list[int] = []
-    given = batches((pulled.append(i) or i for i in count()), fill, (SIZE, 1), 2)
-    next(given)
-    given.close()  # the fixture sees that the threads are gone
+    prefetched = batches((pulled.append(i) or i for i in count()), fill, (SIZE, 1), 2)
+    next(prefetched)
+    prefetched.close()  # the fixture checks that the threads have ended
     assert len(pulled) <= BUFFERS * SIZE + 1
 
 
@@ -156,17 +156,17 @@ def test_a_source_that_hangs_does_not_hold_up_closing(monkeypatch: pytest.Monkey
         assert released.wait(WAIT)
         yield SIZE
 
-    given = batches(source(), fill, (SIZE, 1), 2)
-    next(given)
+    prefetched = batches(source(), fill, (SIZE, 1), 2)
+    next(prefetched)
     assert hanging.wait(WAIT)
-    given.close()
+    prefetched.close()
     (reader,) = (t for t in threading.enumerate() if t.name == "edgeclip-read")
-    assert reader.daemon  # the end of the program does not wait for it either
+    assert reader.daemon  # so that the program's exit does not wait for it
     released.set()
     reader.join(WAIT)
 
 
-def test_newest_drops_what_was_not_taken() -> None:
+def test_newest_drops_skipped_frames() -> None:
     # All other frames arrive while the first one is in use.
     all_read = threading.Event()
     first_taken = threading.Event()
@@ -177,26 +177,26 @@ def test_newest_drops_what_was_not_taken() -> None:
         yield from (str(i).encode() for i in range(1, 1000))
         all_read.set()
 
-    given = newest(source())
-    assert next(given) == (0, b"0")
+    stream = newest(source())
+    assert next(stream) == (0, b"0")
     first_taken.set()
     assert all_read.wait(WAIT)
-    assert list(given) == [(999, b"999")]
+    assert list(stream) == [(999, b"999")]
 
 
-def test_newest_gives_every_frame_of_a_slow_source() -> None:
-    wanted = threading.Semaphore(1)
+def test_newest_yields_every_frame_of_a_slow_source() -> None:
+    requested = threading.Semaphore(1)
 
     def source() -> Iterator[bytes]:
         for i in range(20):
-            assert wanted.acquire(timeout=WAIT)
+            assert requested.acquire(timeout=WAIT)
             yield str(i).encode()
 
-    seen = []
+    received = []
     for index, frame in newest(source()):
-        seen.append((index, frame))
-        wanted.release()
-    assert seen == [(i, str(i).encode()) for i in range(20)]
+        received.append((index, frame))
+        requested.release()
+    assert received == [(i, str(i).encode()) for i in range(20)]
 
 
 def test_newest_raises_after_the_frame_before() -> None:
@@ -204,15 +204,15 @@ def test_newest_raises_after_the_frame_before() -> None:
         yield b"0"
         raise OSError("unplugged")
 
-    given = newest(source())
-    assert next(given) == (0, b"0")
+    stream = newest(source())
+    assert next(stream) == (0, b"0")
     with pytest.raises(OSError, match="unplugged"):
-        next(given)
+        next(stream)
     assert list(newest([])) == []
 
 
 @pytest.mark.parametrize("buffer", [np.zeros(12, np.uint8), bytearray(12)])
-def test_newest_keeps_its_own_copy(buffer: np.ndarray | bytearray) -> None:
+def test_newest_copies_frames(buffer: np.ndarray | bytearray) -> None:
     # A camera overwrites its buffer while the last frame is in use.
     taken, overwritten = threading.Event(), threading.Event()
 
@@ -222,12 +222,12 @@ def test_newest_keeps_its_own_copy(buffer: np.ndarray | bytearray) -> None:
         memoryview(buffer)[0] = 7
         overwritten.set()
 
-    given = newest(source())
-    _, frame = next(given)
+    stream = newest(source())
+    _, frame = next(stream)
     taken.set()
     assert overwritten.wait(WAIT)
     assert bytes(frame) == bytes(12)
-    given.close()
+    stream.close()
 
 
 def test_newest_stops_at_the_next_frame_once_closed() -> None:
@@ -240,9 +240,9 @@ def test_newest_stops_at_the_next_frame_once_closed() -> None:
             pulled.append(i)
             yield b""
 
-    given = newest(source())
-    next(given)
-    closing = threading.Thread(target=given.close)
+    stream = newest(source())
+    next(stream)
+    closing = threading.Thread(target=stream.close)
     closing.start()
     go.release()
     closing.join()

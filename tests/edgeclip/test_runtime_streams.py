@@ -38,12 +38,12 @@ def frames(fashion: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
 def test_classify_each_and_embed_each_equal_one_batch_after_another(
     rt: Runtime, labels: list[str], frames: list[np.ndarray]
 ) -> None:
-    """Bit for bit, since the batches are the same ones."""
+    """Compare bit for bit, since the batches are the same."""
     assert list(rt.classify_each(iter(frames), labels)) == rt.classify(frames, labels)
     np.testing.assert_array_equal(list(rt.embed_each(iter(frames))), rt.embed_images(frames))
 
 
-def test_an_iterator_may_reuse_what_it_gave(
+def test_an_iterator_may_reuse_its_buffer(
     tmp_path: Path, rt: Runtime, frames: list[np.ndarray]
 ) -> None:
     def arrays() -> Iterator[np.ndarray]:
@@ -56,7 +56,9 @@ def test_an_iterator_may_reuse_what_it_gave(
     def pictures() -> Iterator[Image.Image]:
         for i, frame in enumerate(frames):
             Image.fromarray(frame).save(tmp_path / f"{i}.png")
-            with Image.open(tmp_path / f"{i}.png") as picture:  # not decoded, and closed again
+            with Image.open(
+                tmp_path / f"{i}.png"
+            ) as picture:  # not decoded yet, and closed after the yield
                 yield picture
 
     expected = rt.embed_images(frames)
@@ -76,7 +78,7 @@ def test_failing_encoder_ends_the_threads(
     with pytest.raises(KeyboardInterrupt) as caught:
         list(rt.classify_each(count_from(frames), labels))
     assert "edgeclip-read" not in {thread.name for thread in threading.enumerate()}
-    del caught  # its traceback holds the generator: the threads were gone before that was
+    del caught  # its traceback holds the generator, which the threads did not outlive
 
 
 def count_from(frames: list[np.ndarray]) -> Iterator[np.ndarray]:
@@ -87,42 +89,42 @@ def count_from(frames: list[np.ndarray]) -> Iterator[np.ndarray]:
 def test_one_runtime_pipelines_in_many_threads(
     rt: Runtime, labels: list[str], frames: list[np.ndarray]
 ) -> None:
-    expected, found = rt.classify(frames, labels), {}
+    expected, answers = rt.classify(frames, labels), {}
 
     def work(name: int) -> None:
-        found[name] = list(rt.classify_each(frames, labels))
+        answers[name] = list(rt.classify_each(frames, labels))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == dict.fromkeys(range(4), expected)
+    assert answers == dict.fromkeys(range(4), expected)
 
 
 def test_stream_answers_frames_as_classify_does(
     rt: Runtime, labels: list[str], frames: list[np.ndarray]
 ) -> None:
-    wanted = threading.Semaphore(1)
+    requested = threading.Semaphore(1)
 
     def take() -> Iterator[ImageSource]:
         buffer = np.empty_like(frames[0])
         for frame in frames[:5]:
-            assert wanted.acquire(timeout=WAIT)
+            assert requested.acquire(timeout=WAIT)
             buffer[:] = frame
             yield buffer
-        assert wanted.acquire(timeout=WAIT)
+        assert requested.acquire(timeout=WAIT)
         yield b"no image"
 
-    found = []
+    answers = []
     for answer in rt.stream(take(), labels, top_k=2):
-        found.append(answer)
-        wanted.release()
+        answers.append(answer)
+        requested.release()
     alone = [rt.classify(frame, labels, top_k=2) for frame in frames[:5]]
-    assert found[:5] == [FrameAnswer(i, answer) for i, answer in enumerate(alone)]
-    assert isinstance(found[5].predictions, ImageError)
+    assert answers[:5] == [FrameAnswer(i, answer) for i, answer in enumerate(alone)]
+    assert isinstance(answers[5].predictions, ImageError)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        found[0].index = 3
+        answers[0].index = 3
 
 
 def test_stream_of_a_fast_camera_and_a_slow_encoder(
@@ -150,7 +152,7 @@ def test_stream_of_a_fast_camera_and_a_slow_encoder(
     assert answers[1].predictions == rt.classify(frames[-1], labels)
 
 
-def test_stream_refuses_what_is_no_stream(rt: Runtime, labels: list[str]) -> None:
+def test_stream_refuses_other_types(rt: Runtime, labels: list[str]) -> None:
     with pytest.raises(TypeError, match="takes a list, got one str"):
         next(rt.stream("a.png", labels))
     with pytest.raises(TypeError, match="not iterable"):
@@ -168,17 +170,17 @@ def test_directory_of_many_files_is_answered_in_order(
         buffer = io.BytesIO()
         Image.fromarray(frame).save(buffer, "PNG")
         (tmp_path / f"{i:03}.png").write_bytes(buffer.getvalue() if i != 9 else b"broken")
-    found = list(rt.classify_each(sorted(tmp_path.iterdir()), labels))
-    assert isinstance(found[9], ImageError)
-    assert "009.png" in str(found[9])
-    del found[9], frames[9]
-    for answer, alone in zip(found, rt.classify(frames, labels), strict=True):
+    answers = list(rt.classify_each(sorted(tmp_path.iterdir()), labels))
+    assert isinstance(answers[9], ImageError)
+    assert "009.png" in str(answers[9])
+    del answers[9], frames[9]
+    for answer, alone in zip(answers, rt.classify(frames, labels), strict=True):
         assert [p.index for p in answer] == [p.index for p in alone]
         np.testing.assert_allclose([p.score for p in answer], [p.score for p in alone], atol=1e-5)
 
 
 def fake_cv2(opens: bool, pictures: list[np.ndarray]) -> types.ModuleType:
-    """OpenCV as far as the example uses it; pictures are RGB."""
+    """Imitate the part of OpenCV that the example uses; pictures are RGB."""
     waiting = [np.ascontiguousarray(picture[:, :, ::-1]) for picture in pictures]
 
     class VideoCapture:
@@ -208,7 +210,9 @@ def test_camera_example(
     assert "error: OpenCV is missing: pip install" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "cv2", fake_cv2(False, []))
     assert camera.main(["--camera", "rtsp://none", *arguments]) == 2
-    assert capsys.readouterr().err == "error: camera rtsp://none does not open\n"
+    assert capsys.readouterr().err == (
+        "error: camera rtsp://none does not open: name another with --camera\n"
+    )
     trousers = np.asarray(Image.open(EXAMPLES / "coloured-trousers.jpg"))
     monkeypatch.setitem(sys.modules, "cv2", fake_cv2(True, [trousers]))
     assert camera.main(arguments) == 0

@@ -45,7 +45,7 @@ def test_an_existing_file_keeps_its_mode(tmp_path: Path, before: int, by_path: b
     if by_path:
         with storage.draft(path) as part:
             assert part != path
-            part.unlink()  # as a library may, which then makes the file again
+            part.unlink()  # a library may delete the file and create it again
             part.write_bytes(NEW)
     else:
         storage.write(path, NEW)
@@ -114,7 +114,7 @@ def test_a_draft_that_is_swapped_for_a_link_changes_no_other_file(tmp_path: Path
 
 
 @pytest.mark.parametrize("old", [b"", b"old", b"old and longer than the new contents"])
-def test_a_mount_point_is_written_into_once_all_is_there(
+def test_a_mount_point_is_written_in_place_after_success(
     tmp_path: Path, old: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # docker run --volume "$PWD/out:/out"
@@ -149,7 +149,7 @@ def test_a_mount_point_is_written_into_once_all_is_there(
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
-def test_on_failure_the_old_file_is_whole_and_nothing_else_there(
+def test_failure_keeps_the_old_file_and_leaves_no_other(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
     (tmp_path / "old").write_bytes(b"old")
@@ -209,7 +209,7 @@ def test_the_target_of_a_dangling_link_is_made(tmp_path: Path) -> None:
     assert (tmp_path / "folder" / "target").read_bytes() == NEW
 
 
-def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("pool")
     (tmp_path / "pool").symlink_to("loop")
     (tmp_path / "file").touch()
@@ -250,11 +250,11 @@ def as_somebody() -> Iterator[Path]:
         folder.chmod(0o777)
 
 
-@pytest.mark.parametrize("what", ["folder", "file"])
-def test_what_is_read_only_is_not_replaced(as_somebody: Path, what: str) -> None:
+@pytest.mark.parametrize("target", ["folder", "file"])
+def test_read_only_files_are_not_replaced(as_somebody: Path, target: str) -> None:
     path = as_somebody / "file"
     path.write_text("old")
-    (path if what == "file" else as_somebody).chmod(0o555)
+    (path if target == "file" else as_somebody).chmod(0o555)
     with pytest.raises(EdgeclipError) as caught:
         storage.write(path, NEW)
     assert str(caught.value) == f"cannot write {path}: Permission denied"
@@ -262,8 +262,8 @@ def test_what_is_read_only_is_not_replaced(as_somebody: Path, what: str) -> None
     assert names(as_somebody) == {"file"}
 
 
-def test_what_is_another_user_s_is_replaced_where_it_may_be_written(as_somebody: Path) -> None:
-    # The mode can be kept, the owner cannot.
+def test_writable_files_of_another_user_are_replaced(as_somebody: Path) -> None:
+    # The mode can be preserved, the owner cannot.
     path = as_somebody / "file"
     path.touch()
     path.chmod(0o666)
@@ -295,19 +295,19 @@ def test_a_finished_file_takes_its_place(tmp_path: Path, devices: dict[str, Path
 
 def test_an_input_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    given = tmp_path / "given"
-    given.touch()
-    (tmp_path / "link").symlink_to("given")
-    (tmp_path / "hard link").hardlink_to(given)
+    source = tmp_path / "source"
+    source.touch()
+    (tmp_path / "link").symlink_to("source")
+    (tmp_path / "hard link").hardlink_to(source)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "inner").touch()
     (tmp_path / "to inner").symlink_to("folder/inner")
     (tmp_path / "to folder").symlink_to("folder")
     for output, inputs in (
-        ("given", ["given"]),
-        ("./given", ["no file", given]),
-        ("link", ["given"]),
-        ("given", ["link"]),
+        ("source", ["source"]),
+        ("./source", ["no file", source]),
+        ("link", ["source"]),
+        ("source", ["link"]),
         ("hard link", ["folder/inner", "link"]),
         ("folder", ["folder/inner"]),
         ("to folder", ["to inner"]),
@@ -316,13 +316,13 @@ def test_an_input_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ):
         with pytest.raises(EdgeclipError, match=r"destroy the input .*name another output"):
             storage.check_output(output, inputs)
-    with open(given, "rb") as file, pytest.raises(EdgeclipError, match="the input standard input"):
-        storage.check_output("given", [file.fileno()])
+    with open(source, "rb") as file, pytest.raises(EdgeclipError, match="the input standard input"):
+        storage.check_output("source", [file.fileno()])
     for output, inputs in (
-        ("new", ["given", "no file", "new"]),
-        ("folder/inner", ["given", "folder", 0]),
-        ("given", []),
-        ("folder", ["given"]),
+        ("new", ["source", "no file", "new"]),
+        ("folder/inner", ["source", "folder", 0]),
+        ("source", []),
+        ("folder", ["source"]),
         ("/dev/null", ["/dev/null"]),  # nothing is destroyed
         (0, [0]),
     ):

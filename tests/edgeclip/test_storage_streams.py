@@ -38,13 +38,13 @@ def test_devices_are_written_into(tmp_path: Path, devices: dict[str, Path]) -> N
 def test_a_fifo_is_written_into(tmp_path: Path) -> None:
     path = tmp_path / "fifo"
     os.mkfifo(path)
-    found: list[bytes] = []
-    reader = threading.Thread(target=lambda: found.append(path.read_bytes()))
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(path.read_bytes()))
     reader.start()
     with storage.writing(path) as file:
         np.savez(file, embeddings=np.arange(6).reshape(2, 3))
     reader.join()
-    with np.load(io.BytesIO(found[0])) as arrays:
+    with np.load(io.BytesIO(received[0])) as arrays:
         np.testing.assert_array_equal(arrays["embeddings"], [[0, 1, 2], [3, 4, 5]])
     assert stat.S_ISFIFO(path.stat().st_mode)
     assert names(tmp_path) == {"fifo"}
@@ -66,9 +66,9 @@ def test_a_descriptor_is_written_into(tmp_path: Path, kind: str, form: str) -> N
         reading, fd = os.pipe()
         read = open(reading, "rb")  # noqa: SIM115
     else:
-        ours, theirs = socket.socketpair()
-        read, fd = ours.makefile("rb"), theirs.detach()
-        ours.close()
+        read_end, write_end = socket.socketpair()
+        read, fd = read_end.makefile("rb"), write_end.detach()
+        read_end.close()
     path: str | Path | int = {"number": fd, "link": tmp_path / "link"}.get(form, form.format(fd))
     (tmp_path / "link").symlink_to(f"/dev/fd/{fd}")
     assert storage.is_stream(path)
@@ -109,7 +109,7 @@ def test_a_zip_file_appended_to_a_file_is_whole(tmp_path: Path, devices: dict[st
         np.savez(out, a=np.arange(3))
 
 
-def test_a_reader_that_went_away_is_no_error_of_the_file() -> None:
+def test_a_closed_reader_raises_broken_pipe() -> None:
     reading, fd = os.pipe()
     os.close(reading)
     with pytest.raises(BrokenPipeError), storage.writing(fd) as file:

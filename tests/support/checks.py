@@ -28,16 +28,16 @@ def measured(
     count: int = COUNT,
     **changes: Any,
 ) -> Trial:
-    """Measure a defence by few attacks."""
+    """Measure a defence under the attacks, in few steps."""
     images, labels = toy_images(defence, count)
     seeds, eps = torch.arange(count), EPS[norm]
-    given = {"eps": eps, "steps": 8, "step_size": eps / 4, "queries": 30} | changes
-    threat, targets = Threat(norm, **given), TargetImages.embed(defence, images, labels)
+    settings = {"eps": eps, "steps": 8, "step_size": eps / 4, "queries": 30} | changes
+    threat, targets = Threat(norm, **settings), TargetImages.embed(defence, images, labels)
     clean = robust = correct(defence, images, labels)
     for attack in attacks:
         for gradient in gradients if defence.purifier else gradients[:1]:
-            found = build(attack, defence, gradient, threat, targets)(images, labels, seeds)
-            robust = robust & correct(defence, found, labels)
+            attacked = build(attack, defence, gradient, threat, targets)(images, labels, seeds)
+            robust = robust & correct(defence, attacked, labels)
     return Trial(
         defence, threat, images, labels, seeds, clean=clean, robust=robust, before_square=robust,
         square=None, targets=targets, batch_size=16,
@@ -64,9 +64,9 @@ class Changed(Defence):
         self.before, self.after = before, after
 
     def view(self, images: Tensor, gradient: str) -> View:
-        seen = super().view(self.before(images), gradient)
-        logits = self.after(seen.logits)
-        return View(logits, seen.embedding, logits if gradient != "encoder" else seen.answer)
+        view = super().view(self.before(images), gradient)
+        logits = self.after(view.logits)
+        return View(logits, view.embedding, logits if gradient != "encoder" else view.answer)
 
 
 def noisy(size: float) -> Defence:

@@ -21,9 +21,9 @@ def command(subject: Path, fashion_folder: Path, out: Path) -> list[str]:
     return [*line.split(), "--out", str(out)]
 
 
-def run(words: list[str], *more: str) -> dict[str, Any]:
+def run(arguments: list[str], *more: str) -> dict[str, Any]:
     """Run train.evaluate and return the contents of its result file."""
-    args = build_parser().parse_args([*words, *more])
+    args = build_parser().parse_args([*arguments, *more])
     evaluate.main(args)
     return json.loads(args.out.read_text())
 

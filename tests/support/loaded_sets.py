@@ -27,7 +27,7 @@ def contents(images: dataset.DataSet) -> data_sets.Classes:
     return {image.tobytes(): images.classes[label] for image, label in pairs}
 
 
-def one_line(spec: str, *, train: bool = False, download: bool = False) -> str:
+def load_error(spec: str, *, train: bool = False, download: bool = False) -> str:
     """Return the message of the DataError that a data set raises."""
     with pytest.raises(DataError) as caught:
         dataset.load(spec, train=train, download=download)

@@ -10,7 +10,7 @@ from edgeclip.purify import CosPurifier
 from train.robustness.purification import purify
 
 DIMS = [2, 33, 2049]
-# Small steps, one right onto the null text, some beyond it and back, and nothing at all.
+# Small steps, steps beyond the null text and back, and no steps.
 SETTINGS = [(1, 30.0), (9, 30.0), (10, 30.0), (3, 0.2), (7, 1.0), (100, 0.01), (0, 30.0), (5, 0.0)]
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-11}
 

@@ -17,7 +17,7 @@ COS = {"steps": 10, "step_size": 30.0}
 
 
 def result(path: Path, samples: dict[str, str], **changes: Any) -> str:
-    """Write a result file; changes are of the settings, but for checks, seconds and devices."""
+    """Write a result file; changes override settings, checks, agreement, seconds or devices."""
     rest = {"checks": PASSED, "agreement": None, "seconds": {}, "devices": ["some GPU"]}
     rest |= {name: changes.pop(name) for name in tuple(rest) if name in changes}
     attacked = [key.split("/") for key in samples if key != "clean"]
@@ -34,11 +34,11 @@ def result(path: Path, samples: dict[str, str], **changes: Any) -> str:
     return str(path)
 
 
-def plain(path: Path, clean: str, attacked: str, **changes: Any) -> str:
+def pgd_result(path: Path, clean: str, attacked: str, **changes: Any) -> str:
     return result(path, {"clean": clean, "pgd/exact": attacked}, **changes)
 
 
-def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     capsys.readouterr()
     main(words)
     return capsys.readouterr().out
@@ -51,8 +51,9 @@ def rows(text: str, start: str) -> list[list[str]]:
 
 
 def grid(folder: Path, worst: dict[tuple[int, float] | None, tuple[str, str]]) -> list[str]:
+    """Write a result for each (steps, step size), or None for no purification."""
     return [
-        plain(
+        pgd_result(
             folder / f"{i}.json", clean, attacked, subject="runs/m", weights_sha256="m",
             purification=cos and {"steps": cos[0], "step_size": cos[1]},
         )
@@ -69,14 +70,14 @@ DIFF = {
 def diff_rows(folder: Path) -> list[str]:
     """Write results of a model without purification, with two settings of cos, and with two of diff."""
     clean = "1" * 100
-    given = [
+    purifications = [
         (None, 40), (COS, 41), (COS | {"steps": 2}, 42), (DIFF, 50), (DIFF | {"step_size": 0.1}, 60),
         (DIFF | {"seed": 1}, 70), (DIFF | {"step_size": 0.1}, 55),
     ]  # fmt: skip
     return [
-        plain(
-            folder / f"{i}.json", clean, "1" * left + "0" * (100 - left),
+        pgd_result(
+            folder / f"{i}.json", clean, "1" * robust + "0" * (100 - robust),
             subject="runs/m", weights_sha256="m", purification=purification,
         )
-        for i, (purification, left) in enumerate(given)
+        for i, (purification, robust) in enumerate(purifications)
     ]  # fmt: skip

@@ -52,15 +52,15 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 def command(settings: Settings, *more: str) -> list[str]:
     words = [sys.executable, "-m", "train.tgazsr"]
-    plain = Settings(data="", out=Path())
+    defaults = Settings(data="", out=Path())
     for name, value in vars(settings).items():
-        if value != getattr(plain, name):
+        if value != getattr(defaults, name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     return [*words, *more]
 
 
-def assert_same(ours: Path, theirs: Path, **tolerance: float) -> None:
-    found, wanted = weights(ours), weights(theirs)
-    assert found.keys() == wanted.keys()
-    for key, value in wanted.items():
-        torch.testing.assert_close(found[key], value, **tolerance)
+def assert_same(run: Path, reference: Path, **tolerance: float) -> None:
+    actual, expected = weights(run), weights(reference)
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, **tolerance)

@@ -10,14 +10,14 @@ from tests.support.toy_models import toy_images
 from train.robustness.defence import Defence
 from train.robustness.threat import TargetImages, Threat, build
 
-OURS = ("pgd", "cw", "feature")
+NATIVE = ("pgd", "cw", "feature")
 EPS = {"linf": 8 / 255, "l2": 0.4}
 
 
 def threat(norm: str = "linf", **changes: Any) -> Threat:
     eps = EPS[norm]
-    given = {"eps": eps, "steps": 10, "step_size": eps / 4, "queries": 200} | changes
-    return Threat(norm=norm, **given)
+    settings = {"eps": eps, "steps": 10, "step_size": eps / 4, "queries": 200} | changes
+    return Threat(norm=norm, **settings)
 
 
 def attack(

@@ -27,25 +27,27 @@ def subject(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def words(subject: Path, fashion_folder: Path, tmp_path: Path) -> list[str]:
+def arguments(subject: Path, fashion_folder: Path, tmp_path: Path) -> list[str]:
     return command(subject, fashion_folder, tmp_path / "result.json")
 
 
 @pytest.fixture
 def bundled(fashion_folder: Path, tmp_path: Path) -> list[str]:
-    made = exported("vit")
-    line = f"{made.bundle.path} --checkpoint {made.folder} --data fashion-mnist:{fashion_folder}"
+    export = exported("vit")
+    line = (
+        f"{export.bundle.path} --checkpoint {export.folder} --data fashion-mnist:{fashion_folder}"
+    )
     line += " --eps 4/255 --steps 2 -n 12 --attack pgd --check-samples 0"
     return [*line.split(), "--out", str(tmp_path / "result.json")]
 
 
 def test_bundle_is_measured_as_the_runtime_runs_it(bundled: list[str]) -> None:
-    found = run(bundled, "--purify", "cos", "--purify-step-size", "0.2", "--check-samples", "6")
-    made = exported("vit")
-    assert found["settings"]["templates"] == list(made.bundle.manifest.templates)
-    assert found["settings"]["null_templates"] == list(made.bundle.manifest.null_templates)
-    assert 0 <= found["agreement"] < 1e-5
-    (precisions,) = (row for row in found["checks"] if row["name"] == "exported precisions")
+    result = run(bundled, "--purify", "cos", "--purify-step-size", "0.2", "--check-samples", "6")
+    export = exported("vit")
+    assert result["settings"]["templates"] == list(export.bundle.manifest.templates)
+    assert result["settings"]["null_templates"] == list(export.bundle.manifest.null_templates)
+    assert 0 <= result["agreement"] < 1e-5
+    (precisions,) = (row for row in result["checks"] if row["name"] == "exported precisions")
     assert precisions["passed"] is True
     assert "fp32" in precisions["figure"]
 
@@ -80,7 +82,7 @@ def test_bundle_whose_runtime_disagrees_is_refused(
     assert "cw/exact" not in json.loads(Path(bundled[-1]).read_text())["samples"]
 
 
-def test_bundle_needs_its_own_weights(bundled: list[str], subject: Path, tmp_path: Path) -> None:
+def test_bundle_needs_its_weights(bundled: list[str], subject: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="exported from other weights"):
         run([bundled[0], "--checkpoint", str(subject), *bundled[3:]])
     with pytest.raises(SettingsError, match="--checkpoint goes with a bundle"):
@@ -89,10 +91,12 @@ def test_bundle_needs_its_own_weights(bundled: list[str], subject: Path, tmp_pat
     shutil.copytree(bundled[0], alone)
     with pytest.raises(SettingsError, match="are not beside it"):
         open_subject(str(alone))
-    made = exported("vit")  # in the folder of its run, or beside it
-    assert open_subject(str(made.bundle.path)).source.weights_sha256 == made.source.weights_sha256
-    shutil.copytree(made.folder, alone.parent, dirs_exist_ok=True)
-    assert open_subject(str(alone)).source.weights_sha256 == made.source.weights_sha256
+    export = exported("vit")  # in the folder of its run, or beside it
+    assert (
+        open_subject(str(export.bundle.path)).source.weights_sha256 == export.source.weights_sha256
+    )
+    shutil.copytree(export.folder, alone.parent, dirs_exist_ok=True)
+    assert open_subject(str(alone)).source.weights_sha256 == export.source.weights_sha256
 
 
 def write_tower(folder: Path, path: Path) -> Path:
@@ -104,33 +108,33 @@ def write_tower(folder: Path, path: Path) -> Path:
 
 
 def test_an_image_tower_is_measured_over_the_models_weights(
-    words: list[str], subject: Path, tmp_path: Path
+    arguments: list[str], subject: Path, tmp_path: Path
 ) -> None:
     tower = write_tower(subject, tmp_path / "fare.pt")
     few = ["--attack", "pgd", "-n", "8"]
-    plain = run(words, *few)
+    base_result = run(arguments, *few)
     with pytest.raises(SettingsError, match=r"other settings \(visual, weights_sha256\)"):
-        run(words, *few, "--visual", str(tower))
-    Path(words[-1]).unlink()
-    found = run(words, *few, "--visual", str(tower))
-    base = plain["settings"]["weights_sha256"]
-    assert found["settings"]["weights_sha256"] == join_sha256([base, sha256(tower)])
-    assert found["settings"]["visual"] == str(tower)
-    assert result_file.read(Path(words[-1])).model == f"{subject} {tower}"
+        run(arguments, *few, "--visual", str(tower))
+    Path(arguments[-1]).unlink()
+    result = run(arguments, *few, "--visual", str(tower))
+    base = base_result["settings"]["weights_sha256"]
+    assert result["settings"]["weights_sha256"] == join_sha256([base, sha256(tower)])
+    assert result["settings"]["visual"] == str(tower)
+    assert result_file.read(Path(arguments[-1])).model == f"{subject} {tower}"
     with pytest.raises(SettingsError, match=r"other settings \(quick_gelu\)"):
-        run(words, *few, "--visual", str(tower), "--quickgelu")
+        run(arguments, *few, "--visual", str(tower), "--quickgelu")
 
 
-def test_a_bundle_with_an_image_tower_of_its_own_needs_its_file(tmp_path: Path) -> None:
-    made, folder = exported("vit"), tmp_path / "bundle"
-    tower = write_tower(made.folder, tmp_path / "fare.pt")
-    source = load(str(made.folder), None, visual=str(tower))
-    shutil.copytree(made.bundle.path, folder)
+def test_a_bundle_with_another_image_tower_needs_its_file(tmp_path: Path) -> None:
+    export, folder = exported("vit"), tmp_path / "bundle"
+    tower = write_tower(export.folder, tmp_path / "fare.pt")
+    source = load(str(export.folder), None, visual=str(tower))
+    shutil.copytree(export.bundle.path, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"source": source.record}))
     with pytest.raises(SettingsError, match=r"image tower fare\.pt: name its file with --visual"):
-        open_subject(str(folder), checkpoint=str(made.folder))
-    opened = open_subject(str(folder), checkpoint=str(made.folder), visual=str(tower))
+        open_subject(str(folder), checkpoint=str(export.folder))
+    opened = open_subject(str(folder), checkpoint=str(export.folder), visual=str(tower))
     assert opened.source.weights_sha256 == source.weights_sha256
     half = opened.source.model.visual.proj
-    assert torch.equal(2 * half, made.source.model.visual.proj)
+    assert torch.equal(2 * half, export.source.model.visual.proj)

@@ -9,8 +9,8 @@ import pytest
 from tests.support.reports import (
     diff_rows,
     grid,
+    printed,
     rows,
-    shown,
 )
 
 
@@ -30,7 +30,7 @@ def test_grid_of_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             (2, 0.1): (clean, "0" * 10 + "1" * 35 + "0" * 55),
         },
     )
-    text = shown(capsys, *files)
+    text = printed(capsys, *files)
     head = "runs/m, CLIPure-Cos, clean / worst case in % (pgd; 100 steps; restarts 1)"
     assert f"{head}; without purification 100.0 / 40.0:" in text
     assert [
@@ -46,8 +46,8 @@ def test_grid_of_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "purification (95 % interval of the paired difference, 100 images); clean accuracy -2.0 "
         "points."
     )
-    assert f"{head}; no result without purification:" in shown(capsys, *files[1:])
-    assert "CLIPure-Cos" not in shown(capsys, *files[:2])
+    assert f"{head}; no result without purification:" in printed(capsys, *files[1:])
+    assert "CLIPure-Cos" not in printed(capsys, *files[:2])
 
 
 def test_gain_within_sampling_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,21 +61,21 @@ def test_gain_within_sampling_error(tmp_path: Path, capsys: pytest.CaptureFixtur
             (2, 1.0): (clean, "0" * 100),
         },
     )
-    told = shown(capsys, *files).splitlines()[-1]
-    assert "cos 1 x 1 has the largest gain: worst case +4.0 points ± 13.5" in told
-    assert "50 images), within sampling error; clean accuracy +0.0 points." in told
+    conclusion = printed(capsys, *files).splitlines()[-1]
+    assert "cos 1 x 1 has the largest gain: worst case +4.0 points ± 13.5" in conclusion
+    assert "50 images), within sampling error; clean accuracy +0.0 points." in conclusion
     files = grid(
         tmp_path, {None: (clean, before), (1, 1.0): (clean, "0" * 100), (2, 1.0): (clean, before)}
     )
-    told = shown(capsys, *files).splitlines()[-1]
-    assert "cos 2 x 1 comes closest, none gains: worst case +0.0 points ± 0.0" in told
-    assert "within sampling error" in told
+    conclusion = printed(capsys, *files).splitlines()[-1]
+    assert "cos 2 x 1 comes closest, none gains: worst case +0.0 points ± 0.0" in conclusion
+    assert "within sampling error" in conclusion
 
 
-def test_grid_of_diff_is_apart_from_that_of_cos(
+def test_grids_of_diff_and_cos_are_separate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = shown(capsys, *diff_rows(tmp_path))
+    text = printed(capsys, *diff_rows(tmp_path))
     shared = "clean / worst case in % (pgd; 100 steps; restarts 1); without purification"
     cos = text.index(f"runs/m, CLIPure-Cos, {shared} 100.0 / 40.0:")
     diff = text.index(f"runs/m, CLIPure-Diff, timesteps 900 to 999, seed 0, {shared} 100.0 / 40.0:")
@@ -83,7 +83,7 @@ def test_grid_of_diff_is_apart_from_that_of_cos(
     below = text[diff:].splitlines()
     table = [[c.strip() for c in line.strip("|").split("|")] for line in below if "|" in line]
     assert table[0] == ["steps", "step size 0.1", "step size 30"]
-    assert table[2] == ["10", "100.0 / 55.0", "100.0 / 50.0"]  # of two results the worse
+    assert table[2] == ["10", "100.0 / 55.0", "100.0 / 50.0"]  # the worse of two results
     between = text[cos:diff]
     assert "50.0" not in between
     assert "55.0" not in between
@@ -91,7 +91,7 @@ def test_grid_of_diff_is_apart_from_that_of_cos(
 
 
 def test_rows_of_diff_name_their_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(capsys, *diff_rows(tmp_path))
+    text = printed(capsys, *diff_rows(tmp_path))
     named = [row[1] for row in rows(text, "runs/m")]
     assert named == [
         "none", "cos 2 x 30", "cos 10 x 30", "diff 10 x 0.1 t 900-999 seed 0",

@@ -15,7 +15,7 @@ from tests.support.reports import (
     MARKS,
     diff_rows,
     grid,
-    plain,
+    pgd_result,
     result,
 )
 from train.errors import SettingsError
@@ -41,10 +41,10 @@ def test_plots_and_their_links(tmp_path: Path, capsys: pytest.CaptureFixture[str
     folder, document = tmp_path / "docs" / "the plots", tmp_path / "docs" / "doc.md"
     both = {"clean": "1111", "pgd/exact": "1100", "pgd/released": "1110"}
     files = [
-        plain(tmp_path / "a.json", "1111", "1000"),
+        pgd_result(tmp_path / "a.json", "1111", "1000"),
         result(tmp_path / "b.json", both, subject="runs/a", purification=COS),
-        plain(tmp_path / "c.json", "1110", "1110", subject="runs/a", eps=2 / 255, checks=[]),
-        plain(tmp_path / "d.json", "1110", "1110", norm="l2", eps=2 / 255),  # no other point
+        pgd_result(tmp_path / "c.json", "1110", "1110", subject="runs/a", eps=2 / 255, checks=[]),
+        pgd_result(tmp_path / "d.json", "1110", "1110", norm="l2", eps=2 / 255),  # no other point
     ]
     main([*files, "--plots", str(folder)])
     names = [

@@ -43,15 +43,15 @@ def settings(model: Path, fashion_folder: Path, tmp_path: Path) -> Settings:
 
 @pytest.mark.parametrize("variant", WEIGHTS)
 def test_every_variant_lowers_its_loss(settings: Settings, variant: str, model: Path) -> None:
-    found = run(replace(settings, variant=variant, epochs=5, learning_rate=3e-3))
-    steps = [row for row in found if "loss" in row]
+    metrics = run(replace(settings, variant=variant, epochs=5, learning_rate=3e-3))
+    steps = [row for row in metrics if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 31))
     first, last = (sum(row["loss"] for row in part) for part in (steps[:3], steps[-3:]))
     assert last < 0.9 * first
     terms = {"fare": ["fare"], "tecoa": ["ce"], "at": ["ce"], "pmg": ["ce", "general", "clean"]}
     for name in terms.get(variant, ["ce", "ar", "amc"]):
         assert steps[-1][name] > 0
-    checks = [row for row in found if "robust_accuracy" in row]
+    checks = [row for row in metrics if "robust_accuracy" in row]
     assert [row["epoch"] for row in checks] == [1, 2, 3, 4, 5]
     assert all(0 <= row["robust_accuracy"] <= row["clean_accuracy"] + 0.1 for row in checks)
 
@@ -66,7 +66,7 @@ def test_every_variant_lowers_its_loss(settings: Settings, variant: str, model: 
 
 
 def test_tecoa_is_tga_without_its_terms(settings: Settings) -> None:
-    """SGD, whose steps are proportional to the gradient, keeps rounding errors small."""
+    """Train with SGD: its steps are proportional to the gradient, which keeps rounding errors small."""
     tecoa = replace(settings, variant="tecoa", optimizer="sgd", learning_rate=0.02)
     without = replace(tecoa, variant="tga", alpha=0.0, beta=0.0, out=settings.out.parent / "tga")
     run(tecoa)
@@ -80,12 +80,12 @@ def test_attack_on_the_loss_is_stronger_than_noise(settings: Settings) -> None:
     classifier = Classifier(source, class_embeddings(source, pairs.classes, ["a {}"])).eval()
     images = torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     labels, seeds = torch.arange(30) % 10, torch.arange(30)
-    chosen = checked(settings, 1)
+    run_settings = checked(settings, 1)
 
     def loss(steps: int) -> float:
-        found = attack(chosen, classifier, classifier, images, labels, seeds, steps)
-        assert (found - images).abs().max() <= settings.eps + 1e-6
-        return torch.nn.functional.cross_entropy(classifier(found).logits, labels).item()
+        attacked = attack(run_settings, classifier, classifier, images, labels, seeds, steps)
+        assert (attacked - images).abs().max() <= settings.eps + 1e-6
+        return torch.nn.functional.cross_entropy(classifier(attacked).logits, labels).item()
 
     assert loss(0) < loss(2) < loss(10)
     assert all(p.grad is None for p in classifier.parameters())
@@ -100,10 +100,10 @@ def test_terms_before_training(settings: Settings, variant: str) -> None:
     source.model.visual.requires_grad_(True)
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 0])
-    chosen = checked(replace(settings, variant=variant), 1)
+    run_settings = checked(replace(settings, variant=variant), 1)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     attacked = (images + 0.1 * noise).clamp(0, 1)
-    terms = loss_terms(chosen, classifier, classifier, texts, images, attacked, labels)
+    terms = loss_terms(run_settings, classifier, classifier, texts, images, attacked, labels)
     assert terms["amc"].item() == pytest.approx(0, abs=1e-4)
     assert terms["ar"].item() > 1e-3
     sum(terms.values()).backward()
@@ -111,7 +111,7 @@ def test_terms_before_training(settings: Settings, variant: str) -> None:
     assert all(g is not None and g.isfinite().all() for g in grads)
 
 
-# Without pmg: its reference sees the attacked images, but counts as a constant.
+# pmg is left out: its reference depends on the attacked images, but counts as a constant.
 @pytest.mark.parametrize("variant", ["tga", "comp", "tecoa", "at", "fare"])
 def test_image_gradients_equal_finite_differences(
     settings: Settings, variant: str, tmp_path: Path
@@ -129,11 +129,11 @@ def test_image_gradients_equal_finite_differences(
     rng = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, 8, 8, generator=rng).double()
     noise = 0.05 * torch.randn(images.shape, generator=rng).double()
-    chosen = checked(replace(settings, variant=variant), 1)
+    run_settings = checked(replace(settings, variant=variant), 1)
 
     def loss(attacked: torch.Tensor) -> torch.Tensor:
         labels = torch.tensor([0, 2])
-        return sum(loss_terms(chosen, *models, negated, images, attacked, labels).values())
+        return sum(loss_terms(run_settings, *models, negated, images, attacked, labels).values())
 
     attacked = (images + noise).requires_grad_()
     assert torch.autograd.gradcheck(loss, attacked, eps=1e-6, atol=1e-6, fast_mode=True)
@@ -141,8 +141,8 @@ def test_image_gradients_equal_finite_differences(
 
 @pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"norm": "l2", "eps": 1.0}])
 def test_bf16_and_l2(settings: Settings, changes: dict[str, Any]) -> None:
-    found = run(replace(settings, step_size=0.02, limit_batches=2, epochs=3, **changes))
-    steps = [row for row in found if "loss" in row]
+    metrics = run(replace(settings, step_size=0.02, limit_batches=2, epochs=3, **changes))
+    steps = [row for row in metrics if "loss" in row]
     assert len(steps) == 6
     assert all(np.isfinite(row["loss"]) and row["gradient_norm"] > 0 for row in steps)
 
@@ -152,16 +152,16 @@ def test_baselines_train_a_tower_without_patch_tokens(
     settings: Settings, tmp_path: Path, variant: str
 ) -> None:
     resnet = write_folder(tmp_path / "resnet", "resnet")
-    found = run(replace(settings, model=str(resnet), variant=variant, limit_batches=2))
-    assert len([row for row in found if "loss" in row]) == 4
+    metrics = run(replace(settings, model=str(resnet), variant=variant, limit_batches=2))
+    assert len([row for row in metrics if "loss" in row]) == 4
 
 
 @pytest.mark.parametrize("variant", ["tga", "comp"])
 def test_siglip_has_patch_tokens(settings: Settings, tmp_path: Path, variant: str) -> None:
     siglip = write_folder(tmp_path / "siglip", "siglip")  # its texts are eight tokens
     short = replace(settings, template="a {}", non_class_template="no {}")
-    found = run(replace(short, model=str(siglip), variant=variant, limit_batches=2))
-    assert all(row["ar"] > 0 for row in found if "loss" in row)
+    metrics = run(replace(short, model=str(siglip), variant=variant, limit_batches=2))
+    assert all(row["ar"] > 0 for row in metrics if "loss" in row)
     again = load(str(settings.out), None)
     assert (
         again.tokenizer(["a cat"]).tolist() == load(str(siglip), None).tokenizer(["a cat"]).tolist()
@@ -169,14 +169,14 @@ def test_siglip_has_patch_tokens(settings: Settings, tmp_path: Path, variant: st
 
 
 def test_every_epoch_takes_each_image_once_in_another_order(settings: Settings) -> None:
-    chosen = replace(settings, batch_size=4)
-    epochs = [epoch_keys(14, epoch, chosen, 0, 1) for epoch in range(2)]
+    run_settings = replace(settings, batch_size=4)
+    epochs = [epoch_keys(14, epoch, run_settings, 0, 1) for epoch in range(2)]
     orders = [[index for batch in keys for index, _ in batch] for keys in epochs]
     assert all(len(set(order)) == len(order) == 12 for order in orders)
     assert orders[0] != orders[1]
     seeds = [seed for keys in epochs for batch in keys for _, seed in batch]
     assert len(set(seeds)) == 24
-    halves = [epoch_keys(14, 0, chosen, rank, 2) for rank in range(2)]
+    halves = [epoch_keys(14, 0, run_settings, rank, 2) for rank in range(2)]
     joined = [a + b for a, b in zip(*halves, strict=True)]
     assert joined == epochs[0]
 
@@ -187,8 +187,8 @@ def test_validation_is_an_attack(settings: Settings) -> None:
     test_set = dataset.load(settings.data, train=False)
     classifier = Classifier(source, class_embeddings(source, test_set.classes, ["a {}"])).eval()
     pictures = Pictures(test_set, source.model.visual)
-    chosen = checked(replace(settings, eps=0.03, step_size=0.01, validate_steps=5), 1)
-    found = tgazsr.validate(chosen, classifier, classifier, pictures, 0, 1)
+    run_settings = checked(replace(settings, eps=0.03, step_size=0.01, validate_steps=5), 1)
+    accuracies = tgazsr.validate(run_settings, classifier, classifier, pictures, 0, 1)
     right = [0, 0]
     for key in draw(len(test_set), 20, settings.seed):
         image, label, seed = pictures[key]
@@ -197,9 +197,9 @@ def test_validation_is_an_attack(settings: Settings) -> None:
             lambda x: classifier(x).logits, images, labels, eps=0.03, step_size=0.01, steps=5,
             generator=generators(torch.tensor([seed]), CPU),
         )  # fmt: skip
-        for i, shown in enumerate((images, attacked)):
-            right[i] += int(classifier(shown).logits.argmax() == label)
-    assert found == {"clean_accuracy": right[0] / 20, "robust_accuracy": right[1] / 20}
+        for i, batch in enumerate((images, attacked)):
+            right[i] += int(classifier(batch).logits.argmax() == label)
+    assert accuracies == {"clean_accuracy": right[0] / 20, "robust_accuracy": right[1] / 20}
 
 
 def test_template_is_recorded_where_the_model_has_none(settings: Settings, model: Path) -> None:
@@ -219,9 +219,9 @@ def test_robust_image_tower_is_trained_further(
     torch.save({"vision_encoder_state_dict": tower}, tmp_path / "tecoa.pt")
     changes = {"visual": str(tmp_path / "tecoa.pt"), "quickgelu": True, "learning_rate": 0.0}
     run(replace(settings, epochs=1, limit_batches=3, validate=0, **changes))
-    made = load(str(settings.out), None)
-    assert made.quick_gelu
-    for key, value in made.model.state_dict().items():
+    tuned = load(str(settings.out), None)
+    assert tuned.quick_gelu
+    for key, value in tuned.model.state_dict().items():
         assert torch.equal(value, base[key] / 2 if key.startswith("visual.") else base[key])
     training = json.loads((settings.out / "open_clip_config.json").read_text())["training"]
     files = (model / "open_clip_model.safetensors", tmp_path / "tecoa.pt")

@@ -41,38 +41,38 @@ def settings(model: Path, fashion_folder: Path, tmp_path: Path) -> Settings:
 
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(settings: Settings) -> None:
     whole = replace(settings, epochs=8, checkpoint_every=2, augment="garments")
-    parts = replace(whole, out=settings.out.parent / "parts")
-    child = subprocess.Popen(command(parts), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    interrupted = replace(whole, out=settings.out.parent / "interrupted")
+    child = subprocess.Popen(command(interrupted), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while child.poll() is None and not (
-        (parts.out / "checkpoint.pt").exists() and len(rows(parts.out)) > 5
+        (interrupted.out / "checkpoint.pt").exists() and len(rows(interrupted.out)) > 5
     ):
         time.sleep(0.005)
     child.kill()
     text = child.communicate()[0].decode()
-    done = torch.load(parts.out / "checkpoint.pt", weights_only=True)["step"]
+    done = torch.load(interrupted.out / "checkpoint.pt", weights_only=True)["step"]
     assert 0 < done < 48, f"the run was to be killed half way: {text}"
-    with (parts.out / "metrics.jsonl").open("a") as file:
+    with (interrupted.out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "loss')  # a killed writer leaves half a row
-    run(replace(parts, resume=True))
+    run(replace(interrupted, resume=True))
     run(whole)
-    assert_same(parts.out, whole.out, rtol=0, atol=0)
+    assert_same(interrupted.out, whole.out, rtol=0, atol=0)
 
     def figures(out: Path) -> list[dict[str, Any]]:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(out)]
 
-    assert figures(parts.out) == figures(whole.out)
+    assert figures(interrupted.out) == figures(whole.out)
     board = EventAccumulator(str(whole.out / "tensorboard"))
     board.Reload()
-    shown = [event.value for event in board.Scalars("loss")]
-    wanted = [row["loss"] for row in rows(whole.out) if "loss" in row]
-    np.testing.assert_allclose(shown, wanted, rtol=1e-6)
+    losses = [event.value for event in board.Scalars("loss")]
+    expected = [row["loss"] for row in rows(whole.out) if "loss" in row]
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
 
 
 def test_finished_run_is_left_unchanged(settings: Settings) -> None:
     run(settings)
     before = weights(settings.out)
-    found = run(replace(settings, resume=True, workers=1))
-    assert len(found) == 14
+    metrics = run(replace(settings, resume=True, workers=1))
+    assert len(metrics) == 14
     assert all(torch.equal(before[key], value) for key, value in weights(settings.out).items())
 
 
@@ -82,25 +82,25 @@ def test_two_processes_equal_one(settings: Settings, variant: str) -> None:
     two = replace(one, out=settings.out.parent / "two")
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    found = subprocess.run(
+    process = subprocess.run(
         words + command(two)[1:], capture_output=True, text=True, env=environment, check=False
     )
-    assert found.returncode == 0, found.stderr
+    assert process.returncode == 0, process.stderr
     run(one)
-    ours, theirs = rows(two.out), rows(one.out)
-    assert len(ours) == len(theirs) == 14
-    for mine, other in zip(ours, theirs, strict=True):
-        for key in other.keys() - {"seconds"}:
-            assert mine[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
+    double_rows, single_rows = rows(two.out), rows(one.out)
+    assert len(double_rows) == len(single_rows) == 14
+    for double, single in zip(double_rows, single_rows, strict=True):
+        for key in single.keys() - {"seconds"}:
+            assert double[key] == pytest.approx(single[key], rel=1e-4, abs=1e-5), key
     assert_same(two.out, one.out, rtol=1e-4, atol=1e-5)
 
 
 def test_accumulated_parts_equal_the_whole_batch(settings: Settings) -> None:
     whole = replace(settings, optimizer="sgd", learning_rate=0.02)
-    parts = replace(whole, accumulate=3, out=settings.out.parent / "parts")
+    accumulated = replace(whole, accumulate=3, out=settings.out.parent / "interrupted")
     run(whole)
-    run(parts)
-    assert_same(parts.out, whole.out, rtol=1e-4, atol=1e-5)
+    run(accumulated)
+    assert_same(accumulated.out, whole.out, rtol=1e-4, atol=1e-5)
 
 
 def test_model_and_file_are_not_overwritten(settings: Settings, model: Path) -> None:
@@ -140,6 +140,6 @@ def test_run_is_not_overwritten_or_resumed_with_other_settings(
     with pytest.raises(SettingsError, match="was begun with epochs 1, not 2"):
         run(replace(settings, limit_batches=3, resume=True))
     folder = write_folder(tmp_path / "other", "vit", **SMALL | {"layers": 1})
-    other = replace(settings, epochs=1, limit_batches=3, model=str(folder), resume=True)
+    single = replace(settings, epochs=1, limit_batches=3, model=str(folder), resume=True)
     with pytest.raises(SettingsError, match=r"was begun with (weights|model)"):
-        run(other)
+        run(single)

@@ -87,14 +87,14 @@ def test_every_setting_changes_the_weights(settings: Settings) -> None:
     base = replace(settings, limit_batches=2, validate=0, learning_rate=1e-3)
 
     def trained(name: str, **changes: Any) -> torch.Tensor:
-        chosen = replace(base, out=settings.out.parent / name, **changes)
-        run(chosen)
-        return torch.cat([value.ravel() for value in weights(chosen.out).values()])
+        run_settings = replace(base, out=settings.out.parent / name, **changes)
+        run(run_settings)
+        return torch.cat([value.ravel() for value in weights(run_settings.out).values()])
 
-    wanted = trained("base")
-    assert torch.equal(trained("again"), wanted)
+    expected = trained("base")
+    assert torch.equal(trained("again"), expected)
     for i, changes in enumerate(OTHERS):
-        assert not torch.allclose(trained(str(i), **changes), wanted, atol=1e-7), changes
+        assert not torch.allclose(trained(str(i), **changes), expected, atol=1e-7), changes
 
 
 def test_broken_image_in_a_worker_is_one_line(
@@ -104,11 +104,11 @@ def test_broken_image_in_a_worker_is_one_line(
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(3):
             (tmp_path / "photos" / name / f"{i}.png").write_bytes(b"broken")
-    chosen = replace(
+    run_settings = replace(
         settings, data=f"folder:{tmp_path / 'photos'}", batch_size=2, workers=1, validate=0
     )
     with pytest.raises(SystemExit) as caught:
-        run_command(lambda: run(chosen))
+        run_command(lambda: run(run_settings))
     assert caught.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: image ")
@@ -128,20 +128,20 @@ def test_folder_without_classes_is_refused(settings: Settings, tmp_path: Path) -
         run(replace(settings, data=f"folder:{tmp_path / 'empty'}"))
 
 
-def test_mistakes_on_the_command_line_are_one_line(settings: Settings) -> None:
-    found = subprocess.run(
+def test_command_line_errors_are_one_line(settings: Settings) -> None:
+    process = subprocess.run(
         command(settings, "--eps", "8"), capture_output=True, text=True, check=False
     )
-    assert found.returncode == 2
-    wanted = "error: --eps is in units of [0, 1], got 8: for 8 of 255 give --eps 8/255\n"
-    assert found.stderr == wanted
+    assert process.returncode == 2
+    expected = "error: --eps is in units of [0, 1], got 8: for 8 of 255 give --eps 8/255\n"
+    assert process.stderr == expected
 
 
 @pytest.mark.parametrize(
-    ("words", "wanted"), [([], None), (["--quickgelu"], True), (["--no-quickgelu"], False)]
+    ("words", "expected"), [([], None), (["--quickgelu"], True), (["--no-quickgelu"], False)]
 )
 def test_activation_on_the_command_line(
-    monkeypatch: pytest.MonkeyPatch, words: list[str], wanted: bool | None
+    monkeypatch: pytest.MonkeyPatch, words: list[str], expected: bool | None
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["tgazsr", "--data", "x", "--out", "y", *words])
-    assert parse_settings(Settings, "tgazsr", "", "").quickgelu is wanted
+    assert parse_settings(Settings, "tgazsr", "", "").quickgelu is expected

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import data_sets
 from tests.support.data_sets import WRITERS
-from tests.support.loaded_sets import accept_any_checksum, contents, one_line
+from tests.support.loaded_sets import accept_any_checksum, contents, load_error
 from train.data import __main__, class_names, dataset
 from train.data.catalog import SOURCES
 
@@ -50,15 +50,15 @@ def test_public_data_sets(name: str, tmp_path: Path, requests: list[str]) -> Non
     written = WRITERS[name](tmp_path)
     assert set(written) == ({False} if name in TEST_ONLY else {False, True})
     for train, expected in written.items():
-        found = dataset.load(f"{name}:{tmp_path}", train=train)
-        assert found.name == name
-        assert len(found.classes) == SOURCES[name].count == len(set(found.classes))
-        assert all("_" not in word and word.strip() == word for word in found.classes)
-        assert all(template.count("{}") == 1 for template in found.templates)
-        assert contents(found).items() >= expected.items()
-        assert len(found) >= len(expected)
-        again = pickle.loads(pickle.dumps(found))
-        assert contents(again) == contents(found)
+        images = dataset.load(f"{name}:{tmp_path}", train=train)
+        assert images.name == name
+        assert len(images.classes) == SOURCES[name].count == len(set(images.classes))
+        assert all("_" not in word and word.strip() == word for word in images.classes)
+        assert all(template.count("{}") == 1 for template in images.templates)
+        assert contents(images).items() >= expected.items()
+        assert len(images) >= len(expected)
+        again = pickle.loads(pickle.dumps(images))
+        assert contents(again) == contents(images)
     assert not requests
 
 
@@ -69,13 +69,13 @@ def test_missing_data_sets(
     monkeypatch.setitem(sys.modules, "h5py", types.ModuleType("h5py"))
     monkeypatch.setattr("train.data.fashion_mnist.DEBIAN_FASHION_MNIST", tmp_path / "none")
     for spec, root in ((f"{name}:{tmp_path}", tmp_path), (name, tmp_path / "default")):
-        message = one_line(spec)
+        message = load_error(spec)
         assert message.startswith(f"no {SOURCES[name].title} in {root}")
         assert ("--download" in message) == (name not in BY_HAND)
         assert ("get it from http" in message) == (name in BY_HAND)
         assert f"{name}:FOLDER" in message
     if name in TEST_ONLY:
-        assert "no official training split" in one_line(f"{name}:{tmp_path}", train=True)
+        assert "no official training split" in load_error(f"{name}:{tmp_path}", train=True)
     assert not requests
     assert not list(tmp_path.iterdir())
 
@@ -86,7 +86,7 @@ def test_download_only_when_asked(
 ) -> None:
     monkeypatch.setitem(sys.modules, "h5py", types.ModuleType("h5py"))
     monkeypatch.setattr("train.data.fashion_mnist.DEBIAN_FASHION_MNIST", tmp_path / "none")
-    message = one_line(f"{name}:{tmp_path}", download=True)
+    message = load_error(f"{name}:{tmp_path}", download=True)
     if name in BY_HAND:
         assert "get it from http" in message
         assert not requests
@@ -100,8 +100,8 @@ def test_download_only_when_asked(
 @pytest.mark.usefixtures("unchecked")
 def test_path_may_name_the_folder_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = data_sets.cifar10(tmp_path)[False]
-    found = dataset.load(f"CIFAR-10:{tmp_path / 'cifar-10-batches-py'}", train=False)
-    assert contents(found) == expected
+    images = dataset.load(f"CIFAR-10:{tmp_path / 'cifar-10-batches-py'}", train=False)
+    assert contents(images) == expected
     monkeypatch.chdir(tmp_path)
     assert contents(dataset.load("cifar10:cifar-10-batches-py", train=False)) == expected
     data_sets.imagenet_r(tmp_path)
@@ -119,42 +119,42 @@ def test_default_folder(tmp_path: Path) -> None:
 
 def test_damaged_data_sets(tmp_path: Path) -> None:
     data_sets.cifar10(tmp_path)  # its checksums are wrong
-    message = one_line(f"cifar10:{tmp_path}")
+    message = load_error(f"cifar10:{tmp_path}")
     assert "Dataset not found or corrupted" in message
     assert "download=True" not in message
     data_sets.food101(tmp_path)
     (tmp_path / "food-101" / "meta" / "test.json").write_text("{")
-    assert "Food-101 in" in one_line(f"food101:{tmp_path}")
+    assert "Food-101 in" in load_error(f"food101:{tmp_path}")
     data_sets.dtd(tmp_path)
     (tmp_path / "dtd" / "dtd" / "labels" / "test1.txt").unlink()
-    assert "test1.txt" in one_line(f"dtd:{tmp_path}")
+    assert "test1.txt" in load_error(f"dtd:{tmp_path}")
     data_sets.eurosat(tmp_path)
     (tmp_path / "eurosat" / "2750" / "River").rename(tmp_path / "elsewhere")
-    assert "EuroSAT has 10 classes, but 9 are in" in one_line(f"eurosat:{tmp_path}")
+    assert "EuroSAT has 10 classes, but 9 are in" in load_error(f"eurosat:{tmp_path}")
     (tmp_path / "eurosat" / "2750" / "River").mkdir()
-    assert "no images in" in one_line(f"eurosat:{tmp_path}")
+    assert "no images in" in load_error(f"eurosat:{tmp_path}")
 
 
 def test_pcam_needs_h5py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
-    assert one_line(f"pcam:{tmp_path}") == "PCAM needs h5py: pip install h5py"
+    assert load_error(f"pcam:{tmp_path}") == "PCAM needs h5py: pip install h5py"
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_flowers102_needs_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data_sets.flowers102(tmp_path)
     monkeypatch.delattr("torchvision.datasets.Flowers102.classes")
-    assert "need a newer torchvision" in one_line(f"flowers102:{tmp_path}")
+    assert "need a newer torchvision" in load_error(f"flowers102:{tmp_path}")
 
 
 def test_fashion_mnist(fashion_folder: Path, fashion: tuple[np.ndarray, np.ndarray]) -> None:
-    found = dataset.load(f"fashion-mnist:{fashion_folder}", train=False)
-    assert len(found) == 50
-    image, label = found[3]
+    images = dataset.load(f"fashion-mnist:{fashion_folder}", train=False)
+    assert len(images) == 50
+    image, label = images[3]
     np.testing.assert_array_equal(image, fashion[0][3])
     assert label == fashion[1][3]
     image[:] = 0  # a copy
-    np.testing.assert_array_equal(found[3][0], fashion[0][3])
+    np.testing.assert_array_equal(images[3][0], fashion[0][3])
 
 
 @pytest.mark.parametrize(
@@ -174,12 +174,12 @@ def test_parse(spec: str, name: str, path: str | None) -> None:
 
 
 def test_unknown_names() -> None:
-    message = one_line("cifar-11:somewhere")
+    message = load_error("cifar-11:somewhere")
     assert "unknown data set 'cifar-11', did you mean cifar10? known are tiny-imagenet," in message
     assert message.endswith("folder:PATH, webdataset:PATTERN")
-    assert "unknown data set 'zzz': known are" in one_line("zzz")
-    assert one_line("folder") == "folder needs a path: write folder:PATH"
-    assert one_line("webdataset:") == "webdataset needs a path: write webdataset:PATTERN"
+    assert "unknown data set 'zzz': known are" in load_error("zzz")
+    assert load_error("folder") == "folder needs a path: write folder:PATH"
+    assert load_error("webdataset:") == "webdataset needs a path: write webdataset:PATTERN"
 
 
 def test_class_names_are_words() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.data_sets import put
-from tests.support.loaded_sets import contents, one_line
+from tests.support.loaded_sets import contents, load_error
 from train.data import dataset
 from train.errors import DataError
 
@@ -25,14 +25,14 @@ def test_folder(layout: str, tmp_path: Path) -> None:
     }
     (tmp_path / layout.format(name="t-shirt") / "notes.txt").write_text("no image")
     put(tmp_path / layout.format(name="t-shirt") / "._0.png")  # macOS writes such files
-    found = dataset.load(f"folder:{tmp_path}", train=False)
-    assert contents(found) == expected
-    assert found.classes == ("ankle boot", "t-shirt")
-    assert found.templates == ("This is a photo of a {}",)
+    images = dataset.load(f"folder:{tmp_path}", train=False)
+    assert contents(images) == expected
+    assert images.classes == ("ankle boot", "t-shirt")
+    assert images.templates == ("This is a photo of a {}",)
     if layout == "{name}":
         assert contents(dataset.load(f"folder:{tmp_path}", train=True)) == expected
     else:
-        assert f"expected {tmp_path}/train/<class>/" in one_line(f"folder:{tmp_path}", train=True)
+        assert f"expected {tmp_path}/train/<class>/" in load_error(f"folder:{tmp_path}", train=True)
 
 
 def test_folder_keeps_indices_where_a_split_lacks_a_class(tmp_path: Path) -> None:
@@ -40,9 +40,9 @@ def test_folder_keeps_indices_where_a_split_lacks_a_class(tmp_path: Path) -> Non
         put(tmp_path / "train" / name / "1.png")
     for name in ("a", "c"):
         put(tmp_path / "test" / name / "1.png")
-    found = dataset.load(f"folder:{tmp_path}", train=False)
-    assert found.classes == ("a", "b", "c")
-    assert [label for _, label in (found[0], found[1])] == [0, 2]
+    images = dataset.load(f"folder:{tmp_path}", train=False)
+    assert images.classes == ("a", "b", "c")
+    assert [label for _, label in (images[0], images[1])] == [0, 2]
 
 
 def test_folder_of_a_class_named_train(tmp_path: Path) -> None:
@@ -62,38 +62,40 @@ def test_folder_with_names_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("# a | b\n\\# c\n")  # every line is a name
     assert dataset.load(f"folder:{tmp_path}", train=False).classes == ("# a | b", "\\# c")
     (tmp_path / "classes.txt").write_text("Käse\n")
-    assert "names 1 classes in its text file and has 2 folders" in one_line(f"folder:{tmp_path}")
+    assert "names 1 classes in its text file and has 2 folders" in load_error(f"folder:{tmp_path}")
     for text in ("Käse\n\nice cream", "\nKäse\nice cream", ""):
         (tmp_path / "classes.txt").write_text(text)
-        assert "has an empty line" in one_line(f"folder:{tmp_path}")
+        assert "has an empty line" in load_error(f"folder:{tmp_path}")
     (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
-    assert "classes.txt: not UTF-8 text; save it as UTF-8" in one_line(f"folder:{tmp_path}")
+    assert "classes.txt: not UTF-8 text; save it as UTF-8" in load_error(f"folder:{tmp_path}")
 
 
 @pytest.mark.parametrize("splits", [("train", "val"), ("train",), ("test",), ("test", "val")])
-def test_folder_with_others_beside_its_splits(splits: tuple[str, ...], tmp_path: Path) -> None:
+def test_folder_with_other_folders_beside_its_splits(
+    splits: tuple[str, ...], tmp_path: Path
+) -> None:
     for name in (*(f"{split}/cat" for split in splits), "extra/dog", ".cache/cat", "@eaDir/cat"):
         put(tmp_path / name / "1.png")
     for train in (True, False):
-        message = one_line(f"folder:{tmp_path}", train=train)
+        message = load_error(f"folder:{tmp_path}", train=train)
         assert f"{tmp_path} has extra beside the split {' and '.join(splits)}" in message
     for i in range(5):
         put(tmp_path / f"more{i}" / "1.png")
-    assert "has extra, more0, more1, ... beside" in one_line(f"folder:{tmp_path}")
+    assert "has extra, more0, more1, ... beside" in load_error(f"folder:{tmp_path}")
     for name in ("extra", *(f"more{i}" for i in range(5))):
         shutil.rmtree(tmp_path / name)
-    found = dataset.load(f"folder:{tmp_path}", train="train" in splits)
-    assert found.classes == ("cat",)
-    assert len(found) == 1
+    images = dataset.load(f"folder:{tmp_path}", train="train" in splits)
+    assert images.classes == ("cat",)
+    assert len(images) == 1
 
 
 def test_folder_of_classes_of_one_name(tmp_path: Path) -> None:
     for name in ("a_b", "a b", "c"):
         put(tmp_path / name / "1.png")
-    message = one_line(f"folder:{tmp_path}")
+    message = load_error(f"folder:{tmp_path}")
     assert "the folders a b and a_b are one class by name, 'a b'" in message
     (tmp_path / "classes.txt").write_text("cat\ndog\ncat\n")
-    message = one_line(f"folder:{tmp_path}")
+    message = load_error(f"folder:{tmp_path}")
     assert "the folders a b and c are one class by name, 'cat'" in message
     (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
     assert dataset.load(f"folder:{tmp_path}", train=True).classes == ("cat", "dog", "bird")
@@ -114,13 +116,13 @@ def test_folder_of_classes_that_a_model_reads_alike(
     for name in ("1", "2"):
         put(tmp_path / name / "1.png")
     (tmp_path / "classes.txt").write_text(f"{first}\n{second}\n")
-    message = one_line(f"folder:{tmp_path}")
+    message = load_error(f"folder:{tmp_path}")
     assert "the folders 1 and 2 are one class by name" in message
     assert "(differences of case, white space and Unicode form do not count)" in message
     (tmp_path / "classes.txt").unlink()
     for old, new in (("1", first), ("2", second)):
         (tmp_path / old).rename(tmp_path / new)
-    assert "are one class by name" in one_line(f"folder:{tmp_path}")
+    assert "are one class by name" in load_error(f"folder:{tmp_path}")
 
 
 def test_files_left_out_of_a_folder_are_logged(
@@ -128,8 +130,8 @@ def test_files_left_out_of_a_folder_are_logged(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pi_heif", None)
     expected = {put(tmp_path / name): name[0] for name in ("a/1.jfif", "a/deep/2.jpe", "b/3.tif")}
-    found = dataset.load(f"folder:{tmp_path}", train=True)
-    assert contents(found) == expected
+    images = dataset.load(f"folder:{tmp_path}", train=True)
+    assert contents(images) == expected
     (tmp_path / "classes.txt").write_text("a\nb\n")  # the file of class names is not left out
     dataset.load(f"folder:{tmp_path}", train=True)
     assert not caplog.records
@@ -138,15 +140,15 @@ def test_files_left_out_of_a_folder_are_logged(
     for name in (".DS_Store", "8.heic", "README.md", "a/7.heic"):
         (tmp_path / name).touch()
     (tmp_path / "b" / "notes.txt").touch()
-    found = dataset.load(f"folder:{tmp_path}", train=True)
-    assert contents(found) == expected
+    images = dataset.load(f"folder:{tmp_path}", train=True)
+    assert contents(images) == expected
     (record,) = caplog.records
     assert record.getMessage() == (
         f"{tmp_path}: left out 10: 5 hidden or system, 2 .heic (pip install 'edgeclip[formats]'), "
         "1 outside the class folders, 2 not a picture (.md, .txt)"
     )
     (tmp_path / "b" / "3.tif").unlink()
-    message = one_line(f"folder:{tmp_path}")
+    message = load_error(f"folder:{tmp_path}")
     assert f"no images in {tmp_path}/b" in message
     assert "2 not a picture (.md, .txt)" in message
 
@@ -172,19 +174,19 @@ def test_folder_with_links(tmp_path: Path) -> None:
     (tmp_path / "set" / "cat").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "loop").symlink_to(".")
     (tmp_path / "set" / "dog" / "up").symlink_to(".")
-    found = dataset.load(f"folder:{tmp_path / 'set'}", train=True)
-    assert contents(found) == expected
-    assert len(found) == 2
+    images = dataset.load(f"folder:{tmp_path / 'set'}", train=True)
+    assert contents(images) == expected
+    assert len(images) == 2
     (tmp_path / "set" / "dog" / "gone.png").symlink_to("nowhere")
-    found = dataset.load(f"folder:{tmp_path / 'set'}", train=True)
+    images = dataset.load(f"folder:{tmp_path / 'set'}", train=True)
     with pytest.raises(DataError, match=r"image 2 of folder cannot be read: .*gone\.png: no such"):
-        found[2]
+        images[2]
     for name in ("README.md", "notes.txt", ".lock"):
         (tmp_path / "set" / name).symlink_to("nowhere")
     assert len(dataset.load(f"folder:{tmp_path / 'set'}", train=True)) == 3
     for name in ("bird", "bird.jpg"):
         (tmp_path / "set" / name).symlink_to("nowhere")
-        message = one_line(f"folder:{tmp_path / 'set'}")
+        message = load_error(f"folder:{tmp_path / 'set'}")
         assert f"{tmp_path}/set/{name} is a link that leads nowhere" in message
         (tmp_path / "set" / name).unlink()
 
@@ -194,20 +196,20 @@ def test_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     put(tmp_path / "cat" / "secret" / "2.png")
     scan = os.scandir
 
-    def refuse(path: str) -> object:  # the system refuses all but root
+    def refuse(path: str) -> object:  # root may read every folder
         if os.path.basename(path) == "secret":
             raise PermissionError(13, "Permission denied", path)
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    message = one_line(f"folder:{tmp_path}")
+    message = load_error(f"folder:{tmp_path}")
     assert f"the folder {tmp_path}/cat/secret cannot be read" in message
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:
-    assert "no folder" in one_line(f"folder:{tmp_path / 'none'}")
-    assert "no class folders in" in one_line(f"folder:{tmp_path}")
+    assert "no folder" in load_error(f"folder:{tmp_path / 'none'}")
+    assert "no class folders in" in load_error(f"folder:{tmp_path}")
     put(tmp_path / "photo.png")
-    assert "no class folders in" in one_line(f"folder:{tmp_path}")
+    assert "no class folders in" in load_error(f"folder:{tmp_path}")
     (tmp_path / "cat").mkdir()
-    assert f"no images in {tmp_path}/cat" in one_line(f"folder:{tmp_path}")
+    assert f"no images in {tmp_path}/cat" in load_error(f"folder:{tmp_path}")

@@ -24,7 +24,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     accept_any_checksum(monkeypatch)
 
 
-FILES = {  # an image of each public set of files
+FILES = {  # one image of each data set that consists of files
     "food101": "food-101/images/apple_pie/test0.jpg",
     "pets": "oxford-iiit-pet/images/Abyssinian_test.jpg",
     "flowers102": "flowers-102/jpg/image_00005.jpg",
@@ -41,17 +41,17 @@ FILES = {  # an image of each public set of files
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.usefixtures("unchecked")
 def test_images_of_public_sets_are_decoded_by_edgeclip(name: str, tmp_path: Path) -> None:
-    """Check that orientation, transparency and damaged metadata are handled as everywhere."""
+    """Check that orientation, transparency and damaged metadata are handled as in edgeclip."""
     WRITERS[name](tmp_path)
     image = Image.fromarray(data_sets.picture(8, 16)).convert("RGBA")
     image.putpixel((0, 0), (9, 9, 9, 0))
     sideways = chunk(b"eXIf", exif(turned(6)))
     broken = chunk(b"tEXt", b"a\0b", damage=1)
     (tmp_path / FILES[name]).write_bytes(with_chunks(encoded(image, "PNG"), broken, sideways))
-    found = dataset.load(f"{name}:{tmp_path}", train=False)
-    shapes = [found[i][0].shape for i in range(len(found))]
+    images = dataset.load(f"{name}:{tmp_path}", train=False)
+    shapes = [images[i][0].shape for i in range(len(images))]
     assert shapes.count((16, 8, 3)) == 1
-    pixels = found[shapes.index((16, 8, 3))][0]
+    pixels = images[shapes.index((16, 8, 3))][0]
     upright = np.rot90(np.asarray(image.convert("RGB")), -1).copy()
     upright[0, -1] = 255
     np.testing.assert_array_equal(pixels, upright)
@@ -61,14 +61,14 @@ def test_broken_images_are_named(tmp_path: Path) -> None:
     put(tmp_path / "pets" / "cat" / "1.png")
     broken = tmp_path / "pets" / "cat" / "2.png"
     broken.write_bytes(b"no image")
-    found = dataset.load(f"folder:{tmp_path / 'pets'}", train=False)
-    found[0]
+    images = dataset.load(f"folder:{tmp_path / 'pets'}", train=False)
+    images[0]
     with pytest.raises(DataError, match=f"image 1 of folder cannot be read: {broken}: not an im"):
-        found[1]
+        images[1]
     with pytest.raises(DataError, match="image 1 of folder"):
-        found[-1]
+        images[-1]
     with pytest.raises(IndexError):
-        found[2]
+        images[2]
 
     data_sets.dtd(tmp_path)
     (tmp_path / "dtd" / "dtd" / "images" / "texture5" / "texture5_test.jpg").write_bytes(b"no")
@@ -83,9 +83,9 @@ def test_images_are_upright_rgb(tmp_path: Path) -> None:
     exif[0x0112] = 6
     sideways.save(tmp_path / "cat" / "1.jpg", exif=exif)
     sideways.convert("L").save(tmp_path / "cat" / "2.png")
-    found = dataset.load(f"folder:{tmp_path}", train=False)
-    assert found[0][0].shape == (16, 8, 3)
-    assert found[1][0].shape == (8, 16, 3)
+    images = dataset.load(f"folder:{tmp_path}", train=False)
+    assert images[0][0].shape == (16, 8, 3)
+    assert images[1][0].shape == (8, 16, 3)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from Python 3.12 on
@@ -105,12 +105,12 @@ def test_data_loader_workers(start: str, tmp_path: Path) -> None:
         num_workers=2 if start == "fork" else 1,  # a new process needs seconds to import torch
         multiprocessing_context=start,
     )
-    classes = [found.classes for found in sets for _ in range(len(found))]
-    found = {}
+    classes = [images.classes for images in sets for _ in range(len(images))]
+    loaded = {}
     for names, (image, label) in zip(classes, loader, strict=True):
         assert image.dtype == torch.uint8
-        found[image.numpy().tobytes()] = names[label]
-    assert found == expected
+        loaded[image.numpy().tobytes()] = names[label]
+    assert loaded == expected
 
 
 def test_picture_helper_is_lossless() -> None:

@@ -50,31 +50,31 @@ def test_sound_measurements_of_a_gentle_purification_pass(name: str) -> None:
     assert finding.passed is (None if name == "exported precisions" else True), finding.figure
 
 
-def test_what_does_not_apply_is_neither(sound: Trial) -> None:
+def test_checks_that_do_not_apply_neither_pass_nor_fail(sound: Trial) -> None:
     for name in ("transfer is weaker", "step parity", "exported precisions"):
         assert check(name, sound).passed is None
 
 
-def test_published_steps_turn_figures_over() -> None:
+def test_published_steps_reverse_figures() -> None:
     trial = measured(toy(purifier=CosPurifier(10, 30.0)), steps=4)
     assert trial.clean.all()
     finding = check("step parity", trial)
     assert finding.passed is False
     assert "after 9, 10, 11 steps of size 0.1: " in finding.figure
-    own = finding.figure.split("30: ")[1]
-    assert own.startswith("0/0, 100/")
-    assert own.endswith(", 0/0")
+    at_30 = finding.figure.split("30: ")[1]
+    assert at_30.startswith("0/0, 100/")
+    assert at_30.endswith(", 0/0")
     assert trial.defence.purifier == CosPurifier(10, 30.0)
 
 
 @pytest.mark.parametrize("purifier", [GENTLE, CosPurifier(0, 0.01), CosPurifier(1, 0.005)], ids=str)
-def test_gentle_steps_do_not(purifier: CosPurifier) -> None:
+def test_gentle_steps_keep_figures(purifier: CosPurifier) -> None:
     finding = check("step parity", measured(toy(purifier=purifier), steps=4))
     assert finding.passed is True, finding.figure
     assert f"{purifier.step_size:g}: " in finding.figure
 
 
-def test_exported_precisions_that_answer_otherwise(sound: Trial) -> None:
+def test_exported_precisions_with_other_answers_fail(sound: Trial) -> None:
     def exact(images: Tensor) -> Tensor:
         return sound.defence(images).argmax(1)
 
@@ -102,7 +102,7 @@ def test_exported_precisions_that_answer_otherwise(sound: Trial) -> None:
 
 
 @pytest.mark.parametrize("name", ["transfer is weaker", "feature matching is weaker"])
-def test_marks_that_other_attacks_do_not_bear_out(name: str) -> None:
+def test_marks_that_other_attacks_contradict_fail(name: str) -> None:
     for defence in (toy(purifier=GENTLE), toy()):
         trial = replace(measured(defence, attacks=("cw",)), surrogate=toy())
         optimistic = replace(trial, robust=trial.clean)
@@ -127,7 +127,7 @@ def test_square_that_is_stronger(sound: Trial) -> None:
     for marks, passes in ((sound.clean, True), (sound.robust, True), (stronger, False)):
         trial = replace(sound, square=marks, robust=sound.robust & marks)
         assert check("square is weaker", trial).passed is passes
-    # Where the measurement did without it, the check runs it.
+    # The check runs Square if the measurement did not.
     big = replace(sound.threat, eps=60 / 255, queries=300)
     trial = replace(sound, threat=big, before_square=sound.clean)
     finding = check("square is weaker", trial)
@@ -137,12 +137,12 @@ def test_square_that_is_stronger(sound: Trial) -> None:
     assert check("square is weaker", trial).passed is True
 
 
-def test_what_was_wrong_is_not_attacked(sound: Trial) -> None:
+def test_misclassified_images_are_not_attacked(sound: Trial) -> None:
     clean = sound.clean.clone()
     clean[[0, 5, 17, 32]] = False
     trial = replace(sound, clean=clean)
-    found = trial.attack("pgd")
-    moved = (found != trial.images).flatten(1).any(1)
+    attacked = trial.attack("pgd")
+    moved = (attacked != trial.images).flatten(1).any(1)
     assert torch.equal(moved, clean)
     assert not (trial.still_correct(trial.images) & ~clean).any()
     none = replace(trial, clean=torch.zeros_like(clean))
@@ -150,17 +150,17 @@ def test_what_was_wrong_is_not_attacked(sound: Trial) -> None:
     assert not none.still_correct(none.images).any()
 
 
-def test_batches_do_not_change_what_is_found(sound: Trial) -> None:
-    found = [replace(sound, batch_size=size).attack("cw", steps=3) for size in (1, 10, 100)]
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-6)
+def test_batch_size_does_not_change_the_attack(sound: Trial) -> None:
+    attacked = [replace(sound, batch_size=size).attack("cw", steps=3) for size in (1, 10, 100)]
+    for other in attacked[1:]:
+        torch.testing.assert_close(other, attacked[0], rtol=0, atol=1e-6)
 
 
-def test_another_eps_has_steps_of_its_own(sound: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Threat] = []
+def test_another_eps_scales_the_step_size(sound: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    threats: list[Threat] = []
 
     def build(name: str, defence: Defence, gradient: str, threat: Threat, targets: TargetImages):  # type: ignore[no-untyped-def]
-        seen.append(threat)
+        threats.append(threat)
         return lambda images, labels, seeds: images
 
     monkeypatch.setattr(checks, "build", build)
@@ -168,7 +168,7 @@ def test_another_eps_has_steps_of_its_own(sound: Trial, monkeypatch: pytest.Monk
     sound.attack("cw", eps=0.2)
     sound.attack("cw", steps=3)
     sound.attack("cw", step_size=0.07)
-    own = sound.threat
-    assert seen == [
-        own, replace(own, eps=0.2, step_size=0.05), replace(own, steps=3), replace(own, step_size=0.07)
+    base = sound.threat
+    assert threats == [
+        base, replace(base, eps=0.2, step_size=0.05), replace(base, steps=3), replace(base, step_size=0.07)
     ]  # fmt: skip

@@ -20,59 +20,59 @@ from train.robustness.defence import Defence, View
 @pytest.fixture(scope="module")
 def climbing() -> Trial:
     purifier = DiffPurifier(2, 0.05, (0, 999), 5)
-    plain = toy(purifier=purifier)
-    defence = Defence(plain.model, plain.null_text, purifier, null_prior(6).float()).eval()
+    cos_toy = toy(purifier=purifier)
+    defence = Defence(cos_toy.model, cos_toy.null_text, purifier, null_prior(6).float()).eval()
     return measured(defence, count=9, steps=3, attacks=("cw",))
 
 
-def test_seeds_that_are_known_guessed_and_drawn_again(climbing: Trial) -> None:
+def test_known_guessed_and_redrawn_seeds(climbing: Trial) -> None:
     finding = check("randomness", climbing)
     assert finding.passed is True, finding.figure
-    for told in ("the seed known", "EOT with 20 draws of it", "by 10 other seeds in turn"):
-        assert told in finding.figure
+    for part in ("the seed known", "EOT with 20 draws of it", "by 10 other seeds in turn"):
+        assert part in finding.figure
     robust = 100 * climbing.robust.float().mean().item()
     assert f"under all attacks {robust:.1f}" in finding.figure
 
 
-def test_attack_that_did_not_know_the_seed(climbing: Trial) -> None:
+def test_attack_that_did_not_know_the_seed_fails(climbing: Trial) -> None:
     trial = replace(climbing, robust=climbing.clean, threat=replace(climbing.threat, eps=40 / 255))
     assert check("randomness", trial).passed is False
 
 
-def test_diff_that_answers_at_random(climbing: Trial) -> None:
+def test_diff_with_random_answers_fails(climbing: Trial) -> None:
     class Noisy(Defence):
         def view(self, images: Tensor, gradient: str) -> View:
             return super().view(images + 1e-3 * torch.randn_like(images), gradient)
 
-    own = climbing.defence
-    noisy = Noisy(own.model, own.null_text, own.purifier, own.prior).eval()
+    defence = climbing.defence
+    noisy = Noisy(defence.model, defence.null_text, defence.purifier, defence.prior).eval()
     assert check("randomness", replace(climbing, defence=noisy)).passed is False
 
 
-def test_last_seed_has_others_after_it(climbing: Trial) -> None:
-    own = climbing.defence
-    last = replace(own.purifier, seed=MAX_SEED)
-    defence = Defence(own.model, own.null_text, last, own.prior).eval()
+def test_largest_seed_has_successors(climbing: Trial) -> None:
+    defence = climbing.defence
+    last = replace(defence.purifier, seed=MAX_SEED)
+    defence = Defence(defence.model, defence.null_text, last, defence.prior).eval()
     check(
         "randomness", replace(climbing, defence=defence, threat=replace(climbing.threat, steps=1))
     )
 
 
 def test_step_parity_of_diff(climbing: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    with_ = checks._with
-    monkeypatch.setattr(checks, "_with", lambda t, p: (seen.append(p), with_(t, p))[1])
+    purifiers: list[Any] = []
+    with_purifier = checks._with
+    monkeypatch.setattr(checks, "_with", lambda t, p: (purifiers.append(p), with_purifier(t, p))[1])
     trial = replace(climbing, threat=replace(climbing.threat, steps=1))
     finding = check("step parity", trial)
-    own = climbing.defence.purifier
-    wanted = [
-        replace(own, steps=steps, step_size=size)
+    purifier = climbing.defence.purifier
+    expected = [
+        replace(purifier, steps=steps, step_size=size)
         for size in (0.05, 0.1, 1.0, 10.0, 30.0)
         for steps in (1, 2, 3)
     ]
-    assert seen == wanted
+    assert purifiers == expected
     assert "after 1, 2, 3 steps of size 0.05: " in finding.figure
-    assert climbing.defence.purifier == own
+    assert climbing.defence.purifier == purifier
 
 
 @pytest.mark.parametrize(
@@ -87,14 +87,14 @@ def test_sound_measurements_of_diff_pass(climbing: Trial, name: str) -> None:
 def test_transfer_to_diff_is_by_the_other_models_gradient(climbing: Trial, eot: int) -> None:
     """Use the other model's gradient, for any number of draws."""
 
-    class Asked(Defence):
+    class Counted(Defence):
         count = 0
 
         def view(self, images: Tensor, gradient: str) -> View:
             self.count += torch.is_grad_enabled()
             return super().view(images, gradient)
 
-    other = Asked(toy(seed=9).model, climbing.defence.null_text).eval()
+    other = Counted(toy(seed=9).model, climbing.defence.null_text).eval()
     threat = replace(climbing.threat, steps=2, eot=eot)
     finding = check("transfer is weaker", replace(climbing, surrogate=other, threat=threat))
     assert "from another model" in finding.figure

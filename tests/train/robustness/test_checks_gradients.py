@@ -39,16 +39,16 @@ def detached() -> Defence:
 
 
 def masked() -> Defence:
-    plain = toy(purifier=CosPurifier(10, 30.0))
-    return Masked(plain.model, plain.null_text, plain.purifier)
+    defence = toy(purifier=CosPurifier(10, 30.0))
+    return Masked(defence.model, defence.null_text, defence.purifier)
 
 
 @pytest.mark.parametrize("make", [quantised, detached, masked])
-def test_gradients_that_are_not_there(make: Callable[[], Defence]) -> None:
+def test_missing_gradients_fail(make: Callable[[], Defence]) -> None:
     trial = measured(make(), attacks=("cw",), gradients=("exact",))
-    assert trial.robust.float().mean() > 0.9  # what is believed without the checks
+    assert trial.robust.float().mean() > 0.9  # the figure without the checks
     names = ["gradient health", "falls at a large eps, never rises"]
-    if make is not masked:  # in so few dimensions what rounding leaves does a little
+    if make is not masked:  # in so few dimensions rounding errors attack a little
         names.append("beats noise")
     for name in names:
         finding = check(name, trial)
@@ -59,7 +59,7 @@ def test_gradients_that_are_not_there(make: Callable[[], Defence]) -> None:
     assert check("transfer is weaker", trial).passed is False
 
 
-class Fewer(torch.autograd.Function):
+class ScaledGradient(torch.autograd.Function):
     """Identity with a scaled gradient."""
 
     @staticmethod
@@ -75,26 +75,28 @@ class Fewer(torch.autograd.Function):
 @pytest.mark.parametrize(
     ("factor", "passes"), [(1.0, True), (2e-3, True), (5e-4, False), (0.0, False), (-1.0, False)]
 )
-def test_gradients_that_are_small_or_point_elsewhere(
-    sound: Trial, factor: float, passes: bool
-) -> None:
-    defence = Changed(toy(), before=lambda images: Fewer.apply(images, torch.tensor(factor)))
+def test_small_and_reversed_gradients_fail(sound: Trial, factor: float, passes: bool) -> None:
+    defence = Changed(
+        toy(), before=lambda images: ScaledGradient.apply(images, torch.tensor(factor))
+    )
     finding = check("gradient health", replace(sound, defence=defence))
     assert finding.passed is passes, finding.figure
 
 
 @pytest.mark.parametrize(("zeros", "passes"), [(1, True), (3, False)])
-def test_gradients_that_are_zero_for_some(sound: Trial, zeros: int, passes: bool) -> None:
+def test_gradients_that_are_zero_for_several_images_fail(
+    sound: Trial, zeros: int, passes: bool
+) -> None:
     def before(images: Tensor) -> Tensor:
         nowhere = (images[:, None] == sound.images[-zeros:]).flatten(2).all(2).any(1)
-        return Fewer.apply(images, (~nowhere).to(images)[:, None, None, None])
+        return ScaledGradient.apply(images, (~nowhere).to(images)[:, None, None, None])
 
     finding = check("gradient health", replace(sound, defence=Changed(toy(), before=before)))
     assert finding.passed is passes, finding.figure
 
 
 def test_gradients_of_another_function(sound: Trial) -> None:
-    """Use a straight-through estimate: its gradient is large, but not of the evaluated function."""
+    """Use a straight-through estimate: its gradient is large, but belongs to another function."""
     other = toy(seed=5)
 
     def before(images: Tensor) -> Tensor:
@@ -107,14 +109,14 @@ def test_gradients_of_another_function(sound: Trial) -> None:
     assert check("gradient health", replace(sound, defence=other)).passed is not None
 
 
-def test_gradients_are_looked_at_whatever_is_right(sound: Trial) -> None:
+def test_gradients_of_misclassified_images_count(sound: Trial) -> None:
     assert check("gradient health", replace(sound, clean=~sound.clean)).passed is True
 
 
 def refuge(inner: float, outer: float) -> Defence:
     """Defence that classifies images far from the clean ones (linf) as these."""
-    plain = toy()
-    clean, _ = toy_images(plain, COUNT)
+    defence = toy()
+    clean, _ = toy_images(defence, COUNT)
 
     def before(images: Tensor) -> Tensor:
         apart = (images[:, None] - clean).abs().flatten(2).amax(2)
@@ -122,10 +124,10 @@ def refuge(inner: float, outer: float) -> Defence:
         far = (size > inner) & (size < outer)
         return torch.where(far[:, None, None, None], clean[nearest], images)
 
-    return Changed(plain, before=before)
+    return Changed(defence, before=before)
 
 
-def test_what_resists_a_large_eps() -> None:
+def test_a_defence_that_resists_a_large_eps_fails() -> None:
     trial = measured(refuge(30 / 255, 2), attacks=("cw",))
     assert 0.2 < trial.robust.float().mean() < 0.8
     finding = check("falls at a large eps, never rises", trial)
@@ -133,7 +135,7 @@ def test_what_resists_a_large_eps() -> None:
     assert "without purification at 80/255 0.0" in finding.figure
 
 
-def test_what_resists_a_larger_eps_better() -> None:
+def test_a_defence_that_resists_a_larger_eps_better_fails() -> None:
     """Fail a defence that falls at the largest eps, but does better at a middle one than below it."""
     trial = measured(refuge(15 / 255, 21 / 255), attacks=("cw",))
     finding = check("falls at a large eps, never rises", trial)
@@ -158,7 +160,7 @@ def test_rises_by_more_than_an_image_and_the_tolerance(
     assert checks._rises(accuracies, count) is rises
 
 
-def test_an_attack_that_does_no_more_than_noise(sound: Trial) -> None:
+def test_an_attack_no_stronger_than_noise_fails(sound: Trial) -> None:
     assert check("beats noise", replace(sound, robust=sound.clean)).passed is False
     robust = sound.clean.clone()
     robust[0] = False  # 3 points
@@ -173,21 +175,21 @@ def test_noise_is_as_large_as_the_attack(sound: Trial) -> None:
         trial = replace(sound, threat=replace(sound.threat, norm=norm, eps=eps))
         floor = check("beats noise", trial).figure
         assert float(floor.split("starts ")[1].split(",")[0]) < 60
-    seen = []
+    queries = []
 
     class Recorder(Defence):
         def view(self, images: Tensor, gradient: str) -> View:
-            seen.append(images)
+            queries.append(images)
             return super().view(images, gradient)
 
     for norm, eps in (("linf", 0.1), ("l2", 0.5)):
         threat = replace(sound.threat, norm=norm, eps=eps)
         recorder = Recorder(sound.defence.model, sound.defence.null_text)
-        seen.clear()
+        queries.clear()
         check("beats noise", replace(sound, defence=recorder, threat=threat))
-        moved = (torch.cat(seen[:3]) - sound.images).flatten(1)
+        moved = (torch.cat(queries[:3]) - sound.images).flatten(1)
         size = moved.abs().amax(1) if norm == "linf" else moved.norm(dim=1)
         torch.testing.assert_close(size, torch.full_like(size, eps), rtol=1e-3, atol=0)
-        starts = len(seen) // 3
+        starts = len(queries) // 3
         assert starts == 5
-        assert not torch.equal(seen[0], seen[3])
+        assert not torch.equal(queries[0], queries[3])

@@ -19,12 +19,12 @@ def sound() -> Trial:
     return measured(toy())
 
 
-def test_answers_that_depend_on_the_batch() -> None:
+def test_answers_that_depend_on_the_batch_fail() -> None:
     defence = Changed(toy(), after=lambda logits: logits - logits.mean(0))
     assert check("batch invariance", measured(defence)).passed is False
 
 
-def test_answers_that_depend_on_the_order(sound: Trial) -> None:
+def test_answers_that_depend_on_the_order_fail(sound: Trial) -> None:
     def after(logits: Tensor) -> Tensor:
         return logits + 0.01 * torch.arange(len(logits))[:, None]
 
@@ -52,7 +52,7 @@ def test_one_image_is_a_batch(sound: Trial) -> None:
         check(name, one)
 
 
-def test_random_answers_measured_as_if_they_were_not() -> None:
+def test_random_answers_measured_as_deterministic_fail() -> None:
     trial = measured(noisy(0.02), attacks=("cw",), count=9, steps=3)
     finding = check("randomness", trial)
     assert finding.passed is False
@@ -60,7 +60,7 @@ def test_random_answers_measured_as_if_they_were_not() -> None:
     assert "1 draws per step" in finding.figure
 
 
-def test_random_answers_measured_as_they_should() -> None:
+def test_random_answers_measured_with_enough_draws_pass() -> None:
     """Measure with 20 draws a figure that resubmission and known noise do not lower."""
     torch.manual_seed(0)
     trial = measured(noisy(1e-4), attacks=("cw",), count=9, eot=20, steps=3)
@@ -70,7 +70,7 @@ def test_random_answers_measured_as_they_should() -> None:
     assert check("randomness", replace(trial, robust=trial.clean)).passed is False  # too good
 
 
-def test_answers_that_are_not_random(sound: Trial) -> None:
+def test_deterministic_answers_pass(sound: Trial) -> None:
     finding = check("randomness", sound)
     assert finding == (True, "the same answer twice, to the last bit")
 
@@ -88,7 +88,7 @@ def test_known_noise_is_the_same_each_time() -> None:
 
 
 def test_known_noise_is_the_same_in_any_batch() -> None:
-    """Attack and evaluate with equal noise, whatever the batch."""
+    """Use equal noise in the attack and the evaluation, for any batch."""
     defence = noisy(0.05)
     images, _ = toy_images(defence, 5)
     fixed = FixedNoise(defence, 3)

@@ -25,11 +25,11 @@ def test_golden_values(mode: str, dtype: torch.dtype) -> None:
     z, t = torch.from_numpy(golden["z"]).to(dtype), torch.from_numpy(golden["t"]).to(dtype)
     for i, steps in enumerate(golden["steps"]):
         for j, step_size in enumerate(golden["step_sizes"]):
-            got = purify(z, t, CosPurifier(int(steps), float(step_size)), mode)
-            assert got.dtype == dtype
+            purified = purify(z, t, CosPurifier(int(steps), float(step_size)), mode)
+            assert purified.dtype == dtype
             # The first of several steps may end near the null text, and then magnifies rounding.
             tolerance = 5e-5 if (mode, dtype) == ("released", torch.float32) else 1e-5
-            error = relative_error(got.numpy(), golden["purified"][i, j])
+            error = relative_error(purified.numpy(), golden["purified"][i, j])
             assert error < tolerance, (steps, step_size)
 
 
@@ -41,16 +41,17 @@ def test_every_mode_has_the_values_of_the_loop_and_of_the_core(
     steps: int, step_size: float, dim: int, mode: str, dtype: torch.dtype
 ) -> None:
     z, t = problem(9, dim, dtype)
-    got = purify(z, t * 3, CosPurifier(steps, step_size), mode)  # the null text's norm is no matter
+    # The null text's norm does not matter.
+    purified = purify(z, t * 3, CosPurifier(steps, step_size), mode)
     expected = purify_by_steps(z.numpy(), t.numpy(), steps, step_size)
-    # The loop is rounded at every step, the more so when one ends near the null text.
+    # The loop rounds at every step, more when a step ends near the null text.
     tolerance = TOLERANCE[dtype] * (200 if mode == "released" else 1)
-    assert got.shape == z.shape
-    assert got.dtype == dtype
-    assert relative_error(got.numpy(), expected) < tolerance
+    assert purified.shape == z.shape
+    assert purified.dtype == dtype
+    assert relative_error(purified.numpy(), expected) < tolerance
     if dtype == torch.float32:
         core = _core.purify_cos(z.numpy(), t.numpy(), steps=steps, step_size=step_size)
-        assert relative_error(got.numpy(), core) < tolerance
+        assert relative_error(purified.numpy(), core) < tolerance
 
 
 @pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
@@ -60,14 +61,14 @@ def test_published_steps_do_nothing_if_even_and_reflect_if_odd(
     steps: int, degrees: float, mode: str
 ) -> None:
     u, t, _ = at_angle(degrees, 512, torch.float64)
-    got = purify(7 * u, t, CosPurifier(steps, 30.0), mode)
+    purified = purify(7 * u, t, CosPurifier(steps, 30.0), mode)
     if steps % 2 == 0:
-        torch.testing.assert_close(got, 7 * u, rtol=0, atol=1e-10)
+        torch.testing.assert_close(purified, 7 * u, rtol=0, atol=1e-10)
         return
     overshoot = np.radians(np.degrees(np.arctan(30.0)) - degrees)  # beyond t, on the other side
-    assert torch.dot(got[0] / 7, t).item() == pytest.approx(np.cos(overshoot), abs=1e-10)
+    assert torch.dot(purified[0] / 7, t).item() == pytest.approx(np.cos(overshoot), abs=1e-10)
     w = (u - (u @ t)[:, None] * t)[0]
-    assert torch.dot(got[0] / 7, w / w.norm()).item() == pytest.approx(
+    assert torch.dot(purified[0] / 7, w / w.norm()).item() == pytest.approx(
         -np.sin(overshoot), abs=1e-10
     )
 
@@ -78,16 +79,16 @@ def test_an_odd_number_of_steps_of_twice_the_angle_is_the_reflection(
     steps: int, degrees: float
 ) -> None:
     u, t, _ = at_angle(degrees, 64, torch.float64)
-    got = purify(u, t, CosPurifier(steps, float(np.tan(np.radians(2 * degrees)))), "exact")
-    torch.testing.assert_close(got, 2 * (u @ t)[:, None] * t - u, rtol=0, atol=1e-10)
+    purified = purify(u, t, CosPurifier(steps, float(np.tan(np.radians(2 * degrees)))), "exact")
+    torch.testing.assert_close(purified, 2 * (u @ t)[:, None] * t - u, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 @pytest.mark.parametrize("steps", [1, 9])
 def test_a_step_onto_the_null_text_stays_there(steps: int, mode: str) -> None:
     u, t, _ = at_angle(75.0, 64, torch.float64)
-    got = purify(u, t, CosPurifier(steps, float(np.tan(np.radians(75)))), mode)
-    torch.testing.assert_close(got, t[None], rtol=0, atol=3e-5)
+    purified = purify(u, t, CosPurifier(steps, float(np.tan(np.radians(75)))), mode)
+    torch.testing.assert_close(purified, t[None], rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -95,8 +96,8 @@ def test_a_step_onto_the_null_text_stays_there(steps: int, mode: str) -> None:
 @pytest.mark.parametrize(("steps", "step_size"), SETTINGS)
 def test_norms_are_kept(steps: int, step_size: float, mode: str, dtype: torch.dtype) -> None:
     z, t = problem(33, 65, dtype)
-    got = purify(z, t, CosPurifier(steps, step_size), mode)
-    torch.testing.assert_close(got.norm(dim=1), z.norm(dim=1), rtol=TOLERANCE[dtype], atol=0)
+    purified = purify(z, t, CosPurifier(steps, step_size), mode)
+    torch.testing.assert_close(purified.norm(dim=1), z.norm(dim=1), rtol=TOLERANCE[dtype], atol=0)
 
 
 @pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
@@ -105,13 +106,13 @@ def test_norms_are_kept(steps: int, step_size: float, mode: str, dtype: torch.dt
 def test_norms_are_kept_near_the_null_text(degrees: float, steps: int, mode: str) -> None:
     """Purify where 1 / sine is large, and would amplify the rounding of a norm in float32."""
     u, t, _ = at_angle(degrees, 512, torch.float32)
-    got = purify(u, t, CosPurifier(steps, 30.0), mode)
-    assert got.norm().item() == pytest.approx(1, abs=1e-4)
+    purified = purify(u, t, CosPurifier(steps, 30.0), mode)
+    assert purified.norm().item() == pytest.approx(1, abs=1e-4)
     expected = purify_by_steps(u.numpy(), t.numpy(), steps, 30.0)
-    # A direction known to 1e-7 only determines the plane to this; the core does not do better.
+    # A direction known to 1e-7 determines the plane to this; the core is no better.
     known = 5e-6 + 3e-6 / np.sin(np.radians(degrees))
     if mode != "released":
-        assert relative_error(got.numpy(), expected) < known
+        assert relative_error(purified.numpy(), expected) < known
 
 
 @pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
@@ -123,17 +124,17 @@ def test_parallel_to_the_null_text_there_is_no_tangent(
 ) -> None:
     factors = torch.tensor([1.0, -1.0, 3.0, -0.3, 1e4], dtype=dtype)
     purifier = CosPurifier(steps, 30.0)
-    for seed in range(10):  # how a norm is rounded differs
+    for seed in range(10):  # norms round differently
         _, t = problem(1, dim, dtype, seed)
         moving = torch.roll(t, 1) + t
         z = torch.cat([factors[:, None] * t, moving[None]])
-        got = purify(z, t, purifier, mode) / z.norm(dim=1, keepdim=True)
+        purified = purify(z, t, purifier, mode) / z.norm(dim=1, keepdim=True)
         expected = F.normalize(z, dim=1)
         atol = 1e-6 if dtype == torch.float32 else 1e-14
-        torch.testing.assert_close(got[:-1], expected[:-1], rtol=0, atol=atol)
+        torch.testing.assert_close(purified[:-1], expected[:-1], rtol=0, atol=atol)
         gradient = pull_back(z, t, purifier, mode, torch.ones_like(z))
         assert gradient.isfinite().all()
-        if mode == "released":  # which detaches something even where it stays as it is
+        if mode == "released":  # some of its terms are detached
             assert (gradient[:-1].norm(dim=1) <= 1.01 * dim**0.5).all()
         else:
             torch.testing.assert_close(gradient[:-1], torch.ones_like(z[:-1]), rtol=0, atol=1e-5)
@@ -146,8 +147,8 @@ def test_on_the_null_text_to_the_last_bit(dtype: torch.dtype, mode: str) -> None
     t = torch.eye(33, dtype=dtype)[0]
     z = torch.stack([t, -t, 4 * t, -0.25 * t, t + torch.eye(33, dtype=dtype)[1]])
     for steps in (1, 10):
-        got = purify(z, t, CosPurifier(steps, 30.0), mode)
-        assert torch.equal(got[:-1], z[:-1])
+        purified = purify(z, t, CosPurifier(steps, 30.0), mode)
+        assert torch.equal(purified[:-1], z[:-1])
         gradient = pull_back(z, t, CosPurifier(steps, 30.0), mode, torch.ones_like(z))
         assert gradient.isfinite().all()
         assert (gradient[:-1].norm(dim=1) <= 6).all()
@@ -156,8 +157,8 @@ def test_on_the_null_text_to_the_last_bit(dtype: torch.dtype, mode: str) -> None
 @pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 def test_one_dimension_has_no_tangent(mode: str) -> None:
     z = torch.tensor([[2.0], [-3.0]])
-    got = purify(z, torch.ones(1), CosPurifier(5, 30.0), mode)
-    torch.testing.assert_close(got, z)
+    purified = purify(z, torch.ones(1), CosPurifier(5, 30.0), mode)
+    torch.testing.assert_close(purified, z)
 
 
 @pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
@@ -174,8 +175,8 @@ def test_alone_and_in_a_batch(dim: int, steps: int, step_size: float, mode: str)
             purify(z[row], t, purifier, mode),
             pull_back(z[row], t, purifier, mode, incoming[row]),
         )
-        for got, expected in zip(alone, together, strict=True):
-            assert relative_error(got.numpy(), expected[row].numpy()) < 1e-9
+        for purified, expected in zip(alone, together, strict=True):
+            assert relative_error(purified.numpy(), expected[row].numpy()) < 1e-9
 
 
 @pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)

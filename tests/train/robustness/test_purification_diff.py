@@ -24,21 +24,21 @@ def climbed(
     z: np.ndarray,
     prior: NullPrior,
     purifier: DiffPurifier,
-    ways: list[np.ndarray] | None = None,
+    gradients: list[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Run the published loop in float64; ways: gradients to follow, computed and stored if empty."""
+    """Run the published loop in float64; gradients are stored if empty, and else followed."""
     random = np.random.RandomState(purifier.seed)
     times = random.randint(purifier.timesteps[0], purifier.timesteps[1] + 1, purifier.steps)
     noise = random.standard_normal((purifier.steps, z.shape[1])).astype(np.float32)
-    known = bool(ways)
+    replay = bool(gradients)
     for i in range(purifier.steps):
-        if known:
-            gradient = ways[i]
+        if replay:
+            gradient = gradients[i]
         else:
             unit = torch.from_numpy(z / np.linalg.norm(z, axis=1, keepdims=True))
             gradient = prior.gradient(unit, int(times[i]), torch.from_numpy(noise[i])).numpy()
-            if ways is not None:
-                ways.append(gradient)
+            if gradients is not None:
+                gradients.append(gradient)
         z = polar_by_vectors(z, gradient, purifier.step_size)
     return z
 
@@ -61,20 +61,20 @@ def test_diff_has_the_values_of_the_loop_in_every_mode(
     z, _ = problem(5, dim)
     prior = null_prior(dim, exact=exact)
     before = z.clone()
-    found = diff(z, prior, mode, purifier)
-    wanted = climbed(z.numpy(), prior, purifier)
-    assert relative_error(found.numpy(), wanted) < 1e-8
-    torch.testing.assert_close(found.norm(dim=1), z.norm(dim=1), rtol=1e-9, atol=0)
+    purified = diff(z, prior, mode, purifier)
+    expected = climbed(z.numpy(), prior, purifier)
+    assert relative_error(purified.numpy(), expected) < 1e-8
+    torch.testing.assert_close(purified.norm(dim=1), z.norm(dim=1), rtol=1e-9, atol=0)
     assert torch.equal(z, before)
 
 
 def test_diff_in_float32() -> None:
     z, _ = problem(5, 33)
     prior = null_prior(33)
-    wanted = diff(z, prior, "exact")
-    found = diff(z.float(), prior.float(), "exact")
-    assert found.dtype == torch.float32
-    assert relative_error(found.numpy(), wanted.numpy()) < 1e-4
+    expected = diff(z, prior, "exact")
+    purified = diff(z.float(), prior.float(), "exact")
+    assert purified.dtype == torch.float32
+    assert relative_error(purified.numpy(), expected.numpy()) < 1e-4
 
 
 def diff_pull_back(
@@ -101,32 +101,32 @@ def incoming() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "forward"])
-def test_exact_gradient_of_diff_is_that_of_the_function(
+def test_exact_gradient_of_diff_equals_finite_differences(
     incoming: torch.Tensor, exact: bool
 ) -> None:
-    """Compare for the forward gradient of a bundle too, which is another function."""
+    """Compare the forward gradient of a bundle too, which is another function."""
     z, _ = problem(3, 9)
     prior = null_prior(9, exact=exact)
-    found = diff_pull_back(z, prior, "exact", incoming)
-    wanted = differences(lambda x: climbed(x, prior, STEADY), z, incoming)
-    assert relative_error(found.numpy(), wanted) < 1e-5
+    gradient = diff_pull_back(z, prior, "exact", incoming)
+    expected = differences(lambda x: climbed(x, prior, STEADY), z, incoming)
+    assert relative_error(gradient.numpy(), expected) < 1e-5
 
 
-def test_released_gradient_of_diff_takes_the_directions_for_constants(
+def test_released_gradient_of_diff_treats_the_directions_as_constants(
     incoming: torch.Tensor,
 ) -> None:
     z, _ = problem(3, 9)
     prior = null_prior(9)
-    ways: list[np.ndarray] = []
-    climbed(z.numpy(), prior, STEADY, ways)
-    found = diff_pull_back(z, prior, "released", incoming)
-    wanted = differences(lambda x: climbed(x, prior, STEADY, ways), z, incoming)
-    assert relative_error(found.numpy(), wanted) < 1e-6
+    gradients: list[np.ndarray] = []
+    climbed(z.numpy(), prior, STEADY, gradients)
+    gradient = diff_pull_back(z, prior, "released", incoming)
+    expected = differences(lambda x: climbed(x, prior, STEADY, gradients), z, incoming)
+    assert relative_error(gradient.numpy(), expected) < 1e-6
     exact = diff_pull_back(z, prior, "exact", incoming)
-    assert relative_error(found.numpy(), exact.numpy()) > 1e-3
+    assert relative_error(gradient.numpy(), exact.numpy()) > 1e-3
 
 
-def test_identity_gradient_of_diff_is_what_comes_in(incoming: torch.Tensor) -> None:
+def test_identity_gradient_of_diff_equals_the_incoming_one(incoming: torch.Tensor) -> None:
     z, _ = problem(3, 9)
     assert torch.equal(diff_pull_back(z, null_prior(9), "identity", incoming), incoming)
 
@@ -140,8 +140,8 @@ def test_diff_alone_and_in_a_batch(mode: str) -> None:
     for i in (0, 7, 32):
         row = slice(i, i + 1)
         alone = diff(z[row], prior, mode), diff_pull_back(z[row], prior, mode, incoming[row])
-        for got, expected in zip(alone, together, strict=True):
-            assert relative_error(got.numpy(), expected[row].numpy()) < 1e-8
+        for actual, expected in zip(alone, together, strict=True):
+            assert relative_error(actual.numpy(), expected[row].numpy()) < 1e-8
 
 
 @pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)

@@ -18,24 +18,18 @@ from train.robustness.purification import purify
 
 @pytest.mark.parametrize(("steps", "step_size"), SETTINGS)
 @pytest.mark.parametrize("dim", [2, 5, 33])
-def test_exact_gradient_is_the_functions(steps: int, step_size: float, dim: int) -> None:
+def test_exact_gradient_equals_finite_differences(steps: int, step_size: float, dim: int) -> None:
     """Compare with central differences of the float64 loop over vectors."""
     rng = np.random.default_rng(dim)
-    angles = [
-        20,
-        50,
-        80,
-        100,
-        130,
-        160,
-    ]  # none of which a step ends at, where there is no derivative
+    # No step ends on the null text, where there is no derivative.
+    angles = [20, 50, 80, 100, 130, 160]
     rows = [at_angle(x, dim, torch.float64, seed=dim) for x in angles]
     z, t = (
         torch.cat([u for u, _, _ in rows]).numpy() * rng.uniform(0.5, 5, (6, 1)),
         rows[0][1].numpy(),
     )
     incoming = rng.standard_normal((6, dim))
-    got = pull_back(
+    gradient = pull_back(
         torch.from_numpy(z), torch.from_numpy(t), CosPurifier(steps, step_size), "exact",
         torch.from_numpy(incoming),
     )  # fmt: skip
@@ -45,7 +39,7 @@ def test_exact_gradient_is_the_functions(steps: int, step_size: float, dim: int)
         moved[j] = h
         up, down = (purify_by_steps(z + s * moved, t, steps, step_size) for s in (1, -1))
         expected[:, j] = (incoming * (up - down)).sum(1) / (2 * h)
-    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("steps", "step_size"), SETTINGS)
@@ -65,11 +59,14 @@ def test_exact_gradient_in_float32_is_the_one_in_float64(dim: int) -> None:
         purifier = CosPurifier(steps, step_size)
         incoming = torch.randn(33, dim, generator=torch.Generator().manual_seed(0))
         wide = pull_back(z, t, purifier, "exact", incoming.double())
-        got = pull_back(z.float(), t.float(), purifier, "exact", incoming)
-        assert got.dtype == torch.float32
-        # In two dimensions some are nearly parallel to the null text.
+        gradient = pull_back(z.float(), t.float(), purifier, "exact", incoming)
+        assert gradient.dtype == torch.float32
+        # In two dimensions some embeddings are nearly parallel to the null text.
         tolerance = 2e-3 if dim == 2 else 2e-5
-        assert relative_error(got.double().numpy(), wide.numpy()) < tolerance, (steps, step_size)
+        assert relative_error(gradient.double().numpy(), wide.numpy()) < tolerance, (
+            steps,
+            step_size,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -78,8 +75,8 @@ def test_identity_hands_the_gradient_on_untouched(dim: int, dtype: torch.dtype) 
     z, t = problem(9, dim, dtype)
     incoming = torch.randn(9, dim, generator=torch.Generator().manual_seed(0), dtype=dtype)
     for steps, step_size in SETTINGS:
-        got = pull_back(z, t, CosPurifier(steps, step_size), "identity", incoming)
-        assert torch.equal(got, incoming)
+        gradient = pull_back(z, t, CosPurifier(steps, step_size), "identity", incoming)
+        assert torch.equal(gradient, incoming)
 
 
 @pytest.mark.parametrize(("steps", "step_size"), [(1, 30.0), (2, 3.0), (4, 30.0), (10, 30.0)])
@@ -116,6 +113,6 @@ def test_published_released_gradient_is_rounding() -> None:
     z, t = problem(33, 512, torch.float32)
     incoming = torch.randn(33, 512, generator=torch.Generator().manual_seed(0))
     unit = F.normalize(purify(z, t, CosPurifier(), "exact"), dim=1)
-    incoming -= (incoming * unit).sum(1, keepdim=True) * unit  # along it lies the norm, which stays
+    incoming -= (incoming * unit).sum(1, keepdim=True) * unit  # the norm does not change
     rows = {mode: pull_back(z, t, CosPurifier(), mode, incoming) for mode in ("exact", "released")}
     assert (rows["released"].norm(dim=1) < 1e-5 * rows["exact"].norm(dim=1)).all()

@@ -16,19 +16,19 @@ from train.robustness.threat import AUTOATTACK, TargetImages, Threat, build
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[torchattacks.attack.Attack]:
     """Record calls of the library's attacks instead of running them."""
-    seen: list[torchattacks.attack.Attack] = []
+    instances: list[torchattacks.attack.Attack] = []
 
     def call(self: torchattacks.attack.Attack, images: torch.Tensor, labels: torch.Tensor):  # type: ignore[no-untyped-def]
-        seen.append(self)
+        instances.append(self)
         return images
 
     monkeypatch.setattr(torchattacks.attack.Attack, "__call__", call)
-    return seen
+    return instances
 
 
-@pytest.mark.parametrize(("norm", "shown"), [("linf", "Linf"), ("l2", "L2")])
+@pytest.mark.parametrize(("norm", "library_norm"), [("linf", "Linf"), ("l2", "L2")])
 def test_settings_are_those_of_autoattacks_standard_version(
-    called: list[Any], norm: str, shown: str
+    called: list[Any], norm: str, library_norm: str
 ) -> None:
     """Compare with Croce and Hein, ICML 2020: 100 steps or 5,000 queries each."""
     defence = toy(12)
@@ -43,16 +43,21 @@ def test_settings_are_those_of_autoattacks_standard_version(
     assert AUTOATTACK == ("apgd-ce", "apgd-t", "fab-t", "square")
     ce, targeted, fab, square = called
     classes = (torchattacks.APGD, torchattacks.APGDT, torchattacks.FAB, torchattacks.Square)
-    for found, kind in zip(called, classes, strict=True):
-        assert type(found) is kind
-        assert (found.norm, found.eps, found.n_restarts, found.seed) == (shown, EPS[norm], 1, 7)
-        assert found.model.defence is defence
-        # Square is to ask the whole defence.
-        assert found.model.gradient == ("exact" if found is square else "identity")
-        assert not found.model.training
-        assert not found.targeted
-    for found in (ce, targeted):
-        assert (found.steps, found.thr_decr, found.eot_iter) == (100, 0.75, 1)
+    for instance, kind in zip(called, classes, strict=True):
+        assert type(instance) is kind
+        assert (instance.norm, instance.eps, instance.n_restarts, instance.seed) == (
+            library_norm,
+            EPS[norm],
+            1,
+            7,
+        )
+        assert instance.model.defence is defence
+        # Square queries the whole defence.
+        assert instance.model.gradient == ("exact" if instance is square else "identity")
+        assert not instance.model.training
+        assert not instance.targeted
+    for instance in (ce, targeted):
+        assert (instance.steps, instance.thr_decr, instance.eot_iter) == (100, 0.75, 1)
     assert ce.loss == "ce"
     assert targeted.n_target_classes == 9
     assert (fab.steps, fab.alpha_max, fab.eta, fab.beta) == (100, 0.1, 1.05, 0.9)
@@ -67,12 +72,12 @@ def test_settings_are_those_of_autoattacks_standard_version(
 def test_a_threats_settings_reach_the_library(called: list[Any]) -> None:
     defence = toy(4)
     images, labels = toy_images(defence, 4)
-    given = {"steps": 7, "restarts": 3, "queries": 33, "eot": 5, "seed": 11, "eps": 0.1}
+    settings = {"steps": 7, "restarts": 3, "queries": 33, "eot": 5, "seed": 11, "eps": 0.1}
     for name in AUTOATTACK:
-        attack(name, defence, images, labels, "released", **given)
-    for found in called:
-        assert (found.eps, found.n_restarts, found.seed) == (0.1, 3, 11)
-        assert found.model.gradient == ("exact" if found is called[3] else "released")
+        attack(name, defence, images, labels, "released", **settings)
+    for instance in called:
+        assert (instance.eps, instance.n_restarts, instance.seed) == (0.1, 3, 11)
+        assert instance.model.gradient == ("exact" if instance is called[3] else "released")
     ce, targeted, fab, square = called
     assert ce.steps == targeted.steps == fab.steps == 7
     assert ce.eot_iter == targeted.eot_iter == 5

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from edgeclip.purify import CosPurifier
-from tests.support.threats import EPS, OURS, attack
+from tests.support.threats import EPS, NATIVE, attack
 from tests.support.toy_models import toy, toy_images
 from train.errors import SettingsError
 from train.robustness.defence import correct
@@ -37,26 +37,26 @@ def test_nearest_image_of_another_class_equals_a_plain_loop(count: int, gradient
     targets = TargetImages(*rows, torch.randint(5, (50,), generator=rng))
     embeddings = F.normalize(torch.randn(count, 6, generator=rng), dim=1)
     labels = torch.randint(5, (count,), generator=rng)
-    found = targets.nearest(3 * embeddings, labels, gradient).tolist()
+    nearest = targets.nearest(3 * embeddings, labels, gradient).tolist()
     for i in range(0, count, 37):
         others = [j for j in range(50) if targets.labels[j] != labels[i]]
         distances = [
             float((targets.embeddings(gradient)[j] - embeddings[i]).norm()) for j in others
         ]
-        assert found[i] == others[distances.index(min(distances))]
-    assert (targets.labels[found] != labels).all()
+        assert nearest[i] == others[distances.index(min(distances))]
+    assert (targets.labels[nearest] != labels).all()
 
 
-def test_one_class_is_no_bank() -> None:
+def test_targets_of_one_class_are_refused() -> None:
     defence = toy()
     images, labels = toy_images(defence, 10)
     same = labels == 0
     targets = TargetImages.embed(defence, images[same], labels[same])
     with pytest.raises(SettingsError, match="'feature' needs images of two classes"):
         attack("feature", defence, images, labels, targets=targets)
-    others = labels != 0  # for these alone the targets does
-    found = attack("feature", defence, images[others], labels[others], targets=targets)
-    assert found.shape == images[others].shape
+    others = labels != 0  # the targets have another class for these
+    attacked = attack("feature", defence, images[others], labels[others], targets=targets)
+    assert attacked.shape == images[others].shape
 
 
 def distances_to_aims(
@@ -68,12 +68,12 @@ def distances_to_aims(
     targets = TargetImages.embed(defence, images, labels)
     space = targets.embeddings(gradient)
     aims = space[targets.nearest(space, labels, gradient)]
-    eps = EPS[norm] / 4  # too little to be named wrongly, and to stop there
+    eps = EPS[norm] / 4  # too small to fool the defence, which would end the attack
     step = {"norm": norm, "eps": eps, "step_size": eps / 4}
-    found = attack("feature", defence, images, labels, gradient, targets=targets, **step)
-    assert correct(defence, found, labels).all()
+    attacked = attack("feature", defence, images, labels, gradient, targets=targets, **step)
+    assert correct(defence, attacked, labels).all()
     with torch.no_grad():
-        reached = F.normalize(defence.view(found, gradient).embedding, dim=1)
+        reached = F.normalize(defence.view(attacked, gradient).embedding, dim=1)
     return (space - aims).norm(dim=1), (reached - aims).norm(dim=1)
 
 
@@ -100,12 +100,12 @@ def test_feature_gets_as_near_as_any_attack() -> None:
     space = targets.embeddings("exact")
     aims = space[targets.nearest(space, labels, "exact")]
     apart = {}
-    for name in OURS:
-        found = attack(
+    for name in NATIVE:
+        attacked = attack(
             name, defence, images, labels, targets=targets, eps=2 / 255, step_size=0.5 / 255
         )
         with torch.no_grad():
-            reached = F.normalize(defence.view(found, "exact").embedding, dim=1)
+            reached = F.normalize(defence.view(attacked, "exact").embedding, dim=1)
         apart[name] = (reached - aims).norm(dim=1)
     for name in ("pgd", "cw"):
         assert (apart["feature"] <= apart[name] + 1e-6).all()

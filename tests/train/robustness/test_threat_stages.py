@@ -8,7 +8,7 @@ from train.robustness.result_file import GRADIENTS
 from train.robustness.threat import ATTACKS, Stage, plan
 
 
-def test_a_cascade_attacks_what_is_left() -> None:
+def test_a_cascade_attacks_the_remaining_images() -> None:
     assert plan(["autoattack"], ["exact"], 10) == [
         Stage("apgd-ce", "exact", "autoattack/apgd-ce/exact", "clean"),
         Stage("apgd-t", "exact", "autoattack/apgd-t/exact", "autoattack/apgd-ce/exact"),
@@ -18,28 +18,28 @@ def test_a_cascade_attacks_what_is_left() -> None:
 
 
 def test_single_attacks_stand_alone() -> None:
-    found = plan(list(ATTACKS), ["exact"], 10)
-    assert [stage.attack for stage in found] == list(ATTACKS)
-    assert all(stage.after == "clean" for stage in found)
-    assert [stage.key for stage in found] == [f"{name}/exact" for name in ATTACKS]
+    stages = plan(list(ATTACKS), ["exact"], 10)
+    assert [stage.attack for stage in stages] == list(ATTACKS)
+    assert all(stage.after == "clean" for stage in stages)
+    assert [stage.key for stage in stages] == [f"{name}/exact" for name in ATTACKS]
 
 
 @pytest.mark.parametrize("attacks", [["autoattack"], ["square"], ["autoattack", "pgd", "square"]])
 def test_square_runs_once(attacks: list[str]) -> None:
     """Square uses only answers, which no gradient changes."""
-    found = plan(attacks, GRADIENTS, 10)
-    squares = [stage for stage in found if stage.attack == "square"]
+    stages = plan(attacks, GRADIENTS, 10)
+    squares = [stage for stage in stages if stage.attack == "square"]
     assert [stage.gradient for stage in squares] == ["exact"] * sum(a != "pgd" for a in attacks)
-    others = [stage for stage in found if stage.attack != "square"]
+    others = [stage for stage in stages if stage.attack != "square"]
     for gradient in GRADIENTS:
         names = [stage.attack for stage in others if stage.gradient == gradient]
         assert names.count("apgd-ce") == names.count("fab-t") == attacks.count("autoattack")
         assert names.count("pgd") == attacks.count("pgd")
 
 
-def test_each_gradient_has_a_cascade_of_its_own() -> None:
-    found = plan(["autoattack"], ["exact", "identity"], 10)
-    second = [stage for stage in found if stage.gradient == "identity"]
+def test_each_gradient_has_its_cascade() -> None:
+    stages = plan(["autoattack"], ["exact", "identity"], 10)
+    second = [stage for stage in stages if stage.gradient == "identity"]
     assert [stage.attack for stage in second] == ["apgd-ce", "apgd-t", "fab-t"]
     assert second[0].after == "clean"
     assert all(stage.after.endswith("/identity") for stage in second[1:])
@@ -47,20 +47,20 @@ def test_each_gradient_has_a_cascade_of_its_own() -> None:
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_few_classes_go_without_apgd_t(classes: int) -> None:
-    found = plan(["autoattack"], ["exact"], classes)
-    assert [stage.attack for stage in found] == ["apgd-ce", "fab-t", "square"]
-    assert [stage.after for stage in found] == ["clean", *(stage.key for stage in found[:2])]
-    (alone,) = plan(["apgd-t"], ["exact"], classes)  # asked for by name: refused when it is built
+    stages = plan(["autoattack"], ["exact"], classes)
+    assert [stage.attack for stage in stages] == ["apgd-ce", "fab-t", "square"]
+    assert [stage.after for stage in stages] == ["clean", *(stage.key for stage in stages[:2])]
+    (alone,) = plan(["apgd-t"], ["exact"], classes)  # build refuses it
     assert alone.attack == "apgd-t"
     assert "apgd-t" in [stage.attack for stage in plan(["autoattack"], ["exact"], 4)]
 
 
-def test_stages_have_keys_of_their_own_and_come_after_what_they_need() -> None:
-    found = plan(["autoattack", *ATTACKS], GRADIENTS, 10)
-    keys = [stage.key for stage in found]
+def test_stages_have_unique_keys_and_follow_their_prerequisites() -> None:
+    stages = plan(["autoattack", *ATTACKS], GRADIENTS, 10)
+    keys = [stage.key for stage in stages]
     assert len(set(keys)) == len(keys)
     known = {"clean"}
-    for stage in found:
+    for stage in stages:
         assert stage.after in known
         known.add(stage.key)
     assert plan([], GRADIENTS, 10) == []

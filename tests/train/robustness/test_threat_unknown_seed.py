@@ -19,9 +19,9 @@ UNSURE = DiffPurifier(2, 0.1, (0, 999), 5)
 
 
 def diff_toy(purifier: DiffPurifier = UNSURE, prior: torch.nn.Module | None = None) -> Defence:
-    plain = toy(purifier=purifier)
+    cos_toy = toy(purifier=purifier)
     prior = prior or null_prior(6).float()
-    return Defence(plain.model, plain.null_text, purifier, prior).eval()
+    return Defence(cos_toy.model, cos_toy.null_text, purifier, prior).eval()
 
 
 def with_seed(defence: Defence, seed: int) -> Defence:
@@ -29,27 +29,27 @@ def with_seed(defence: Defence, seed: int) -> Defence:
 
 
 @pytest.mark.parametrize("mode", GRADIENTS)
-def test_answers_are_the_defences_own_and_gradients_of_guessed_seeds(mode: str) -> None:
+def test_answers_use_the_true_seed_and_gradients_guessed_seeds(mode: str) -> None:
     defence = diff_toy()
     images, _ = toy_images(defence, 5)
     unknown = UnknownSeed(defence, 9)
     draws = random.Random(9)
     for _ in range(3):
         other = with_seed(defence, draws.randint(0, 2**32 - 1))
-        seen = images.clone().requires_grad_()
-        view = unknown.view(seen, mode)
+        leaves = images.clone().requires_grad_()
+        view = unknown.view(leaves, mode)
         mirrored = images.clone().requires_grad_()
-        wanted = other.view(mirrored, mode)
+        expected = other.view(mirrored, mode)
         assert torch.equal(view.answer, defence(images))
         assert not view.answer.requires_grad
-        assert torch.equal(view.logits, wanted.logits)
-        assert torch.equal(view.embedding, wanted.embedding)
+        assert torch.equal(view.logits, expected.logits)
+        assert torch.equal(view.embedding, expected.embedding)
         slopes = [
             torch.autograd.grad(x.logits[:, 0].sum(), y)[0]
-            for x, y in ((view, seen), (wanted, mirrored))
+            for x, y in ((view, leaves), (expected, mirrored))
         ]
         assert torch.equal(*slopes)
-        if mode != "encoder":  # which sees no seed at all
+        if mode != "encoder":  # the encoder's answer has no seed
             assert not torch.allclose(view.logits, view.answer, rtol=1e-4)
     assert defence.purifier == UNSURE
 
@@ -70,15 +70,15 @@ def test_unknown_seed_restarts() -> None:
 @pytest.fixture
 def guesses(monkeypatch: pytest.MonkeyPatch) -> list[UnknownSeed]:
     """Collect the instances made while the test runs."""
-    made: list[UnknownSeed] = []
+    instances: list[UnknownSeed] = []
 
     class Recorded(UnknownSeed):
         def __init__(self, defence: Defence, seed: int) -> None:
             super().__init__(defence, seed)
-            made.append(self)
+            instances.append(self)
 
     monkeypatch.setattr("train.robustness.threat.UnknownSeed", Recorded)
-    return made
+    return instances
 
 
 def test_seed_is_guessed_where_draws_are_averaged(guesses: list[UnknownSeed]) -> None:
@@ -90,12 +90,12 @@ def test_seed_is_guessed_where_draws_are_averaged(guesses: list[UnknownSeed]) ->
     assert guesses == []
     for name in ATTACKS:
         build(name, defence, "exact", threat(eot=3, seed=7), targets)
-    assert len(guesses) == len(ATTACKS) - 1  # square asks for answers alone
+    assert len(guesses) == len(ATTACKS) - 1  # square uses no gradients
     assert {guess.seed for guess in guesses} == {7}
 
 
 @pytest.mark.parametrize("name", ["pgd", "cw", "feature", "apgd-ce"])
-def test_what_was_attacked_before_is_no_matter(name: str) -> None:
+def test_earlier_attacks_do_not_matter(name: str) -> None:
     defence = diff_toy()
     images, labels = toy_images(defence, 6)
     targets = TargetImages.embed(defence, *toy_images(defence, 20))
@@ -108,7 +108,7 @@ def test_what_was_attacked_before_is_no_matter(name: str) -> None:
     assert not torch.equal(known, first)
 
 
-class Misled(torch.nn.Module):
+class SeedBound(torch.nn.Module):
     """Prior that leaves the answers of the true seed unchanged, and reverses those of all others."""
 
     def __init__(self, purifier: DiffPurifier) -> None:
@@ -118,18 +118,18 @@ class Misled(torch.nn.Module):
     def gradient(self, unit: torch.Tensor, timestep: int, noise: torch.Tensor) -> torch.Tensor:
         if torch.equal(noise, self.noise):
             return 0 * unit
-        return unit - unit.mean(dim=1, keepdim=True)  # away from every class there is
+        return unit - unit.mean(dim=1, keepdim=True)  # away from every class
 
 
 @pytest.mark.parametrize("name", ["pgd", "cw", "apgd-ce", "apgd-t", "fab-t"])
-def test_images_that_a_guess_names_wrongly_are_attacked(name: str) -> None:
+def test_images_misclassified_under_a_guessed_seed_are_attacked(name: str) -> None:
     """Attack by the answer of the true seed, whatever the library sees by other seeds."""
     purifier = DiffPurifier(1, 30.0, (0, 999), 5)
-    defence = diff_toy(purifier, Misled(purifier))
+    defence = diff_toy(purifier, SeedBound(purifier))
     images, labels = toy_images(defence, 9)
     assert correct(defence, images, labels).all()
     wrong = ~correct(with_seed(defence, 6), images, labels)
     assert wrong.float().mean() > 0.5
-    found = attack(name, defence, images, labels, eot=2, steps=4)
-    moved = (found != images).flatten(1).any(1)
+    attacked = attack(name, defence, images, labels, eot=2, steps=4)
+    moved = (attacked != images).flatten(1).any(1)
     assert moved[wrong].all()
