@@ -56,9 +56,8 @@ def test_an_iterator_may_reuse_its_buffer(
     def pictures() -> Iterator[Image.Image]:
         for i, frame in enumerate(frames):
             Image.fromarray(frame).save(tmp_path / f"{i}.png")
-            with Image.open(
-                tmp_path / f"{i}.png"
-            ) as picture:  # not decoded yet, and closed after the yield
+            # Not decoded yet, and closed after the yield.
+            with Image.open(tmp_path / f"{i}.png") as picture:
                 yield picture
 
     expected = rt.embed_images(frames)

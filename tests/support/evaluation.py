@@ -15,7 +15,7 @@ SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_si
 
 
 def command(subject: Path, fashion_folder: Path, out: Path) -> list[str]:
-    """Return arguments of an evaluation without checks, which have their own tests."""
+    """Return arguments of an evaluation without checks, which other tests cover."""
     line = f"{subject} --data fashion-mnist:{fashion_folder} --eps 4/255 --steps 3 -n 40"
     line += " --batch-size 16 --queries 20 --check-samples 0 --device cpu"
     return [*line.split(), "--out", str(out)]

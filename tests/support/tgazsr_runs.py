@@ -51,6 +51,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def command(settings: Settings, *more: str) -> list[str]:
+    """Return the command line of a run; its defaults are left out."""
     words = [sys.executable, "-m", "train.tgazsr"]
     defaults = Settings(data="", out=Path())
     for name, value in vars(settings).items():
@@ -59,8 +60,8 @@ def command(settings: Settings, *more: str) -> list[str]:
     return [*words, *more]
 
 
-def assert_same(run: Path, reference: Path, **tolerance: float) -> None:
-    actual, expected = weights(run), weights(reference)
+def assert_same(out: Path, reference: Path, **tolerance: float) -> None:
+    actual, expected = weights(out), weights(reference)
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(actual[key], value, **tolerance)

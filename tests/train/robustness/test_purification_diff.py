@@ -20,13 +20,13 @@ from train.robustness.purification import PURIFIER_GRADIENTS, NullPrior, purify
 STEADY = DiffPurifier(3, 0.3, (0, 999), 5)
 
 
-def climbed(
+def diff_by_steps(
     z: np.ndarray,
     prior: NullPrior,
     purifier: DiffPurifier,
     gradients: list[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Run the published loop in float64; gradients are stored if empty, and else followed."""
+    """Run the published loop in float64; an empty `gradients` is filled, a filled one followed."""
     random = np.random.RandomState(purifier.seed)
     times = random.randint(purifier.timesteps[0], purifier.timesteps[1] + 1, purifier.steps)
     noise = random.standard_normal((purifier.steps, z.shape[1])).astype(np.float32)
@@ -62,7 +62,7 @@ def test_diff_has_the_values_of_the_loop_in_every_mode(
     prior = null_prior(dim, exact=exact)
     before = z.clone()
     purified = diff(z, prior, mode, purifier)
-    expected = climbed(z.numpy(), prior, purifier)
+    expected = diff_by_steps(z.numpy(), prior, purifier)
     assert relative_error(purified.numpy(), expected) < 1e-8
     torch.testing.assert_close(purified.norm(dim=1), z.norm(dim=1), rtol=1e-9, atol=0)
     assert torch.equal(z, before)
@@ -85,7 +85,7 @@ def diff_pull_back(
     return gradient
 
 
-def differences(function: Any, z: torch.Tensor, incoming: torch.Tensor) -> np.ndarray:
+def finite_differences(function: Any, z: torch.Tensor, incoming: torch.Tensor) -> np.ndarray:
     """Return the gradient of `incoming` (B, D) by central differences of each value of z."""
     columns = []
     for axis in np.eye(z.shape[1]):
@@ -108,7 +108,7 @@ def test_exact_gradient_of_diff_equals_finite_differences(
     z, _ = problem(3, 9)
     prior = null_prior(9, exact=exact)
     gradient = diff_pull_back(z, prior, "exact", incoming)
-    expected = differences(lambda x: climbed(x, prior, STEADY), z, incoming)
+    expected = finite_differences(lambda x: diff_by_steps(x, prior, STEADY), z, incoming)
     assert relative_error(gradient.numpy(), expected) < 1e-5
 
 
@@ -118,9 +118,9 @@ def test_released_gradient_of_diff_treats_the_directions_as_constants(
     z, _ = problem(3, 9)
     prior = null_prior(9)
     gradients: list[np.ndarray] = []
-    climbed(z.numpy(), prior, STEADY, gradients)
+    diff_by_steps(z.numpy(), prior, STEADY, gradients)
     gradient = diff_pull_back(z, prior, "released", incoming)
-    expected = differences(lambda x: climbed(x, prior, STEADY, gradients), z, incoming)
+    expected = finite_differences(lambda x: diff_by_steps(x, prior, STEADY, gradients), z, incoming)
     assert relative_error(gradient.numpy(), expected) < 1e-6
     exact = diff_pull_back(z, prior, "exact", incoming)
     assert relative_error(gradient.numpy(), exact.numpy()) > 1e-3

@@ -87,7 +87,7 @@ def test_bad_names() -> None:
         )
 
 
-def turned() -> tuple[Defence, torch.Tensor, torch.Tensor]:
+def reversed_defence() -> tuple[Defence, torch.Tensor, torch.Tensor]:
     """Return a defence that reverses answers, and images that only its encoder classifies correctly."""
     defence = toy(purifier=CosPurifier(9, 30.0))
     images, labels = toy_images(defence, 9, 10 / 255, 20 / 255)
@@ -100,7 +100,7 @@ def turned() -> tuple[Defence, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("gradient", ["exact", "identity", "encoder"])
 def test_stops_on_the_defences_answer(gradient: str, name: str) -> None:
     """Stop in encoder mode too, where the attacked model still classifies the images correctly."""
-    defence, images, labels = turned()
+    defence, images, labels = reversed_defence()
     small = {"eps": 1 / 255, "step_size": 0.5 / 255}
     start = attack(name, defence, images, labels, gradient, steps=0, **small)
     assert (start != images).any()
@@ -112,7 +112,7 @@ def test_stops_on_the_defences_answer(gradient: str, name: str) -> None:
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_continues_while_the_defence_is_right(gradient: str, name: str) -> None:
     """Continue in encoder mode too, although the attacked model misclassifies the images."""
-    defence, images, _ = turned()
+    defence, images, _ = reversed_defence()
     predicted = defence(images).argmax(1)
     labels = (predicted + torch.arange(9)) % 5  # more than one class
     targets = TargetImages.embed(defence, images, labels)
@@ -126,7 +126,7 @@ def test_continues_while_the_defence_is_right(gradient: str, name: str) -> None:
 @pytest.mark.parametrize("name", NATIVE)
 def test_released_gradient_does_not_stop_early(name: str) -> None:
     """Keep the last image: to ask the defence at each step would be another attack."""
-    defence, images, labels = turned()
+    defence, images, labels = reversed_defence()
     small = {"eps": 1 / 255, "step_size": 0.5 / 255}
     start = attack(name, defence, images, labels, "released", steps=0, **small)
     attacked = attack(name, defence, images, labels, "released", steps=5, **small)
