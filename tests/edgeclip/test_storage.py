@@ -1,23 +1,18 @@
-"""Atomic writes, modes and owners, links, pipes, devices and the cache folder."""
+"""Atomic writes, modes and owners, links and the cache folder."""
 
 from __future__ import annotations
 
 import errno
-import io
 import os
-import socket
 import stat
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from edgeclip import EdgeclipError, storage
+from tests.support.folders import mode, names
 
 NEW = b"new contents"
 
@@ -27,14 +22,6 @@ def umask() -> Iterator[int]:
     before = os.umask(0o027)
     yield 0o027
     os.umask(before)
-
-
-def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def test_a_new_file_has_the_mode_of_the_umask(tmp_path: Path, umask: int) -> None:
@@ -58,7 +45,7 @@ def test_an_existing_file_keeps_its_mode(tmp_path: Path, before: int, by_path: b
     if by_path:
         with storage.draft(path) as part:
             assert part != path
-            part.unlink()  # as a library may, which then makes the file again
+            part.unlink()  # a library may delete the file and create it again
             part.write_bytes(NEW)
     else:
         storage.write(path, NEW)
@@ -127,7 +114,7 @@ def test_a_draft_that_is_swapped_for_a_link_changes_no_other_file(tmp_path: Path
 
 
 @pytest.mark.parametrize("old", [b"", b"old", b"old and longer than the new contents"])
-def test_a_mount_point_is_written_into_once_all_is_there(
+def test_a_mount_point_is_written_in_place_after_success(
     tmp_path: Path, old: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # docker run --volume "$PWD/out:/out"
@@ -162,7 +149,7 @@ def test_a_mount_point_is_written_into_once_all_is_there(
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
-def test_on_failure_the_old_file_is_whole_and_nothing_else_there(
+def test_failure_keeps_the_old_file_and_leaves_no_other(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
     (tmp_path / "old").write_bytes(b"old")
@@ -222,7 +209,7 @@ def test_the_target_of_a_dangling_link_is_made(tmp_path: Path) -> None:
     assert (tmp_path / "folder" / "target").read_bytes() == NEW
 
 
-def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("pool")
     (tmp_path / "pool").symlink_to("loop")
     (tmp_path / "file").touch()
@@ -263,11 +250,11 @@ def as_somebody() -> Iterator[Path]:
         folder.chmod(0o777)
 
 
-@pytest.mark.parametrize("what", ["folder", "file"])
-def test_what_is_read_only_is_not_replaced(as_somebody: Path, what: str) -> None:
+@pytest.mark.parametrize("target", ["folder", "file"])
+def test_read_only_files_are_not_replaced(as_somebody: Path, target: str) -> None:
     path = as_somebody / "file"
     path.write_text("old")
-    (path if what == "file" else as_somebody).chmod(0o555)
+    (path if target == "file" else as_somebody).chmod(0o555)
     with pytest.raises(EdgeclipError) as caught:
         storage.write(path, NEW)
     assert str(caught.value) == f"cannot write {path}: Permission denied"
@@ -275,8 +262,8 @@ def test_what_is_read_only_is_not_replaced(as_somebody: Path, what: str) -> None
     assert names(as_somebody) == {"file"}
 
 
-def test_what_is_another_user_s_is_replaced_where_it_may_be_written(as_somebody: Path) -> None:
-    # The mode can be kept, the owner cannot.
+def test_writable_files_of_another_user_are_replaced(as_somebody: Path) -> None:
+    # The mode can be preserved, the owner cannot.
     path = as_somebody / "file"
     path.touch()
     path.chmod(0o666)
@@ -287,103 +274,6 @@ def test_what_is_another_user_s_is_replaced_where_it_may_be_written(as_somebody:
     storage.write(path, NEW)
     assert path.read_bytes() == NEW
     assert mode(path) == 0o666
-
-
-def test_devices_are_written_into(tmp_path: Path, devices: dict[str, Path]) -> None:
-    null, full = devices["null"], devices["full"]
-    (tmp_path / "null").symlink_to(null)
-    for path in (null, tmp_path / "null"):
-        storage.write(path, NEW)
-        with storage.draft(path) as part:
-            part.write_bytes(NEW)
-        assert storage.is_stream(path)
-    assert stat.S_ISCHR(null.stat().st_mode)
-    assert (tmp_path / "null").is_symlink()
-    with pytest.raises(EdgeclipError, match="No space left"):
-        storage.write(full, NEW)
-    assert stat.S_ISCHR(full.stat().st_mode)
-
-
-def test_a_fifo_is_written_into(tmp_path: Path) -> None:
-    path = tmp_path / "fifo"
-    os.mkfifo(path)
-    found: list[bytes] = []
-    reader = threading.Thread(target=lambda: found.append(path.read_bytes()))
-    reader.start()
-    with storage.writing(path) as file:
-        np.savez(file, embeddings=np.arange(6).reshape(2, 3))
-    reader.join()
-    with np.load(io.BytesIO(found[0])) as arrays:
-        np.testing.assert_array_equal(arrays["embeddings"], [[0, 1, 2], [3, 4, 5]])
-    assert stat.S_ISFIFO(path.stat().st_mode)
-    assert names(tmp_path) == {"fifo"}
-
-
-def test_a_socket_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # the names of sockets are short
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind("socket")
-        with pytest.raises(EdgeclipError, match="cannot write socket: No such device"):
-            storage.write("socket", NEW)
-    assert stat.S_ISSOCK(os.stat("socket").st_mode)
-
-
-@pytest.mark.parametrize("kind", ["pipe", "socket"])
-@pytest.mark.parametrize("form", ["/dev/fd/{}", "/proc/self/fd/{}", "link", "number"])
-def test_a_descriptor_is_written_into(tmp_path: Path, kind: str, form: str) -> None:
-    if kind == "pipe":
-        reading, fd = os.pipe()
-        read = open(reading, "rb")  # noqa: SIM115
-    else:
-        ours, theirs = socket.socketpair()
-        read, fd = ours.makefile("rb"), theirs.detach()
-        ours.close()
-    path: str | Path | int = {"number": fd, "link": tmp_path / "link"}.get(form, form.format(fd))
-    (tmp_path / "link").symlink_to(f"/dev/fd/{fd}")
-    assert storage.is_stream(path)
-    storage.write(path, b"one ") if not isinstance(path, int) else os.write(fd, b"one ")
-    with storage.writing(path) as file:
-        np.savez(file, a=np.arange(3))
-    os.close(fd)
-    with read:
-        assert read.read(4) == b"one "
-        with np.load(io.BytesIO(read.read())) as arrays:
-            assert arrays["a"].tolist() == [0, 1, 2]
-    assert (tmp_path / "link").is_symlink()
-
-
-def test_standard_output_that_is_a_file_is_not_truncated(tmp_path: Path) -> None:
-    # { echo first; python; echo last; } > file
-    code = (
-        "from edgeclip import storage; print('printed'); storage.write('/dev/stdout', 'written ')"
-    )
-    path = tmp_path / "file"
-    with open(path, "wb") as file:
-        file.write(b"first ")
-        file.flush()
-        subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
-        os.write(file.fileno(), b"last")
-    assert path.read_bytes() == b"first printed\nwritten last"
-
-
-def test_a_zip_file_appended_to_a_file_is_whole(tmp_path: Path, devices: dict[str, Path]) -> None:
-    # >> file
-    path = tmp_path / "file"
-    path.write_bytes(b"first ")
-    with open(path, "ab") as file, storage.writing(file.fileno()) as out:
-        np.savez(out, a=np.arange(3))
-    with np.load(io.BytesIO(path.read_bytes().removeprefix(b"first "))) as arrays:
-        assert arrays["a"].tolist() == [0, 1, 2]
-    with storage.writing(devices["null"]) as out:
-        np.savez(out, a=np.arange(3))
-
-
-def test_a_reader_that_went_away_is_no_error_of_the_file() -> None:
-    reading, fd = os.pipe()
-    os.close(reading)
-    with pytest.raises(BrokenPipeError), storage.writing(fd) as file:
-        file.write(NEW)
-    os.close(fd)
 
 
 def test_a_finished_file_takes_its_place(tmp_path: Path, devices: dict[str, Path]) -> None:
@@ -405,19 +295,19 @@ def test_a_finished_file_takes_its_place(tmp_path: Path, devices: dict[str, Path
 
 def test_an_input_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    given = tmp_path / "given"
-    given.touch()
-    (tmp_path / "link").symlink_to("given")
-    (tmp_path / "hard link").hardlink_to(given)
+    source = tmp_path / "source"
+    source.touch()
+    (tmp_path / "link").symlink_to("source")
+    (tmp_path / "hard link").hardlink_to(source)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "inner").touch()
     (tmp_path / "to inner").symlink_to("folder/inner")
     (tmp_path / "to folder").symlink_to("folder")
     for output, inputs in (
-        ("given", ["given"]),
-        ("./given", ["no file", given]),
-        ("link", ["given"]),
-        ("given", ["link"]),
+        ("source", ["source"]),
+        ("./source", ["no file", source]),
+        ("link", ["source"]),
+        ("source", ["link"]),
         ("hard link", ["folder/inner", "link"]),
         ("folder", ["folder/inner"]),
         ("to folder", ["to inner"]),
@@ -426,13 +316,13 @@ def test_an_input_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ):
         with pytest.raises(EdgeclipError, match=r"destroy the input .*name another output"):
             storage.check_output(output, inputs)
-    with open(given, "rb") as file, pytest.raises(EdgeclipError, match="the input standard input"):
-        storage.check_output("given", [file.fileno()])
+    with open(source, "rb") as file, pytest.raises(EdgeclipError, match="the input standard input"):
+        storage.check_output("source", [file.fileno()])
     for output, inputs in (
-        ("new", ["given", "no file", "new"]),
-        ("folder/inner", ["given", "folder", 0]),
-        ("given", []),
-        ("folder", ["given"]),
+        ("new", ["source", "no file", "new"]),
+        ("folder/inner", ["source", "folder", 0]),
+        ("source", []),
+        ("folder", ["source"]),
         ("/dev/null", ["/dev/null"]),  # nothing is destroyed
         (0, [0]),
     ):

@@ -24,13 +24,13 @@ def purify_by_steps(
     return u * norms
 
 
-def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
-    error = np.linalg.norm(got - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    error = np.linalg.norm(actual - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     return float(error.max(initial=0))
 
 
 def polar_by_vectors(z: np.ndarray, g: np.ndarray, step_size: float) -> np.ndarray:
-    """Take the published step over whole vectors, in float64."""
+    """Take one published step of CLIPure-Diff over whole vectors, in float64."""
     z, g = z.astype(np.float64), g.astype(np.float64)
     norms = np.linalg.norm(z, axis=1, keepdims=True)
     moved = z / norms - step_size * g / np.linalg.norm(g, axis=1, keepdims=True)

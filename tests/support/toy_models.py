@@ -34,9 +34,9 @@ def toy_images(
     labels = torch.arange(count) % len(patterns.signs)
     strength = torch.linspace(weakest, strongest, count)[torch.randperm(count, generator=rng)]
     side = patterns.visual.preprocess_cfg["size"][0]
-    shown = strength[:, None] * patterns.signs.detach()[labels]
-    shown = 0.5 + shown + 0.01 * torch.randn(shown.shape, generator=rng)
-    return shown.view(count, 3, side, side).clamp(0, 1), labels
+    pixels = strength[:, None] * patterns.signs.detach()[labels]
+    pixels = 0.5 + pixels + 0.01 * torch.randn(pixels.shape, generator=rng)
+    return pixels.view(count, 3, side, side).clamp(0, 1), labels
 
 
 def null_prior(dim: int, seed: int = 0, *, exact: bool = True, size: float = 0.3) -> NullPrior:

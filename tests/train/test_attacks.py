@@ -38,7 +38,7 @@ def test_linear_model_is_attacked_optimally(
     model: torch.nn.Module, images: torch.Tensor, norm: str, loss: str
 ) -> None:
     labels, eps = LABELS % 2, 0.1
-    found = pgd(
+    attacked = pgd(
         binary(model), images, labels, eps=eps, step_size=10 * eps, steps=8, norm=norm, loss=loss
     )
     towards = (model[1].weight[1 - labels] - model[1].weight[labels]).detach().view(SHAPE)
@@ -46,7 +46,7 @@ def test_linear_model_is_attacked_optimally(
         best = images + eps * towards.sign()
     else:
         best = images + eps * towards / towards.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    torch.testing.assert_close(found, best, rtol=0, atol=1e-6)
+    torch.testing.assert_close(attacked, best, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -57,10 +57,12 @@ def test_attacked_images_stay_in_the_ball_and_in_range(
     images = torch.rand(
         SHAPE, generator=torch.Generator().manual_seed(2)
     ).round()  # at the ends of the range
-    found = pgd(model, images, LABELS, eps=0.2, step_size=0.15, steps=steps, norm=norm, restarts=3)
-    assert found.min() >= 0
-    assert found.max() <= 1
-    difference = (found - images).flatten(1)
+    attacked = pgd(
+        model, images, LABELS, eps=0.2, step_size=0.15, steps=steps, norm=norm, restarts=3
+    )
+    assert attacked.min() >= 0
+    assert attacked.max() <= 1
+    difference = (attacked - images).flatten(1)
     size = difference.abs().amax(1) if norm == "linf" else difference.norm(dim=1)
     assert size.max() <= 0.2 + 1e-6
     assert size.min() > 0
@@ -91,11 +93,11 @@ def test_more_restarts_are_never_weaker(images: torch.Tensor) -> None:
     )
 
     def strength(restarts: int) -> torch.Tensor:
-        found = pgd(
+        attacked = pgd(
             bumpy, images, LABELS, eps=0.3, step_size=0.05, steps=2, restarts=restarts,
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
-        return margin(bumpy(found), LABELS).detach()
+        return margin(bumpy(attacked), LABELS).detach()
 
     one, ten = strength(1), strength(10)
     assert (ten >= one).all()
@@ -106,10 +108,10 @@ def test_more_restarts_are_never_weaker(images: torch.Tensor) -> None:
 def test_one_generator_for_each_image_makes_images_independent(
     model: torch.nn.Module, images: torch.Tensor, norm: str
 ) -> None:
-    def attack(chosen: list[int]) -> torch.Tensor:
+    def attack(indices: list[int]) -> torch.Tensor:
         return pgd(
-            model, images[chosen], LABELS[chosen], eps=0.1, step_size=0.01, steps=2, norm=norm,
-            generator=[torch.Generator().manual_seed(i) for i in chosen],
+            model, images[indices], LABELS[indices], eps=0.1, step_size=0.01, steps=2, norm=norm,
+            generator=[torch.Generator().manual_seed(i) for i in indices],
         )  # fmt: skip
 
     together = attack([0, 1, 2, 3, 4])
@@ -122,15 +124,15 @@ def test_loss_function_moves_images_towards_another_image(
     """Match features: the labels are the outputs to match, and no class is involved."""
     target = model(images.flip(0)).detach()
 
-    def nearness(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return -(found - wanted).square().sum(1)
+    def nearness(attacked: torch.Tensor, target_embedding: torch.Tensor) -> torch.Tensor:
+        return -(attacked - target_embedding).square().sum(1)
 
     def reached(restarts: int) -> torch.Tensor:
-        found = pgd(
+        attacked = pgd(
             model, images, target, eps=0.1, step_size=0.02, steps=20, loss=nearness,
             restarts=restarts, generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
-        return nearness(model(found), target).detach()
+        return nearness(model(attacked), target).detach()
 
     assert (reached(1) > nearness(model(images), target))[[0, 1, 3, 4]].all()
     assert (reached(3) >= reached(1) - 1e-5).all()
@@ -146,12 +148,9 @@ def test_wrong_number_of_generators_is_refused(
         )  # fmt: skip
 
 
-# The attack on an image stops once it is fooled.
-
-
-def seeds(chosen: list[int]) -> list[torch.Generator]:
+def seeds(indices: list[int]) -> list[torch.Generator]:
     """Return a generator for each image, so that its noise does not depend on the others."""
-    return [torch.Generator().manual_seed(i) for i in chosen]
+    return [torch.Generator().manual_seed(i) for i in indices]
 
 
 def above(limit: float) -> Fooled:
@@ -177,14 +176,14 @@ def test_attack_stops_where_an_image_is_fooled(
 
     steps = 8
     path = [attack(k) for k in range(steps + 1)]
-    found = attack(steps, fooled=above(limit))
+    attacked = attack(steps, fooled=above(limit))
     stops = []
     for i in range(33):
         wrong = [
             k for k in range(steps) if margin(model(path[k][i, None]), labels[i, None]) > limit
         ]
         stops.append(min(wrong, default=steps))
-        torch.testing.assert_close(found[i], path[stops[i]][i], rtol=0, atol=1e-6)
+        torch.testing.assert_close(attacked[i], path[stops[i]][i], rtol=0, atol=1e-6)
     if abs(limit) >= 1:
         assert set(stops) == {0 if limit < 0 else steps}
     if limit == 0:
@@ -215,16 +214,16 @@ def test_attack_ends_when_all_images_are_fooled(images: torch.Tensor) -> None:
         batch_sizes.append(len(x))
         return x.flatten(1)[:, :3]
 
-    found = pgd(
+    attacked = pgd(
         count, images, LABELS, eps=0.1, step_size=0.1, steps=9, random_start=False,
         fooled=lambda outputs, labels: torch.ones(len(outputs), dtype=torch.bool),
     )  # fmt: skip
     assert batch_sizes == [5]
-    assert torch.equal(found, images)
+    assert torch.equal(attacked, images)
 
 
 def test_fooled_gets_the_labels_of_the_remaining_images(images: torch.Tensor) -> None:
-    """Labels may be anything with a row for each image."""
+    """Use labels of any shape with a row for each image."""
     rows = torch.stack([torch.arange(5), LABELS], dim=1)
     calls = []
 
@@ -249,13 +248,13 @@ def test_first_restart_that_fools_is_kept(
     generator = seeds(list(range(33)))
     tries = [pgd(model, images, labels, generator=generator, **settings) for _ in range(4)]
     margins = torch.stack([margin(model(x), labels) for x in tries])
-    found = pgd(model, images, labels, generator=seeds(list(range(33))), restarts=4, **settings)
+    attacked = pgd(model, images, labels, generator=seeds(list(range(33))), restarts=4, **settings)
     firsts = set()
     for i in range(33):
         wrong = (margins[:, i] > 0).nonzero().flatten().tolist()
         best = wrong[0] if wrong else margins[:, i].argmax().item()
         firsts.add(best if wrong else -1)
-        torch.testing.assert_close(found[i], tries[best][i], rtol=0, atol=1e-6)
+        torch.testing.assert_close(attacked[i], tries[best][i], rtol=0, atol=1e-6)
     assert len(firsts) > 2
 
 
@@ -265,15 +264,12 @@ def test_restarts_in_other_precisions(
     model: torch.nn.Module, images: torch.Tensor, dtype: torch.dtype, fooled: object
 ) -> None:
     for loss in ("cw", lambda outputs, labels: outputs[:, 0]):
-        found = pgd(
+        attacked = pgd(
             model.to(dtype), images.to(dtype), LABELS, eps=0.1, step_size=0.1, steps=2, restarts=3,
             loss=loss, fooled=fooled,
         )  # fmt: skip
-        assert found.dtype == dtype
-        assert (found.double() - images.double()).abs().max() < 0.11
-
-
-# Random models.
+        assert attacked.dtype == dtype
+        assert (attacked.double() - images.double()).abs().max() < 0.11
 
 
 def test_each_step_sums_the_gradients_of_its_draws(images: torch.Tensor) -> None:
@@ -302,11 +298,11 @@ def test_draws_find_the_optimum_of_a_random_models_mean(
     def share(draws: int) -> float:
         """Return the gain of the attack, as a share of the best perturbation's."""
         torch.manual_seed(0)
-        found = pgd(
+        attacked = pgd(
             noisy, images, labels, eps=eps, step_size=10 * eps, steps=1, norm=norm, loss="cw",
             random_start=False, draws=draws,
         )  # fmt: skip
-        gained = ((found - images).flatten(1) * towards).sum(1)
+        gained = ((attacked - images).flatten(1) * towards).sum(1)
         best = towards.abs().sum(1) if norm == "linf" else towards.norm(dim=1)
         return (gained / (eps * best)).mean().item()
 
@@ -328,7 +324,7 @@ def test_draws_of_a_deterministic_model_change_nothing(
 
 @pytest.mark.parametrize("loss", ["ce", "cw"])
 def test_losses_are_not_taken_in_half_precision(loss: str) -> None:
-    """Differences of logits below the spacing of bfloat16 would have no gradient."""
+    """Compute the margin in float32: bfloat16 would round small differences of logits to no gradient."""
     logits = torch.tensor([[30.0, 10.0, 0.0]], dtype=torch.bfloat16)
     value = LOSSES[loss](logits, torch.tensor([0]))
     assert value.dtype == torch.float32

@@ -84,8 +84,8 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(
     killed(replace(other, resume=True), 7, monkeypatch)
     train(replace(other, resume=True, checkpoint_every=100))
     assert (other.out / "embeddings.safetensors").stat().st_mtime_ns == embeddings
-    ours, theirs = (x.out / "prior.safetensors" for x in (settings, other))
-    assert ours.read_bytes() == theirs.read_bytes()
+    whole, resumed = (x.out / "prior.safetensors" for x in (settings, other))
+    assert whole.read_bytes() == resumed.read_bytes()
     states = [torch.load(x.out / "checkpoint.pt", weights_only=True) for x in (settings, other)]
     for name in ("prior", "mean"):
         for key, value in states[0][name].items():
@@ -102,8 +102,8 @@ def test_resumed_run_records_the_same_losses(
     other = replace(settings, out=settings.out.with_name("parts"))
     killed(other, 7, monkeypatch)
     train(replace(other, resume=True))
-    for found, wanted in zip(rows(other.out), rows(settings.out), strict=True):
-        assert found == pytest.approx(wanted, rel=1e-6)
+    for actual, expected in zip(rows(other.out), rows(settings.out), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-6)
 
 
 def test_finished_run_is_left_unchanged(settings: Settings) -> None:
@@ -122,16 +122,16 @@ def test_training_lowers_the_loss(
     assert [row["step"] for row in steps] == [20, 40, 60, 80]
     assert steps[-1]["loss"] < 0.6 * steps[0]["loss"]
     assert last.keys() == {"step", *(f"test_loss_{a}_{b}" for a, b in diffusion_prior.RANGES)}
-    assert 0 < last["test_loss_900_999"] < 1  # a guess of zero
+    assert 0 < last["test_loss_900_999"] < 1  # 1 is the loss of predicting zero
     assert f"--prior {settings.out} -o BUNDLE" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_weights_load_under_the_released_keys(settings: Settings) -> None:
     train(replace(settings, steps=3, validate=0, depth=2, heads=3))
-    found = load_prior(settings.out)
-    assert found.model.shape == Shape(DIM, 2, 3)
+    prior = load_prior(settings.out)
+    assert prior.model.shape == Shape(DIM, 2, 3)
     checkpoint = torch.load(settings.out / "checkpoint.pt", weights_only=True)
-    for key, value in found.model.state_dict().items():
+    for key, value in prior.model.state_dict().items():
         assert torch.equal(value, checkpoint["mean"][key])
     assert not torch.equal(
         checkpoint["mean"]["net.learned_query"], checkpoint["prior"]["net.learned_query"]
@@ -141,34 +141,34 @@ def test_weights_load_under_the_released_keys(settings: Settings) -> None:
     assert {path.name for path in settings.out.iterdir()} == rest | {"tensorboard"}
 
 
-def test_embeddings_are_the_clips_own(settings: Settings, clip: Path) -> None:
+def test_embeddings_equal_the_clips(settings: Settings, clip: Path) -> None:
     train(replace(settings, steps=3, validate=20))
-    found = load_file(settings.out / "embeddings.safetensors")
-    assert found["train"].shape == (150, DIM)
-    assert found["test"].shape == (20, DIM)
+    embeddings = load_file(settings.out / "embeddings.safetensors")
+    assert embeddings["train"].shape == (150, DIM)
+    assert embeddings["test"].shape == (20, DIM)
     source = load(str(clip), None)
     train_set = dataset.load(settings.data, train=True)
-    assert found["labels"].tolist() == [train_set[i][1] for i in range(150)]
-    torch.testing.assert_close(found["train"].norm(dim=1), torch.ones(150))
+    assert embeddings["labels"].tolist() == [train_set[i][1] for i in range(150)]
+    torch.testing.assert_close(embeddings["train"].norm(dim=1), torch.ones(150))
     ((images, _, _),) = batches(Pictures(train_set, source.model.visual), [[(3, 0), (149, 0)]], 0)
     cfg = source.model.visual.preprocess_cfg
     mean, std = (torch.tensor(cfg[name])[:, None, None] for name in ("mean", "std"))
     with torch.no_grad():
-        wanted = source.model.encode_image((images - mean) / std, normalize=True)
-    torch.testing.assert_close(found["train"][[3, 149]], wanted, rtol=1e-4, atol=1e-5)
+        expected = source.model.encode_image((images - mean) / std, normalize=True)
+    torch.testing.assert_close(embeddings["train"][[3, 149]], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_settings_change_the_weights(settings: Settings) -> None:
     short = replace(settings, steps=3, validate=0)
     train(short)
-    mine = (settings.out / "prior.safetensors").read_bytes()
+    first_weights = (settings.out / "prior.safetensors").read_bytes()
     for i, change in enumerate(({"seed": 1}, {"null_text": 0.0}, {"no_text": 0.5})):
         other = replace(short, out=settings.out.with_name(f"other{i}"), **change)
         train(other)
-        assert (other.out / "prior.safetensors").read_bytes() != mine
+        assert (other.out / "prior.safetensors").read_bytes() != first_weights
     again = replace(short, out=settings.out.with_name("again"))
     train(again)
-    assert (again.out / "prior.safetensors").read_bytes() == mine
+    assert (again.out / "prior.safetensors").read_bytes() == first_weights
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_clip_with_text_tokens_of_another_width_is_refused(
 def test_command_line(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train.diffusion_prior", "--bundle-checkpoint", settings.bundle_checkpoint, "--data",
+    arguments = ["train.diffusion_prior", "--bundle-checkpoint", settings.bundle_checkpoint, "--data",
              settings.data, "--out", str(settings.out)]  # fmt: skip
     for more, status in (
         (["--steps", "3", "--warmup-steps", "1", "--depth", "1", "--validate", "0"], 0),
@@ -243,7 +243,7 @@ def test_command_line(
         (["--bundle-checkpoint", "nothing-of-this-name"], 2),
         (["--steps", "few"], 2),
     ):
-        monkeypatch.setattr("sys.argv", [*words, *more])
+        monkeypatch.setattr("sys.argv", [*arguments, *more])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             run_command(diffusion_prior.main)
@@ -253,19 +253,16 @@ def test_command_line(
     assert (settings.out / "prior.safetensors").is_file()
 
 
-# Evaluation with a prior.
-
-
 @pytest.fixture(scope="module")
-def made() -> Conditioned:
+def conditioned() -> Conditioned:
     return with_prior()
 
 
 @pytest.fixture
-def words(made: Conditioned, fashion_folder: Path, tmp_path: Path) -> list[str]:
-    line = f"{made.bundle.path} --data fashion-mnist:{fashion_folder} --eps 4/255 --steps 2 -n 6"
+def arguments(conditioned: Conditioned, fashion_folder: Path, tmp_path: Path) -> list[str]:
+    line = f"{conditioned.bundle.path} --data fashion-mnist:{fashion_folder} --eps 4/255 --steps 2 -n 6"
     line += " --batch-size 4 --queries 5 --check-samples 0 --device cpu --attack pgd"
-    return [*line.split(), "--out", str(tmp_path / "found.json")]
+    return [*line.split(), "--out", str(tmp_path / "result.json")]
 
 
 DIFF = [
@@ -282,89 +279,109 @@ DIFF = [
 DIFF += ["--purify-seed", "3"]
 
 
-def test_evaluation_of_diff(words: list[str], made: Conditioned) -> None:
-    found = evaluate(words, *DIFF, "--prior", str(made.weights))
-    purification = found["settings"]["purification"]
+def test_evaluation_of_diff(arguments: list[str], conditioned: Conditioned) -> None:
+    result = evaluate(arguments, *DIFF, "--prior", str(conditioned.weights))
+    purification = result["settings"]["purification"]
     assert purification == {
         "method": "diff", "steps": 2, "step_size": 0.5, "timesteps": [100, 999], "seed": 3,
-        "prior_sha256": made.prior.weights_sha256, "gradient": "exact",
+        "prior_sha256": conditioned.prior.weights_sha256, "gradient": "exact",
     }  # fmt: skip
     assert from_dict(purification) == DiffPurifier(2, 0.5, (100, 999), 3)
-    rows = [(row["attack"], row["gradient"]) for row in found["results"]]
+    rows = [(row["attack"], row["gradient"]) for row in result["results"]]
     assert rows == [("pgd", mode) for mode in ("exact", "identity", "encoder", "released")]
-    assert found["finished"] == 6
-    assert found["agreement"] < 1e-2
-    assert found["settings"]["eot"] == 1
-    resumed = evaluate(words, *DIFF, "--prior", str(made.weights))
-    assert resumed["samples"] == found["samples"]
-    assert resumed["settings"] == found["settings"]
+    assert result["finished"] == 6
+    assert result["agreement"] < 1e-2
+    assert result["settings"]["eot"] == 1
+    resumed = evaluate(arguments, *DIFF, "--prior", str(conditioned.weights))
+    assert resumed["samples"] == result["samples"]
+    assert resumed["settings"] == result["settings"]
 
 
-def test_evaluation_with_an_unknown_seed(words: list[str], made: Conditioned) -> None:
-    more = [*DIFF, "--prior", str(made.weights), "--eot", "2", "--gradient", "exact"]
-    found = evaluate(words, *more, "-n", "4")
-    assert found["settings"]["eot"] == 2
-    assert list(found["samples"]) == ["clean", "pgd/exact"]
+def test_evaluation_with_an_unknown_seed(arguments: list[str], conditioned: Conditioned) -> None:
+    more = [*DIFF, "--prior", str(conditioned.weights), "--eot", "2", "--gradient", "exact"]
+    result = evaluate(arguments, *more, "-n", "4")
+    assert result["settings"]["eot"] == 2
+    assert list(result["samples"]) == ["clean", "pgd/exact"]
 
 
-def test_evaluation_of_a_model_without_a_bundle(words: list[str], made: Conditioned) -> None:
-    more = [*DIFF, "--prior", str(made.weights), "--gradient", "exact", "-n", "4"]
-    found = evaluate([str(made.folder), *words[1:]], *more)
-    purification = found["settings"]["purification"]
+def test_evaluation_of_a_model_without_a_bundle(
+    arguments: list[str], conditioned: Conditioned
+) -> None:
+    more = [*DIFF, "--prior", str(conditioned.weights), "--gradient", "exact", "-n", "4"]
+    result = evaluate([str(conditioned.folder), *arguments[1:]], *more)
+    purification = result["settings"]["purification"]
     assert (purification["gradient"], purification["prior_sha256"]) == (
         "exact",
-        made.prior.weights_sha256,
+        conditioned.prior.weights_sha256,
     )
 
 
-def test_diff_as_published_is_the_default(words: list[str], made: Conditioned) -> None:
-    more = ["--purify", "diff", "--prior", str(made.weights), "--gradient", "encoder", "-n", "2"]
-    found = evaluate(words, *more)
-    assert from_dict(found["settings"]["purification"]) == DiffPurifier()
+def test_diff_as_published_is_the_default(arguments: list[str], conditioned: Conditioned) -> None:
+    more = [
+        "--purify",
+        "diff",
+        "--prior",
+        str(conditioned.weights),
+        "--gradient",
+        "encoder",
+        "-n",
+        "2",
+    ]
+    result = evaluate(arguments, *more)
+    assert from_dict(result["settings"]["purification"]) == DiffPurifier()
 
 
 def test_wrong_options_of_diff_are_refused(
-    words: list[str], made: Conditioned, tmp_path: Path
+    arguments: list[str], conditioned: Conditioned, tmp_path: Path
 ) -> None:
     other = str(write_prior(tmp_path / "other.safetensors", seed=1))
-    own = ["--prior", str(made.weights)]
+    prior_options = ["--prior", str(conditioned.weights)]
     for more, message in (
         (DIFF, "--purify diff needs the prior's weights: name its run with --prior"),
         (
             [*DIFF, "--prior", other],
             "has not the prior .*other.safetensors: export it with --prior",
         ),
-        ([*own, "--purify", "cos", "--purify-seed", "3"], "needs --purify diff"),
-        ([*own, "--purify", "cos", "--purify-timesteps", "0", "9"], "needs --purify diff"),
-        ([*own, "--purify-seed", "3"], "needs --purify diff"),
-        ([*own, *DIFF, "--purify-timesteps", "9", "8"], "--purify-timesteps: 9 is after 8"),
-        ([*own, *DIFF, "--purify-timesteps", "0", "1000"], "prior has the timesteps 0 to 999"),
+        ([*prior_options, "--purify", "cos", "--purify-seed", "3"], "needs --purify diff"),
+        (
+            [*prior_options, "--purify", "cos", "--purify-timesteps", "0", "9"],
+            "needs --purify diff",
+        ),
+        ([*prior_options, "--purify-seed", "3"], "needs --purify diff"),
+        (
+            [*prior_options, *DIFF, "--purify-timesteps", "9", "8"],
+            "--purify-timesteps: 9 is after 8",
+        ),
+        (
+            [*prior_options, *DIFF, "--purify-timesteps", "0", "1000"],
+            "prior has the timesteps 0 to 999",
+        ),
     ):
         with pytest.raises(EdgeclipError, match=message) as error:
-            evaluate(words, *more)
+            evaluate(arguments, *more)
         assert "\n" not in str(error.value)
 
 
-def test_prior_of_another_clip_is_refused(made: Conditioned, tmp_path: Path) -> None:
+def test_prior_of_another_clip_is_refused(conditioned: Conditioned, tmp_path: Path) -> None:
     model = write_folder(tmp_path / "model", "vit", **VISION)
-    subject = open_subject(str(model), prior=str(made.weights))
+    subject = open_subject(str(model), prior=str(conditioned.weights))
     with pytest.raises(ModelError, match="the prior is made for embeddings and text tokens of 32"):
         subject.defence(["a", "b"], DiffPurifier())
 
 
-def test_attacked_model_equals_the_exported_one(made: Conditioned) -> None:
+def test_attacked_model_equals_the_exported_one(conditioned: Conditioned) -> None:
     """Compare the defence in PyTorch with the bundle's runtime, with the published setting too."""
-    subject = open_subject(str(made.bundle.path), prior=str(made.weights))
+    subject = open_subject(str(conditioned.bundle.path), prior=str(conditioned.weights))
     assert subject.prior_gradient == "exact"
     names = ["cat", "dog", "house"]
     raw = list(np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8))
-    shown = torch.stack([torch.from_numpy(x).permute(2, 0, 1) / 255 for x in raw])
+    images = torch.stack([torch.from_numpy(x).permute(2, 0, 1) / 255 for x in raw])
     for purifier in (DiffPurifier(2, 0.5, (100, 999), 3), DiffPurifier(3, 30.0)):
         defence = subject.defence(names, purifier)
-        shipped = BundleClassifier(subject, names, purifier, "fp32")
+        runtime = BundleClassifier(subject, names, purifier, "fp32")
         with torch.no_grad():
-            wanted = defence(shown).softmax(1).numpy()
-        np.testing.assert_allclose(shipped.probabilities(raw), wanted, atol=1e-3)
+            expected = defence(images).softmax(1).numpy()
+        np.testing.assert_allclose(runtime.probabilities(raw), expected, atol=1e-3)
 
 
 def test_network_is_importable_from_here() -> None:

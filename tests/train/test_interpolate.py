@@ -41,9 +41,9 @@ def half_tower(folder: str, path: Path) -> Path:
     return path
 
 
-def run(words: list[str]) -> None:
+def run(arguments: list[str]) -> None:
     """Run the command line in this process."""
-    interpolate.main(build_parser().parse_args(words))
+    interpolate.main(build_parser().parse_args(arguments))
 
 
 @pytest.mark.parametrize("alpha", ["0", "1", "1/4"])
@@ -54,8 +54,8 @@ def test_run_holds_the_weights_between(pair: list[str], tmp_path: Path, alpha: s
     first, second, between = (load(str(f), None) for f in (*pair, out))
     states = [source.model.state_dict() for source in (first, second, between)]
     for key, value in states[2].items():
-        wanted = (1 - share) * states[0][key].double() + share * states[1][key].double()
-        torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=1e-7)
+        expected = (1 - share) * states[0][key].double() + share * states[1][key].double()
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7)
     record = json.loads((out / "open_clip_config.json").read_text())["interpolation"]
     assert record["alpha"] == pytest.approx(share)
     assert record["weights_sha256"]["robust"] == second.weights_sha256
@@ -70,8 +70,8 @@ def test_sweep(
     pair: list[str], fashion_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "frontier"
-    words = [*pair, "--sweep", "--points", "3", "--data", f"fashion-mnist:{fashion_folder}"]
-    run([*words, "--eps", "2/255", "--steps", "2", "-n", "20", "--out", str(out)])
+    arguments = [*pair, "--sweep", "--points", "3", "--data", f"fashion-mnist:{fashion_folder}"]
+    run([*arguments, "--eps", "2/255", "--steps", "2", "-n", "20", "--out", str(out)])
     result = json.loads((out / "frontier.json").read_text())
     assert [row["alpha"] for row in result["results"]] == [0, 0.5, 1]
     for row in result["results"]:
@@ -106,9 +106,9 @@ def test_bad_settings(pair: list[str], tmp_path: Path) -> None:
 def test_original_with_another_image_tower(pair: list[str], tmp_path: Path) -> None:
     tower, out = half_tower(pair[0], tmp_path / "fare.pt"), tmp_path / "out"
     run([*pair, "--visual", str(tower), "--alpha", "0", "--out", str(out)])
-    found, original = load(str(out), None).model.state_dict(), load(pair[0], None).model
+    mixed, original = load(str(out), None).model.state_dict(), load(pair[0], None).model
     for key, value in original.state_dict().items():
-        assert torch.equal(found[key], value / 2 if key.startswith("visual.") else value)
+        assert torch.equal(mixed[key], value / 2 if key.startswith("visual.") else value)
 
 
 def test_different_activations_are_refused(pair: list[str], tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ def maps(golden: dict[str, torch.Tensor], kind: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["", "comp_"])
 def test_maps_are_the_published_ones(golden: dict[str, torch.Tensor], kind: str) -> None:
-    for view, found in zip(VIEWS, maps(golden, kind), strict=True):
-        torch.testing.assert_close(found, golden[f"{kind}map_{view}"], rtol=1e-5, atol=1e-6)
+    for view, actual in zip(VIEWS, maps(golden, kind), strict=True):
+        torch.testing.assert_close(actual, golden[f"{kind}map_{view}"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["", "comp_"])
@@ -80,19 +80,19 @@ def test_prefix_tokens_count_in_the_norm_alone(prefix: int) -> None:
     """Compare with a plain loop over the published definition."""
     rng = np.random.default_rng(0)
     tokens, text = rng.normal(size=(2, prefix + 9, 6)), rng.normal(size=(2, 6))
-    found = attention_map(torch.tensor(tokens), torch.tensor(text), 3, prefix=prefix)
+    actual = attention_map(torch.tensor(tokens), torch.tensor(text), 3, prefix=prefix)
     for i in range(2):
         scaled = tokens[i] / np.sqrt((tokens[i] ** 2).sum(0))
         scores = np.array([patch @ text[i] for patch in scaled[prefix:]])
-        wanted = (scores - scores.min()) / (scores.max() - scores.min())
-        np.testing.assert_allclose(found[i, 0].numpy().ravel(), wanted, rtol=1e-12)
+        expected = (scores - scores.min()) / (scores.max() - scores.min())
+        np.testing.assert_allclose(actual[i, 0].numpy().ravel(), expected, rtol=1e-12)
 
 
 def test_image_of_equal_patches_has_no_attention() -> None:
     tokens = torch.ones(1, 10, 6, requires_grad=True)
-    found = attention_map(tokens, torch.full((1, 6), 6**-0.5), 9)
-    found.sum().backward()
-    assert (found == 0).all()
+    actual = attention_map(tokens, torch.full((1, 6), 6**-0.5), 9)
+    actual.sum().backward()
+    assert (actual == 0).all()
     assert tokens.grad is not None
     assert tokens.grad.isfinite().all()
 
@@ -109,14 +109,14 @@ def test_pmg_terms_equal_plain_sums() -> None:
         return float((p * np.log(p / q)).sum(1).mean())
 
     p = softmax(adv)
-    wanted = [
+    expected = [
         -np.log(p[np.arange(4), labels]).mean(),
         0.5 * kl(softmax(reference), p),
         2.0 * kl(softmax(clean), p),
     ]
     arrays = (torch.tensor(x) for x in (adv, labels, reference, clean))
-    found = pmg_terms(*arrays, alpha=0.5, beta=2.0)
-    np.testing.assert_allclose([term.item() for term in found], wanted, rtol=1e-10)
+    actual = pmg_terms(*arrays, alpha=0.5, beta=2.0)
+    np.testing.assert_allclose([term.item() for term in actual], expected, rtol=1e-10)
 
 
 def test_squared_distance_of_each_image() -> None:

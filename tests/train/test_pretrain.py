@@ -69,24 +69,24 @@ def test_prompts_name_every_class_in_many_ways() -> None:
 
 
 def test_resumed_run_equals_an_uninterrupted_one(fashion_folder: Path, tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole, resumed = tmp_path / "whole", tmp_path / "parts"
     train(settings(fashion_folder, whole, epochs=6))
     command = [sys.executable, "-m", "train.pretrain", "--data", f"fashion-mnist:{fashion_folder}"]
-    command += ["--out", str(parts), "--epochs", "6", "--warmup-steps", "2"]
+    command += ["--out", str(resumed), "--epochs", "6", "--warmup-steps", "2"]
     for name, value in TINY.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    metrics = parts / "metrics.jsonl"
-    while child.poll() is None and not (parts / "checkpoint.pt").exists():
+    metrics = resumed / "metrics.jsonl"
+    while child.poll() is None and not (resumed / "checkpoint.pt").exists():
         time.sleep(0.01)  # until the first epoch is saved
     child.kill()
     child.communicate()
     done = len(metrics.read_text().splitlines())
     assert 1 <= done < 6, "the run was to be killed half way"
-    train(settings(fashion_folder, parts, epochs=6, resume=True))
+    train(settings(fashion_folder, resumed, epochs=6, resume=True))
 
     weights = [
-        torch.load(run / "checkpoint.pt", weights_only=True)["model"] for run in (whole, parts)
+        torch.load(run / "checkpoint.pt", weights_only=True)["model"] for run in (whole, resumed)
     ]
     assert weights[0].keys() == weights[1].keys()
     for key, value in weights[0].items():
@@ -109,11 +109,11 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def test_existing_run_is_not_overwritten(fashion_folder: Path, tmp_path: Path) -> None:
-    chosen = settings(fashion_folder, tmp_path / "run", epochs=1, limit_batches=1)
-    train(chosen)
-    before = read_files(chosen.out)
+    run_settings = settings(fashion_folder, tmp_path / "run", epochs=1, limit_batches=1)
+    train(run_settings)
+    before = read_files(run_settings.out)
     with pytest.raises(SettingsError, match="add --resume"):
-        train(replace(chosen, bpe_merges=50))
+        train(replace(run_settings, bpe_merges=50))
     for change, message in (
         ({"bpe_merges": 50}, "bpe-merges 100, not 50"),
         ({"learning_rate": 0.1}, "learning-rate 0.001, not 0.1"),
@@ -121,33 +121,33 @@ def test_existing_run_is_not_overwritten(fashion_folder: Path, tmp_path: Path) -
         ({"seed": 1}, "seed 0, not 1"),
     ):
         with pytest.raises(SettingsError, match=f"was begun with {message}: resume it with"):
-            train(replace(chosen, resume=True, **change))
-    assert read_files(chosen.out) == before
+            train(replace(run_settings, resume=True, **change))
+    assert read_files(run_settings.out) == before
 
 
 def test_rows_of_metrics_after_the_checkpoint_are_dropped(
     fashion_folder: Path, tmp_path: Path
 ) -> None:
-    chosen = settings(fashion_folder, tmp_path / "run", epochs=1, limit_batches=2)
-    train(chosen)
-    metrics = chosen.out / "metrics.jsonl"
+    run_settings = settings(fashion_folder, tmp_path / "run", epochs=1, limit_batches=2)
+    train(run_settings)
+    metrics = run_settings.out / "metrics.jsonl"
     before = metrics.read_text()
     assert json.loads(before)["step"] == 2
     with metrics.open("a") as file:
         file.write('{"step": 4, "epoch": 2}\n{"step": 6, "ep')
-    train(replace(chosen, resume=True))
+    train(replace(run_settings, resume=True))
     assert metrics.read_text() == before
 
 
 def test_resumed_run_writes_a_model_that_is_older_than_its_checkpoint(
     fashion_folder: Path, tmp_path: Path
 ) -> None:
-    chosen = settings(fashion_folder, tmp_path / "run", epochs=1, limit_batches=1)
-    train(chosen)
-    weights = chosen.out / "open_clip_model.safetensors"
+    run_settings = settings(fashion_folder, tmp_path / "run", epochs=1, limit_batches=1)
+    train(run_settings)
+    weights = run_settings.out / "open_clip_model.safetensors"
     before = weights.read_bytes()
     weights.write_bytes(b"older")
-    train(replace(chosen, resume=True))
+    train(replace(run_settings, resume=True))
     assert weights.read_bytes() == before
 
 
@@ -186,9 +186,9 @@ def test_wrong_settings(
 
 
 def test_loss_that_is_not_finite_stops_the_run(fashion_folder: Path, tmp_path: Path) -> None:
-    chosen = settings(fashion_folder, tmp_path / "run", epochs=1, learning_rate=1e30)
+    run_settings = settings(fashion_folder, tmp_path / "run", epochs=1, learning_rate=1e30)
     with pytest.raises(SettingsError, match=r"step \d+: .* is not finite: lower --learning-rate"):
-        train(chosen)
+        train(run_settings)
 
 
 def test_missing_data_is_one_clear_line(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def images() -> torch.Tensor:
     return torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def chosen(variant: str, **changes: Any) -> Settings:
+def variant_settings(variant: str, **changes: Any) -> Settings:
     weights = {} if variant in ("tecoa", "at", "fare") else {"alpha": 0.3, "beta": 0.7}
     return checked(replace(SETTINGS, variant=variant, **weights, **changes), 1)
 
@@ -72,20 +72,20 @@ def test_terms(models: Any, images: torch.Tensor, variant: str, distance: str) -
     trained, original, negated = models
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     attacked = (images + 0.1 * noise).clamp(0, 1)
-    settings = chosen(variant, distance=distance)
+    settings = variant_settings(variant, distance=distance)
     with torch.no_grad():
-        found = loss_terms(settings, trained, original, negated, images, attacked, LABELS)
+        terms = loss_terms(settings, trained, original, negated, images, attacked, LABELS)
         adv, clean = trained(attacked), trained(images)
         source, reference = original(images), original(attacked)
     probabilities = adv.logits.double().softmax(1).numpy()
     ce = -np.log(probabilities[np.arange(4), LABELS.numpy()]).mean()
     if variant == "fare":
-        wanted = {"fare": ((adv.embedding - source.embedding) ** 2).sum(1).mean().item()}
+        expected = {"fare": ((adv.embedding - source.embedding) ** 2).sum(1).mean().item()}
     elif variant in ("tecoa", "at"):
-        wanted = {"ce": ce}
+        expected = {"ce": ce}
     elif variant == "pmg":
         general, calm = kl(reference.logits, adv.logits), kl(clean.logits, adv.logits)
-        wanted = {"ce": ce, "general": 0.3 * general, "clean": 0.7 * calm}
+        expected = {"ce": ce, "general": 0.3 * general, "clean": 0.7 * calm}
     else:
         text = trained.classes[LABELS]
 
@@ -96,14 +96,14 @@ def test_terms(models: Any, images: torch.Tensor, variant: str, distance: str) -
 
         maps = [attention(output.tokens) for output in (adv, source, clean)]
         measure = DISTANCES[distance]
-        wanted = {
+        expected = {
             "ce": ce,
             "ar": 0.3 * measure(maps[0], maps[1]),
             "amc": 0.7 * measure(maps[2], maps[1]),
         }
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert found[name].item() == pytest.approx(value, rel=1e-4, abs=1e-7), name
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -111,8 +111,8 @@ def test_terms(models: Any, images: torch.Tensor, variant: str, distance: str) -
 def test_attack(models: Any, images: torch.Tensor, variant: str, norm: str) -> None:
     trained, original, _ = models
     seeds = torch.arange(4)
-    settings = chosen(variant, norm=norm)
-    found = attack(settings, trained, original, images, LABELS, seeds, steps=3)
+    settings = variant_settings(variant, norm=norm)
+    attacked = attack(settings, trained, original, images, LABELS, seeds, steps=3)
 
     def plain(model: Classifier) -> torch.Tensor:
         shared: dict[str, Any] = {
@@ -125,8 +125,8 @@ def test_attack(models: Any, images: torch.Tensor, variant: str, norm: str) -> N
             target = original(images).embedding
         return pgd(lambda x: model(x).embedding, images, target, loss=squared_distance, **shared)
 
-    assert torch.equal(found, plain(trained))
-    assert not torch.allclose(found, plain(original), atol=1e-3)
+    assert torch.equal(attacked, plain(trained))
+    assert not torch.allclose(attacked, plain(original), atol=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -137,10 +137,10 @@ def test_two_steps_of_the_optimizer(optimizer: str) -> None:
     )
     start, gradient = np.array([[2.0, -3.0]]), np.array([[0.5, 4.0]])
     matrix, vector = (torch.nn.Parameter(torch.tensor(x)) for x in (start, start[0]))
-    made = build_optimizer([matrix, vector], settings)
+    built = build_optimizer([matrix, vector], settings)
     for _ in range(2):
         matrix.grad, vector.grad = torch.tensor(gradient), torch.tensor(gradient[0])
-        made.step()
+        built.step()
 
     def expected(decay: float) -> np.ndarray:
         value, first, second = start.copy(), np.zeros((1, 2)), np.zeros((1, 2))
@@ -161,7 +161,9 @@ def test_two_steps_of_the_optimizer(optimizer: str) -> None:
 
 def test_cross_entropy_is_that_of_the_trained_encoder(models: Any, images: torch.Tensor) -> None:
     trained, original, negated = models
-    terms = loss_terms(chosen("tecoa"), trained, original, negated, images, images, LABELS)
+    terms = loss_terms(
+        variant_settings("tecoa"), trained, original, negated, images, images, LABELS
+    )
     with torch.no_grad():
         other = F.cross_entropy(original(images).logits, LABELS)
     assert abs(terms["ce"].item() - other.item()) > 1e-3

@@ -10,23 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.data_sets import Classes, picture, write_lines, write_shard, write_tar
+from tests.support.loaded_sets import contents, load_error
 from tests.support.paths import VECTORS
 from train.data import dataset
 from train.errors import DataError
-
-
-def contents(images: dataset.DataSet) -> Classes:
-    """Return the class of every image, by its pixels."""
-    pairs = [images[i] for i in range(len(images))]
-    return {image.tobytes(): images.classes[label] for image, label in pairs}
-
-
-def one_line(spec: str, *, train: bool = False) -> str:
-    """Return the message of the DataError that a data set raises."""
-    with pytest.raises(DataError) as caught:
-        dataset.load(spec, train=train)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture
@@ -44,7 +31,7 @@ def shards(tmp_path: Path) -> dict[str, Classes]:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "wanted"),
+    ("pattern", "names"),
     [
         ("test-{08..11}.tar", ["test-08", "test-09", "test-10", "test-11"]),
         ("test-{0..1}{8..9}.tar", None),
@@ -57,27 +44,27 @@ def shards(tmp_path: Path) -> dict[str, Classes]:
     ],
 )
 def test_patterns(
-    pattern: str, wanted: list[str] | None, tmp_path: Path, shards: dict[str, Classes]
+    pattern: str, names: list[str] | None, tmp_path: Path, shards: dict[str, Classes]
 ) -> None:
     spec = f"webdataset:{tmp_path / pattern}"
-    if wanted is None:
-        assert pattern.partition("{")[0].partition("*")[0] in one_line(spec)
+    if names is None:
+        assert pattern.partition("{")[0].partition("*")[0] in load_error(spec)
         return
-    expected = {key: name for shard in wanted for key, name in shards[shard].items()}
-    found = dataset.load(spec, train=True)
-    assert contents(found) == expected
-    assert contents(pickle.loads(pickle.dumps(found))) == expected
-    assert found.classes == ("cat", "big dog")
-    assert found.templates == ("This is a photo of a {}",)
+    expected = {key: name for shard in names for key, name in shards[shard].items()}
+    images = dataset.load(spec, train=True)
+    assert contents(images) == expected
+    assert contents(pickle.loads(pickle.dumps(images))) == expected
+    assert images.classes == ("cat", "big dog")
+    assert images.templates == ("This is a photo of a {}",)
 
 
 def test_messages_about_patterns(tmp_path: Path, shards: dict[str, Classes]) -> None:
     folder = f"webdataset:{tmp_path}"
-    assert "the range {09..08} is empty" in one_line(f"{folder}/test-{{09..08}}.tar")
-    assert "must hold a range" in one_line(f"{folder}/{{test,train}}-00.tar")
-    assert "must hold a range" in one_line(f"{folder}/test-{{08..11.tar")
-    assert f"no shard {tmp_path}/test-12.tar" in one_line(f"{folder}/test-{{09..12}}.tar")
-    assert "no shard https:" in one_line("webdataset:https://example.org/0.tar")
+    assert "the range {09..08} is empty" in load_error(f"{folder}/test-{{09..08}}.tar")
+    assert "must hold a range" in load_error(f"{folder}/{{test,train}}-00.tar")
+    assert "must hold a range" in load_error(f"{folder}/test-{{08..11.tar")
+    assert f"no shard {tmp_path}/test-12.tar" in load_error(f"{folder}/test-{{09..12}}.tar")
+    assert "no shard https:" in load_error("webdataset:https://example.org/0.tar")
 
 
 def test_folder_with_both_splits(tmp_path: Path, shards: dict[str, Classes]) -> None:
@@ -85,7 +72,7 @@ def test_folder_with_both_splits(tmp_path: Path, shards: dict[str, Classes]) -> 
     assert contents(dataset.load(spec, train=True)) == shards["train-00"]
     assert len(dataset.load(spec, train=False)) == 12
     (tmp_path / "train-00.tar").unlink()
-    assert "no training shards in" in one_line(spec, train=True)
+    assert "no training shards in" in load_error(spec, train=True)
 
 
 def test_folder_of_clip_benchmark(tmp_path: Path, shards: dict[str, Classes]) -> None:
@@ -107,12 +94,12 @@ def test_folder_of_clip_benchmark(tmp_path: Path, shards: dict[str, Classes]) ->
     templates.write_bytes("\ufeffa {c}.\ra\u2028{c}".encode())
     assert dataset.load(f"webdataset:{root}", train=False).templates == ("a {}.", "a\u2028{}")
     templates.write_bytes(b"\xe9 {c}")
-    assert "templates.txt: not UTF-8 text" in one_line(f"webdataset:{root}")
+    assert "templates.txt: not UTF-8 text" in load_error(f"webdataset:{root}")
 
 
 def test_folder_of_shards_alone(tmp_path: Path) -> None:
     write_lines(tmp_path / "classes.txt", ["cat"])
-    assert "no shards in" in one_line(f"webdataset:{tmp_path}")
+    assert "no shards in" in load_error(f"webdataset:{tmp_path}")
     write_shard(tmp_path / "0.tar", {"a": (picture(), 0)})
     for train in (False, True):
         assert len(dataset.load(f"webdataset:{tmp_path}", train=train)) == 1
@@ -133,9 +120,9 @@ def test_folder_of_shards_alone(tmp_path: Path) -> None:
 )
 def test_malformed_shards(members: dict[str, bytes], message: str, tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", members)
-    assert "no class names in" in one_line(f"webdataset:{tmp_path}/0.tar")
+    assert "no class names in" in load_error(f"webdataset:{tmp_path}/0.tar")
     write_lines(tmp_path / "classes.txt", ["cat", "dog"])
-    assert message in one_line(f"webdataset:{tmp_path}/0.tar")
+    assert message in load_error(f"webdataset:{tmp_path}/0.tar")
 
 
 def test_damaged_and_compressed_shards(tmp_path: Path) -> None:
@@ -149,11 +136,11 @@ def test_damaged_and_compressed_shards(tmp_path: Path) -> None:
     damaged = whole[:second] + b"?" * 512 + whole[second + 512 :]
     for raw in (b"no tar file" * 100, damaged, *(whole[:end] for end in ends)):
         shard.write_bytes(raw)
-        message = one_line(f"webdataset:{shard}")
+        message = load_error(f"webdataset:{shard}")
         assert message.startswith(f"{shard}")
     with tarfile.open(shard, "w:gz"):
         pass
-    assert "no intact, uncompressed tar file" in one_line(f"webdataset:{shard}")
+    assert "no intact, uncompressed tar file" in load_error(f"webdataset:{shard}")
 
 
 @pytest.mark.parametrize("kind", ["jfif", "mpo", "tif", "GIF", "bmp", "heic"])
@@ -161,8 +148,8 @@ def test_every_suffix_is_an_image(kind: str, tmp_path: Path) -> None:
     write_lines(tmp_path / "classes.txt", ["cat", "dog"])
     samples = {"a": (picture(), 1)}
     write_shard(tmp_path / "0.tar", samples, kind)
-    found = dataset.load(f"webdataset:{tmp_path}", train=False)
-    assert contents(found) == {samples["a"][0].tobytes(): "dog"}
+    images = dataset.load(f"webdataset:{tmp_path}", train=False)
+    assert contents(images) == {samples["a"][0].tobytes(): "dog"}
 
 
 def test_an_image_without_its_decoder_is_named(
@@ -172,18 +159,18 @@ def test_an_image_without_its_decoder_is_named(
     heic = (VECTORS / "red_over_blue.heic").read_bytes()
     write_lines(tmp_path / "classes.txt", ["cat"])
     write_tar(tmp_path / "0.tar", {"a.heic": heic, "a.cls": b"0"})
-    found = dataset.load(f"webdataset:{tmp_path}", train=False)
+    images = dataset.load(f"webdataset:{tmp_path}", train=False)
     with pytest.raises(DataError, match=r"pip install 'edgeclip\[formats\]'"):
-        found[0]
+        images[0]
 
 
 def test_broken_images_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "classes.txt", ["cat"])
     shard = tmp_path / "0.tar"
     write_tar(shard, {"a.jpg": b"no image", "a.cls": b"0"})
-    found = dataset.load(f"webdataset:{shard}", train=False)
+    images = dataset.load(f"webdataset:{shard}", train=False)
     with pytest.raises(DataError, match=r"image 0 of webdataset cannot be read: .*0\.tar, byte"):
-        found[0]
+        images[0]
     shard.unlink()
     with pytest.raises(DataError, match="No such file"):
-        found[0]
+        images[0]

@@ -115,19 +115,21 @@ def test_an_assumed_activation_is_reported(
         assert "assuming" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("quick_gelu", [True, False])
 def test_the_activation_of_a_folder_is_used(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], known: bool
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick_gelu: bool
 ) -> None:
     shutil.copytree(folder, tmp_path / "run")
     config = json.loads((folder / "open_clip_config.json").read_text())
-    config["model_cfg"]["quick_gelu"] = known
+    config["model_cfg"]["quick_gelu"] = quick_gelu
     (tmp_path / "run" / "open_clip_config.json").write_text(json.dumps(config))
     other = tmp_path / "openai.safetensors"
     shutil.copy(folder / "open_clip_model.safetensors", other)
     for pretrained in (None, str(other)):
-        assert has_quick_gelu(load(str(tmp_path / "run"), pretrained)) == known
-    assert has_quick_gelu(load(str(tmp_path / "run"), None, quick_gelu=not known)) != known
+        assert has_quick_gelu(load(str(tmp_path / "run"), pretrained)) == quick_gelu
+    assert (
+        has_quick_gelu(load(str(tmp_path / "run"), None, quick_gelu=not quick_gelu)) != quick_gelu
+    )
     assert "GELU" not in capsys.readouterr().err
 
 
@@ -178,8 +180,8 @@ def test_an_image_tower_replaces_base_weights(
     torch.save({"vision_encoder_state_dict": tower, "epoch": 2} if wrapped else tower, path)
     source = load(str(folder), None, visual=str(path))
     for key, value in source.model.state_dict().items():
-        wanted = weights[key] / 2 if key.startswith("visual.") else weights[key]
-        assert torch.equal(value, wanted)
+        expected = weights[key] / 2 if key.startswith("visual.") else weights[key]
+        assert torch.equal(value, expected)
     base = sha256(folder / "open_clip_model.safetensors")
     assert source.record == {
         "model": "vit",

@@ -76,8 +76,8 @@ def test_pixels_equal_open_clips(photos: DataSet) -> None:
     pictures = Pictures(photos, visual)
     for i in range(3):
         image, _ = photos[i]
-        wanted = reference(transforms.ToPILImage()(image))
-        assert (pictures[i, 0][0] - wanted).abs().max() <= 1 / 255 + 1e-6
+        expected = reference(transforms.ToPILImage()(image))
+        assert (pictures[i, 0][0] - expected).abs().max() <= 1 / 255 + 1e-6
 
 
 def test_workers_do_not_change_batches(photos: DataSet) -> None:

@@ -87,8 +87,8 @@ def test_noise_is_added_by_the_schedule(prior: DiffusionPrior, state: dict) -> N
     x0, noise = unit(3, 32), unit(3, 32, 1)
     times = torch.tensor([0, 500, 999])
     alphas = state["noise_scheduler.alphas_cumprod"].double()[times][:, None]
-    wanted = alphas.sqrt() * x0 + (1 - alphas).sqrt() * noise
-    torch.testing.assert_close(prior.noise_scheduler(x0, times, noise).double(), wanted,
+    expected = alphas.sqrt() * x0 + (1 - alphas).sqrt() * noise
+    torch.testing.assert_close(prior.noise_scheduler(x0, times, noise).double(), expected,
                                rtol=1e-5, atol=1e-6)  # fmt: skip
 
 
@@ -114,12 +114,12 @@ def test_prefix_memory_equals_the_whole_transformer(
         predicted = prior.denoise(noisy, times, context)
     for i in range(2):
         visible = np.append(mask[i].numpy(), True) & (masked != "text")
-        wanted = transformer(
+        expected = transformer(
             weights, noisy[i].double().numpy(), int(times[i]), embed[i].double().numpy(),
             encodings[i].double().numpy(), visible,
         )  # fmt: skip
         # Frequencies are stored in float32.
-        assert relative(predicted[i], wanted) < (1e-5 if dtype == torch.float32 else 2e-6)
+        assert relative(predicted[i], expected) < (1e-5 if dtype == torch.float32 else 2e-6)
 
 
 @pytest.mark.parametrize("count", [1, 33])
@@ -148,12 +148,12 @@ def test_masked_tokens_do_not_change_the_prediction(prior: DiffusionPrior, texts
             prior.denoise(noisy, times, prior.context(embed, x, text_mask=mask))
             for x in (encodings, other)
         )
-        shown, another = (
+        visible, another = (
             prior.denoise(noisy, times, prior.context(embed, x)) for x in (encodings, other)
         )
     assert torch.equal(hidden, same)
-    assert relative(shown, another) > 1e-4
-    assert relative(shown, hidden) > 1e-4
+    assert relative(visible, another) > 1e-4
+    assert relative(visible, hidden) > 1e-4
 
 
 def test_mask_text_hides_the_whole_text(prior: DiffusionPrior, texts: tuple) -> None:
@@ -202,8 +202,8 @@ def test_gradient_equals_finite_differences(wide: tuple) -> None:
         columns = [
             (loss(z + step * e) - loss(z - step * e)) / (2 * step) for e in torch.eye(32).double()
         ]
-    wanted = torch.stack(columns, dim=1)
-    for computed, expected in zip(gradient, wanted, strict=True):
+    numeric = torch.stack(columns, dim=1)
+    for computed, expected in zip(gradient, numeric, strict=True):
         assert relative(computed, expected) < 1e-7
 
 
@@ -265,13 +265,13 @@ def test_scores_have_no_graph_if_z_has_none(wide: tuple, exact: bool) -> None:
 
 def test_ema_weights_take_precedence(state: dict) -> None:
     ema = state | {"net.learned_query": state["net.learned_query"] + 1}
-    for checkpoint, wanted in (
+    for checkpoint, expected in (
         ({"model": state, "ema_model": ema, "step": 3}, ema),
         ({"model": state, "optimizer": {"state": {}}}, state),
         ({"ema_model": ema}, ema),
     ):
         loaded = DiffusionPrior.from_state_dict(checkpoint)
-        assert torch.equal(loaded.net.learned_query, wanted["net.learned_query"])
+        assert torch.equal(loaded.net.learned_query, expected["net.learned_query"])
 
 
 def test_keys_of_the_clip_and_the_schedule_are_optional(state: dict, prior: DiffusionPrior) -> None:

@@ -28,11 +28,11 @@ def test_block(mask: str) -> None:
         "causal": torch.full((7, 7), -torch.inf).triu(1),
         "of each prompt and head": torch.randn(4 * 3, 7, 7),  # CoCa's text tower
     }
-    wanted = block(x, attn_mask=masks[mask])
+    expected = block(x, attn_mask=masks[mask])
     with plain_attention(block):
-        torch.testing.assert_close(block(x, attn_mask=masks[mask]), wanted)
+        torch.testing.assert_close(block(x, attn_mask=masks[mask]), expected)
         if mask == "none":
-            torch.testing.assert_close(first_token(block, x), wanted[:, :1])
+            torch.testing.assert_close(first_token(block, x), expected[:, :1])
     assert isinstance(block.attn, torch.nn.MultiheadAttention)
 
 
@@ -40,10 +40,10 @@ def test_block(mask: str) -> None:
 def test_pooling(context: int) -> None:
     pooling = random_weights(AttentionalPooler(24, context, n_head=3, n_queries=5))
     x = torch.randn(4, 7, context)
-    wanted = pooling(x)
+    expected = pooling(x)
     with plain_attention(pooling):
         assert not isinstance(pooling.attn, torch.nn.MultiheadAttention)
-        torch.testing.assert_close(pooling(x), wanted)
+        torch.testing.assert_close(pooling(x), expected)
     assert isinstance(pooling.attn, torch.nn.MultiheadAttention)
 
 
@@ -54,5 +54,5 @@ def test_onnx_runtime_loads_a_pooling_in_fp16(tmp_path: Path) -> None:
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     embeddings = torch.from_numpy(run_graph(tmp_path / "half.onnx", "embedding", pixels.numpy()))
     with torch.no_grad():
-        wanted = export.source.model.encode_image(pixels, normalize=False)
-    assert torch.nn.functional.cosine_similarity(embeddings, wanted).min() > 0.999
+        expected = export.source.model.encode_image(pixels, normalize=False)
+    assert torch.nn.functional.cosine_similarity(embeddings, expected).min() > 0.999

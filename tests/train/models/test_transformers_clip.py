@@ -52,10 +52,10 @@ def embeddings(model: transformers.CLIPModel, pixels: torch.Tensor, ids: torch.T
 def check_same(source: Source, model: transformers.CLIPModel, ids: torch.Tensor) -> None:
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     images, texts = embeddings(model, pixels, ids)
-    ours = source.model.encode_image(pixels, normalize=True)
-    torch.testing.assert_close(ours, images, rtol=0, atol=1e-5)
-    ours = source.model.encode_text(source.tokenizer(PROMPTS), normalize=True)
-    torch.testing.assert_close(ours, texts, rtol=0, atol=1e-5)
+    actual = source.model.encode_image(pixels, normalize=True)
+    torch.testing.assert_close(actual, images, rtol=0, atol=1e-5)
+    actual = source.model.encode_text(source.tokenizer(PROMPTS), normalize=True)
+    torch.testing.assert_close(actual, texts, rtol=0, atol=1e-5)
     assert source.model.logit_scale == model.logit_scale
 
 
@@ -144,8 +144,8 @@ def test_a_folder_becomes_a_bundle(folder: Path, tmp_path: Path) -> None:
     state = load_file(folder / "model.safetensors")
     tower = {key: value for key, value in state.items() if key.startswith("vis")}
     torch.save(tower, tmp_path / "tower.pt")
-    words = ["--visual", str(tmp_path / "tower.pt"), "-o", str(tmp_path / "bundle")]
-    assert main([str(folder), *words]) == 0
+    options = ["--visual", str(tmp_path / "tower.pt"), "-o", str(tmp_path / "bundle")]
+    assert main([str(folder), *options]) == 0
     runtime = Runtime(tmp_path / "bundle", device="cpu")
     manifest = runtime.bundle.manifest
     hashes = [sha256(folder / "model.safetensors"), sha256(tmp_path / "tower.pt")]
@@ -164,13 +164,13 @@ def test_a_folder_becomes_a_bundle(folder: Path, tmp_path: Path) -> None:
     )
     pixels = torch.zeros(1, 3, 32, 32)
     images, texts = embeddings(model, pixels, inputs.input_ids)
-    ours = torch.from_numpy(runtime.embed_texts(prompts))
-    torch.testing.assert_close(ours, texts, rtol=0, atol=1e-4)
+    actual = torch.from_numpy(runtime.embed_texts(prompts))
+    torch.testing.assert_close(actual, texts, rtol=0, atol=1e-4)
     grey = (255 * torch.tensor([0.5, 0.4, 0.3])).round().to(torch.uint8).expand(32, 32, 3)
     exact = (grey[0, 0] / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.25, 0.3])
     images, _ = embeddings(model, exact[None, :, None, None].expand(1, 3, 32, 32), inputs.input_ids)
-    ours = torch.from_numpy(runtime.embed_images([grey.numpy()]))
-    torch.testing.assert_close(ours, images, rtol=0, atol=1e-4)
+    actual = torch.from_numpy(runtime.embed_images([grey.numpy()]))
+    torch.testing.assert_close(actual, images, rtol=0, atol=1e-4)
 
 
 def test_a_run_that_starts_from_a_folder(folder: Path, tmp_path: Path) -> None:
@@ -223,8 +223,8 @@ def test_an_image_tower_over_base_weights(
     source = load(str(folder), None, visual=str(path), quick_gelu=False)
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        theirs = tower(pixel_values=pixels).image_embeds
-    torch.testing.assert_close(source.model.encode_image(pixels), theirs, rtol=1e-5, atol=1e-5)
+        expected = tower(pixel_values=pixels).image_embeds
+    torch.testing.assert_close(source.model.encode_image(pixels), expected, rtol=1e-5, atol=1e-5)
     base = sha256(folder / "model.safetensors")
     assert source.weights_sha256 == join_sha256([base, sha256(path)])
     load(str(folder), None, visual=str(path))

@@ -348,16 +348,16 @@ def test_shards(tmp_path: Path, suffix: str) -> None:
     index = shards(tmp_path, suffix)
     weights = read_weights(index)
     check_same(weights.state, MODEL)
-    parts = sorted(tmp_path.glob(f"*-of-*{suffix}"))
-    assert weights.sha256 == join_sha256([sha256(path) for path in (index, *parts)])
+    files = sorted(tmp_path.glob(f"*-of-*{suffix}"))
+    assert weights.sha256 == join_sha256([sha256(path) for path in (index, *files)])
     with pytest.raises(ModelError, match=f"one of 2 shards: name their index, {index.name}"):
-        read_weights(parts[1])
-    torch.save([1], parts[1])
+        read_weights(files[1])
+    torch.save([1], files[1])
     if suffix == ".bin":
-        with pytest.raises(ModelError, match=f"{parts[1].name} holds no state dict: it is a list"):
+        with pytest.raises(ModelError, match=f"{files[1].name} holds no state dict: it is a list"):
             read_weights(index)
-    parts[1].unlink()
-    with pytest.raises(ModelError, match=f"lacks {parts[1].name}, of the shards that"):
+    files[1].unlink()
+    with pytest.raises(ModelError, match=f"lacks {files[1].name}, of the shards that"):
         read_weights(index)
 
 

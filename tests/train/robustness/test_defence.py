@@ -78,8 +78,8 @@ def test_answers_are_the_cores(
     indices, probabilities, expected = core_logits(embeddings, defence)
     np.testing.assert_allclose(logits.numpy(), expected, rtol=0, atol=2e-4)
     np.testing.assert_array_equal(logits.argmax(1).numpy(), indices[:, 0])
-    shown = np.take_along_axis(logits.softmax(1).numpy(), indices.astype(int), axis=1)
-    np.testing.assert_allclose(shown, probabilities, rtol=0, atol=1e-4)
+    likeliest = np.take_along_axis(logits.softmax(1).numpy(), indices.astype(int), axis=1)
+    np.testing.assert_allclose(likeliest, probabilities, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("classes", [1, 33, 2049])
@@ -108,35 +108,37 @@ def test_every_mode_answers_the_same(
         if mode != "encoder":
             assert view.logits is view.answer
             torch.testing.assert_close(model.scores(view.embedding), view.logits, rtol=0, atol=1e-5)
-            # norms are the encoder's own
+            # the encoder's norms
             torch.testing.assert_close(view.embedding.norm(dim=1), plain.embedding.norm(dim=1))
     torch.testing.assert_close(views["encoder"].logits, plain.logits)
     torch.testing.assert_close(views["encoder"].embedding, plain.embedding)
 
 
-def test_encoder_sees_what_is_not_answered(
+def test_encoder_logits_differ_from_the_answer(
     model: Classifier, null: torch.Tensor, images: torch.Tensor
 ) -> None:
     """Compare logits with the answer: only encoder differs, and its answer has no gradient."""
     defence = Defence(model, null, CosPurifier(9, 30.0))
-    shown = images.clone().requires_grad_()
-    view = defence.view(shown, "encoder")
+    leaves = images.clone().requires_grad_()
+    view = defence.view(leaves, "encoder")
     assert (view.logits - view.answer).abs().amax(1).min() > 0.01
     assert view.logits.requires_grad
     assert not view.answer.requires_grad
     plain = images.clone().requires_grad_()
     expected = torch.autograd.grad(model(plain).logits[:, 0].sum(), plain)[0]
-    got = torch.autograd.grad(view.logits[:, 0].sum(), shown)[0]
-    torch.testing.assert_close(got, expected)
+    gradient = torch.autograd.grad(view.logits[:, 0].sum(), leaves)[0]
+    torch.testing.assert_close(gradient, expected)
 
 
 def image_gradients(defence: Defence, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the gradients of the first class's logit, (B, pixels), by mode."""
-    found = {}
+    gradients = {}
     for mode in GRADIENTS:
-        shown = images.clone().requires_grad_()
-        found[mode] = torch.autograd.grad(defence.view(shown, mode).logits[:, 0].sum(), shown)[0]
-    return {mode: gradient.flatten(1) for mode, gradient in found.items()}
+        leaves = images.clone().requires_grad_()
+        gradients[mode] = torch.autograd.grad(
+            defence.view(leaves, mode).logits[:, 0].sum(), leaves
+        )[0]
+    return {mode: gradient.flatten(1) for mode, gradient in gradients.items()}
 
 
 def test_gradients_of_the_modes() -> None:
@@ -144,7 +146,7 @@ def test_gradients_of_the_modes() -> None:
     defence = toy(purifier=CosPurifier(9, 30.0)).double()
     images, _ = toy_images(defence, 7)
     images = images.double()
-    found = image_gradients(defence, images)
+    gradients = image_gradients(defence, images)
     for mode, plain in (("exact", False), ("encoder", True)):
         bare = Defence(defence.model, defence.null_text) if plain else defence
         step = 1e-6
@@ -154,15 +156,15 @@ def test_gradients_of_the_modes() -> None:
             moved = moved.view(3, 8, 8)
             with torch.no_grad():
                 slope = (bare(images + moved) - bare(images - moved))[:, 0] / (2 * step)
-            torch.testing.assert_close(found[mode][:, j], slope, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(gradients[mode][:, j], slope, rtol=1e-6, atol=1e-7)
     # Identity: the logits' gradient at the purified embedding, through the encoder as it is.
-    shown = images.clone().requires_grad_()
-    embedding = defence.model(shown).embedding
+    leaves = images.clone().requires_grad_()
+    embedding = defence.model(leaves).embedding
     purified = defence.view(images, "exact").embedding.detach().requires_grad_()
     (incoming,) = torch.autograd.grad(defence.model.scores(purified)[:, 0].sum(), purified)
-    (expected,) = torch.autograd.grad(embedding, shown, incoming)
-    torch.testing.assert_close(found["identity"], expected.flatten(1))
-    assert found["released"].norm() < 1e-8 * found["exact"].norm()
+    (expected,) = torch.autograd.grad(embedding, leaves, incoming)
+    torch.testing.assert_close(gradients["identity"], expected.flatten(1))
+    assert gradients["released"].norm() < 1e-8 * gradients["exact"].norm()
 
     even = image_gradients(toy(purifier=CosPurifier(10, 30.0)), images.float())
     for mode in ("identity", "encoder"):
@@ -195,15 +197,15 @@ def test_unknown_gradient(
 
 
 @pytest.mark.parametrize("mode", GRADIENTS)
-def test_seen_shows_a_library_the_modes_logits(mode: str) -> None:
+def test_logits_model_returns_the_modes_logits(mode: str) -> None:
     defence = toy(purifier=CosPurifier(9, 30.0))
     images, _ = toy_images(defence, 5)
-    seen = LogitsModel(defence, mode)
-    torch.testing.assert_close(seen(images), defence.view(images, mode).logits)
-    assert next(seen.parameters()).device == images.device
+    logits_model = LogitsModel(defence, mode)
+    torch.testing.assert_close(logits_model(images), defence.view(images, mode).logits)
+    assert next(logits_model.parameters()).device == images.device
 
 
-def test_which_are_right() -> None:
+def test_correct_marks() -> None:
     defence = toy()
     images, labels = toy_images(defence, 33)
     assert correct(defence, images, labels).all()
@@ -212,7 +214,7 @@ def test_which_are_right() -> None:
     marks = correct(defence, images, wrong)
     assert marks.dtype == torch.bool
     assert marks.tolist() == [i % 3 != 0 for i in range(33)]
-    # By its own answer, not by the encoder's: an odd number of published steps turns these over.
+    # Use the defence's answer: an odd number of published steps reverses the encoder's.
     assert not correct(toy(purifier=CosPurifier(9, 30.0)), images, labels).any()
 
 

@@ -61,7 +61,7 @@ def test_everything_is_missing(name: str, root: Path) -> None:
         assert "\n" not in line
 
 
-def test_what_is_there_is_not_missing(root: Path) -> None:
+def test_present_data_sets_are_not_missing(root: Path) -> None:
     data_sets.cifar10(root)
     assert missing(PROTOCOLS["clipure-cifar10"]) == {}
     lines = missing(PROTOCOLS["tga-zsr-16"])
@@ -81,58 +81,58 @@ def test_missing_packages_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing(PROTOCOLS["tga-zsr-16"])["pcam"] == "PCAM needs h5py: pip install h5py"
 
 
-def test_nothing_is_fetched_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, bool, bool]] = []
+def test_downloads_are_explicit(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[tuple[str, bool, bool]] = []
     monkeypatch.setattr(
         "train.data.dataset.load",
-        lambda spec, *, train, download: asked.append((spec, train, download)),
+        lambda spec, *, train, download: requests.append((spec, train, download)),
     )
     protocol = PROTOCOLS["clipure-cifar10"]
     assert missing(protocol) == missing(protocol, download=True) == {}
     describe(protocol)
-    assert asked == [("cifar10", False, wanted) for wanted in (False, True, False)]
+    assert requests == [("cifar10", False, download) for download in (False, True, False)]
 
 
 def test_described(root: Path) -> None:
     data_sets.cifar10(root)
-    shown = describe(PROTOCOLS["tga-zsr-16"])
-    assert "arXiv 2410.21802" in shown.splitlines()[0]
-    assert "1 of 16 available: cifar10" in shown
-    assert all(line in shown for line in missing(PROTOCOLS["tga-zsr-16"]).values())
-    assert f"{root} (set EDGECLIP_DATA" in shown
-    assert "pgd, autoattack; 100 steps, pgd in steps of 1/255" in shown
-    assert "linf 1/255" in shown
-    assert "all of each data set's test split" in shown
-    assert "This is a photo of a {}" in shown
-    assert "42.09% TGA-ZSR, pgd" in shown
+    text = describe(PROTOCOLS["tga-zsr-16"])
+    assert "arXiv 2410.21802" in text.splitlines()[0]
+    assert "1 of 16 available: cifar10" in text
+    assert all(line in text for line in missing(PROTOCOLS["tga-zsr-16"]).values())
+    assert f"{root} (set EDGECLIP_DATA" in text
+    assert "pgd, autoattack; 100 steps, pgd in steps of 1/255" in text
+    assert "linf 1/255" in text
+    assert "all of each data set's test split" in text
+    assert "This is a photo of a {}" in text
+    assert "42.09% TGA-ZSR, pgd" in text
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 def test_described_in_full(protocol: Protocol) -> None:
-    shown = describe(protocol)
-    assert f"0 of {len(protocol.data)} available\n" in shown
-    for text in (*protocol.attacks, *protocol.published, *protocol.assumed):
-        assert text in shown
-    assert all(f"{value:.2f}%" in shown for value in protocol.published.values())
-    assert all(f"  radius     {radius}\n" in shown for radius in protocol.radii)
+    text = describe(protocol)
+    assert f"0 of {len(protocol.data)} available\n" in text
+    for name in (*protocol.attacks, *protocol.published, *protocol.assumed):
+        assert name in text
+    assert all(f"{value:.2f}%" in text for value in protocol.published.values())
+    assert all(f"  radius     {radius}\n" in text for radius in protocol.radii)
 
 
 def test_described_radii_and_purification() -> None:
-    shown = describe(PROTOCOLS["clipure-cifar10"])
-    assert "linf 8/255" in shown
-    assert "l2 0.5" in shown
-    assert "1000 of each data set's test split" in shown
-    assert "purified   cos" in shown
-    assert "pgd" not in shown
+    text = describe(PROTOCOLS["clipure-cifar10"])
+    assert "linf 8/255" in text
+    assert "l2 0.5" in text
+    assert "1000 of each data set's test split" in text
+    assert "purified   cos" in text
+    assert "pgd" not in text
 
 
 def test_find() -> None:
     assert find("clipure-13") is PROTOCOLS["clipure-13"]
     with pytest.raises(SettingsError) as caught:
         find("clipure-14")
-    known = ", ".join(PROTOCOLS)
+    names = ", ".join(PROTOCOLS)
     assert str(caught.value) == (
-        f"unknown protocol 'clipure-14', did you mean clipure-13? choose one of {known}"
+        f"unknown protocol 'clipure-14', did you mean clipure-13? choose one of {names}"
     )
     with pytest.raises(SettingsError, match="unknown protocol 'x'; choose one of tga-zsr-16,"):
         find("x")
