@@ -1,4 +1,15 @@
-"""Golden values of a bundle: one input and its outputs, by PyTorch."""
+"""Golden values of a bundle: one input and its outputs, by open_clip and PyTorch.
+
+golden.npz holds
+
+    image             uint8 (H, W, 3)    synthetic, larger than the model's input, not square
+    pixels            float32 (3, h, w)  the image after open_clip's own preprocessing
+    embedding         float32 (D,)       its unit embedding
+    prompts           str (4,)           prompts of different lengths
+    ids               int64 (4, L)       padded to the longest, or to the full context length
+    text_embeddings   float32 (4, D)     their unit embeddings
+    prior_gradient    float32 (D,)       gradient of the prior's loss, in a bundle with a prior
+"""
 
 from __future__ import annotations
 
@@ -27,8 +38,30 @@ GOLDEN_PROMPTS = (
 )
 
 
-def picture(height: int, width: int) -> NDArray[np.uint8]:
-    """A picture, uint8 (height, width, 3), with smooth areas, edges, fine lines and some noise."""
+@torch.no_grad()
+def golden_values(directory: Path, source: Source, manifest: Manifest) -> dict[str, Any]:
+    """Return the arrays of golden.npz, but for the prior's; `directory` holds the tokenizer.
+
+    Raises ExportError if the tokenizer gives other ids than open_clip's.
+    """
+    height, width = manifest.image.size
+    image = synthetic_image(3 * height // 2, 9 * width // 5)
+    settings = PreprocessCfg(**open_clip.get_model_preprocess_cfg(source.model))
+    pixels = image_transform_v2(settings, is_train=False)(Image.fromarray(image))
+    ids, lengths = tokenize(directory, source, manifest, GOLDEN_PROMPTS)
+    length = max(lengths) if manifest.text.dynamic_length else manifest.text.context_length
+    return {
+        "image": image,
+        "pixels": pixels.numpy(),
+        "embedding": source.model.encode_image(pixels[None], normalize=True)[0].numpy(),
+        "prompts": np.array(GOLDEN_PROMPTS),
+        "ids": ids.numpy()[:, :length],
+        "text_embeddings": source.model.encode_text(ids, normalize=True).numpy(),
+    }
+
+
+def synthetic_image(height: int, width: int) -> NDArray[np.uint8]:
+    """Return an image, uint8 (height, width, 3), with smooth areas, edges, fine lines and noise."""
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     rgb = np.stack([0.2 + 0.6 * x, 0.3 + 0.5 * y, 0.7 - 0.4 * x * y], axis=2)
     rgb[np.hypot(x - 0.35, y - 0.4) < 0.22] = (0.85, 0.2, 0.15)
@@ -38,39 +71,20 @@ def picture(height: int, width: int) -> NDArray[np.uint8]:
     return np.round(255 * rgb.clip(0, 1)).astype(np.uint8)
 
 
-@torch.no_grad()
-def golden(directory: Path, source: Source, manifest: Manifest) -> dict[str, NDArray[Any]]:
-    """What golden.npz holds; the tokenizer has been written to `directory`. Raises ExportError."""
-    height, width = manifest.image.size
-    image = picture(3 * height // 2, 9 * width // 5)
-    settings = PreprocessCfg(**open_clip.get_model_preprocess_cfg(source.model))
-    pixels = image_transform_v2(settings, is_train=False)(Image.fromarray(image))
-    ids, lengths = tokenize(directory, source, manifest, GOLDEN_PROMPTS)
-    used = max(lengths) if manifest.text.dynamic_length else manifest.text.context_length
-    return {
-        "image": image,
-        "pixels": pixels.numpy(),
-        "embedding": source.model.encode_image(pixels[None], normalize=True)[0].numpy(),
-        "prompts": np.array(GOLDEN_PROMPTS),
-        "ids": ids.numpy()[:, :used],
-        "text_embeddings": source.model.encode_text(ids, normalize=True).numpy(),
-    }
-
-
 def tokenize(
     directory: Path, source: Source, manifest: Manifest, prompts: Sequence[str]
 ) -> tuple[torch.Tensor, list[int]]:
-    """open_clip's ids (N, context length), and how many of each row are not padding.
+    """Return open_clip's ids (N, context length) and the length of each row without padding.
 
-    Raises ExportError where the bundle's tokenizer gives others.
+    Raises ExportError if the bundle's tokenizer gives other ids.
     """
     text = manifest.text
-    ids = source.tokenizer(list(prompts))
+    expected = source.tokenizer(list(prompts))
     tokenizer = Tokenizer(
         directory / TOKENIZER, context_length=text.context_length, clean=text.clean
     )
-    ours = tokenizer(prompts)
-    for prompt, found, row in zip(prompts, ours, ids.tolist(), strict=True):
-        if found + [text.pad_id] * (text.context_length - len(found)) != row:
+    rows = tokenizer(prompts)
+    for prompt, ids, expected_ids in zip(prompts, rows, expected.tolist(), strict=True):
+        if ids + [text.pad_id] * (text.context_length - len(ids)) != expected_ids:
             raise ExportError(f"{TOKENIZER} gives other ids than open_clip for {prompt[:40]!r}")
-    return ids, [len(found) for found in ours]
+    return expected, [len(ids) for ids in rows]

@@ -1,4 +1,10 @@
-"""Conversion of a bundle's encoders to other precisions."""
+"""Conversion of a bundle's fp32 encoders to another precision.
+
+fp16: both encoders. int8: both encoders; the image encoder's activation ranges are dynamic, because
+no set of images represents all images, and the text encoder's are static, from prompts, so that a
+prompt's embedding does not depend on the rest of its batch. int8-qdq: the image encoder, with
+static ranges from images of a data set; the text encoder stays fp32.
+"""
 
 from __future__ import annotations
 
@@ -16,74 +22,71 @@ from edgeclip.manifest import ImageSpec, Manifest, Variant
 from export import ExportError
 from export.golden import GOLDEN_PROMPTS
 from export.graphs.fp16 import to_fp16
-from export.graphs.int8 import PART, PICTURES, WORDS, Inputs, to_int8, to_qdq
+from export.graphs.int8 import Inputs, to_int8, to_qdq
 from train.models.checkpoints import Source
 from train.progress import brief
 
 if TYPE_CHECKING:
     from train.data.dataset import DataSet
 
+CALIBRATION_WORDS = 250
+CALIBRATION_IMAGES, CALIBRATION_BATCH = 128, 16
+
 
 def convert_encoders(
-    work: Path,
+    folder: Path,
     fp32: Variant,
-    made: Variant,
+    variant: Variant,
     precision: str,
     manifest: Manifest,
     source: Source,
     images: Sequence[Inputs] = (),
 ) -> None:
-    """Write the encoders of `made`, of any precision, from those of `fp32`, all of them in `work`.
+    """Write the encoders of `variant` from those of `fp32`, all in `folder`.
 
-    images: what int8-qdq takes its ranges from, see `pictures`. Raises ExportError.
+    images: calibration images for int8-qdq, see `calibration_images`. Raises ExportError.
     """
     pairs = [
-        (work / getattr(fp32, kind), work / getattr(made, kind))
+        (folder / getattr(fp32, kind), folder / getattr(variant, kind))
         for kind in ("image_encoder", "text_encoder")
     ]
     try:
         if precision == "int8-qdq":
             to_qdq(*pairs[0], images)
+        elif precision == "fp16":
+            for original, target in pairs:
+                to_fp16(original, target)
         else:
-            _convert(work, pairs, precision, prompts(source, manifest))
-    except Exception as err:  # of ONNX Runtime's converters, which raise anything
+            (image, image8), (text, text8) = pairs
+            with np.load(folder / GOLDEN, allow_pickle=False) as golden:
+                pixels = golden["pixels"][None]
+            to_int8(image, image8, [{"pixels": pixels}], static=False)
+            to_int8(text, text8, calibration_prompts(source, manifest), static=True)
+    except Exception as err:  # ONNX Runtime's converters raise anything
         raise ExportError(
             f"cannot make {precision} encoders ({brief(err)}): export without {precision}"
         ) from err
 
 
-def _convert(
-    work: Path, pairs: Sequence[tuple[Path, Path]], precision: str, texts: Sequence[Inputs]
-) -> None:
-    if precision == "fp16":
-        for given, target in pairs:
-            to_fp16(given, target)
-        return
-    with np.load(work / GOLDEN, allow_pickle=False) as golden:
-        pixels = golden["pixels"][None]
-    (image, image8), (text, text8) = pairs
-    to_int8(image, image8, [{"pixels": pixels}], static=False)
-    to_int8(text, text8, texts, static=True)
-
-
-def prompts(source: Source, manifest: Manifest) -> list[Inputs]:
-    """Batches of prompts that stand for all: the templates with the words of ImageNet."""
-    words = ResNet18_Weights.IMAGENET1K_V1.meta["categories"][:: 1000 // WORDS]
+def calibration_prompts(source: Source, manifest: Manifest) -> list[Inputs]:
+    """Return batches of prompts: the templates with names of ImageNet's classes."""
+    words = ResNet18_Weights.IMAGENET1K_V1.meta["categories"][:: 1000 // CALIBRATION_WORDS]
     templates = itertools.cycle(manifest.templates)
     texts = [template.replace("{}", word) for template, word in zip(templates, words, strict=False)]
     ids = source.tokenizer([*texts, *GOLDEN_PROMPTS, ""]).numpy()
     if not manifest.text.dynamic_length:
-        return [{"ids": part} for part in np.array_split(ids, 4)]
+        return [{"ids": batch} for batch in np.array_split(ids, 4)]
     lengths = (ids != manifest.text.pad_id).sum(axis=1)
     return [{"ids": ids[lengths == length, :length]} for length in np.unique(lengths)]
 
 
-def pictures(data: DataSet, spec: ImageSpec) -> list[Inputs]:
-    """Inputs of an image encoder from all over a data set, whichever it is sorted by."""
-    count = min(PICTURES, len(data))
+def calibration_images(data: DataSet, spec: ImageSpec) -> list[Inputs]:
+    """Return batches of preprocessed images spread evenly over a data set, sorted or not."""
+    count = min(CALIBRATION_IMAGES, len(data))
     pixels = np.empty((count, 3, *spec.size), np.float32)
     options = {name: value for name, value in vars(spec).items() if name != "size"}
     for i, out in enumerate(pixels):
-        # The middles of equal parts: fidelity compares answers on others, where there are enough.
+        # The middles of equal parts: a large set's answers are compared on other images.
         _core.preprocess(data[(2 * i + 1) * len(data) // (2 * count)][0], out, **options)
-    return [{"pixels": pixels[i : i + PART]} for i in range(0, count, PART)]
+    step = CALIBRATION_BATCH
+    return [{"pixels": pixels[i : i + step]} for i in range(0, count, step)]

@@ -22,12 +22,13 @@ from edgeclip.bundle import Bundle
 from edgeclip.errors import LabelError
 from edgeclip.purify import CosPurifier
 from edgeclip.text.tokenizer import Tokenizer
-from export import ExportError, golden, output
+from export import ExportError, golden
 from export.bundle import export_bundle
 from export.checks import evidence
-from export.graphs import encoders
+from export.graphs import encoders, save
 from tests.support.export_models import CONFIGS, Exported, exported, reuse_encoders, write_folder
 from tests.support.paths import ROOT
+from train.errors import ModelError
 from train.models.checkpoints import load
 from train.models.wording import image_spec, wording
 
@@ -384,7 +385,7 @@ def test_golden_is_open_clips_and_the_bundle_agrees(made: Exported) -> None:
 
 
 def test_golden_picture_is_always_the_same() -> None:
-    first, second = golden.picture(48, 57), golden.picture(48, 57)
+    first, second = golden.synthetic_image(48, 57), golden.synthetic_image(48, 57)
     np.testing.assert_array_equal(first, second)
     assert first.std() > 30  # levels: there is something to see
 
@@ -410,7 +411,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = exported("vit")
-    monkeypatch.setattr(output, "SINGLE_FILE", 1000)
+    monkeypatch.setattr(save, "SINGLE_FILE", 1000)
     encoders.export_image_encoder(made.source.model, (32, 32), tmp_path / "image.onnx")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["image.onnx", "image.onnx.data"]
@@ -463,5 +464,5 @@ def test_preprocessing_that_the_runtime_does_not_know(
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["preprocess_cfg"] |= change
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(ModelError, match=message):
         image_spec(load(str(folder), None).model)

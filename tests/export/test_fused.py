@@ -25,7 +25,7 @@ from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.manifest import ImageSpec, Variant
 from edgeclip.onnx_file import locations
 from edgeclip.purify import CosPurifier, DiffPurifier
-from export import ExportError, bundle, fused, output
+from export import ExportError, bundle, fused
 from export.__main__ import main as export_main
 from export.bundle import export_bundle
 from export.checks import evidence
@@ -314,7 +314,7 @@ def test_a_bundle_lists_its_fused_graph_which_shares_the_weights(
     made = exported("vit")
     folder = tmp_path / "source"
     shutil.copytree(made.bundle.path, folder)
-    monkeypatch.setattr(output, "SINGLE_FILE", 1000)
+    monkeypatch.setattr(save, "SINGLE_FILE", 1000)
     encoder = folder / "image_encoder.fp32.onnx"
     save.save(ir.load(encoder), encoder)
     assert locations(encoder) == {f"{encoder.name}.data"}
@@ -348,7 +348,7 @@ def test_a_bundle_lists_its_fused_graph_which_shares_the_weights(
 def test_a_graph_that_answers_otherwise_is_refused(tmp_path: Path) -> None:
     runtime = runtime_of(exported("vit").bundle, None)
     for head in (Head(CosPurifier(1, 0.5)), Head(CosPurifier(1, 0.5), None)):
-        with pytest.raises(ExportError, match=r"f.onnx does not answer as the runtime does: a"):
+        with pytest.raises(ExportError, match=r"f.onnx does not match the runtime: a"):
             write_fused(runtime, tmp_path / "f.onnx", head)
 
 
@@ -387,7 +387,7 @@ def test_classes_for_another_runtime(tmp_path: Path) -> None:
         (["-o", "old.onnx"], "old.onnx exists: add --force to replace it"),
         (["-o", "f.pb"], "f.pb: name a file that ends in .onnx"),
         (["-o", "f.onnx", "--classes-for", "l"], "f.onnx: name a file that ends in .npy or .bin"),
-        (["-o", "f.npy", "--classes-for", "l", "--labels", "l"], "name one of them"),
+        (["-o", "f.npy", "--classes-for", "l", "--labels", "l"], "use one of the two"),
         (["-o", "f.onnx", "--steps", "3"], "--steps and --step-size need --purify cos"),
         (["-o", "f.onnx", "--precision", "int8"], "has no int8 encoders; it has fp32"),
         (["-o", "f.onnx", "--labels", "none.txt"], "none.txt: No such file or directory"),
@@ -413,7 +413,7 @@ def test_wrong_usage_is_one_line(
 def test_a_graph_replaces_the_target_of_a_link_and_keeps_its_mode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "SINGLE_FILE", 0)  # with its weights beside it
+    monkeypatch.setattr(save, "SINGLE_FILE", 0)  # with its weights beside it
     target, link = tmp_path / "target.onnx", tmp_path / "link.onnx"
     target.write_text("old")
     target.chmod(0o600)
@@ -484,10 +484,10 @@ def test_a_fifo_takes_what_a_file_takes(tmp_path: Path, suffix: str) -> None:
 def test_a_fifo_takes_no_second_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(output, "SINGLE_FILE", 0)
+    monkeypatch.setattr(save, "SINGLE_FILE", 0)
     os.mkfifo(tmp_path / "fifo.onnx")
     assert main([str(exported("vit").bundle.path), "-o", str(tmp_path / "fifo.onnx")]) == 2
-    assert "takes one file, and these weights need a second" in capsys.readouterr().err
+    assert "takes one file, but large weights need a second" in capsys.readouterr().err
 
 
 def test_the_command_makes_one_and_refuses_a_diffusion_prior_early(
@@ -504,7 +504,9 @@ def test_the_command_makes_one_and_refuses_a_diffusion_prior_early(
     monkeypatch.setattr(bundle, "export_bundle", pytest.fail)
     assert export_main([str(made.folder), "-o", str(tmp_path / "b"), "--fused"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: the bundle recommends CLIPure-Diff, which no fused graph has")
+    assert error.startswith(
+        "error: the bundle recommends CLIPure-Diff, which fused graphs do not support"
+    )
 
 
 def test_openvino_gives_the_runtimes_answers(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from export import ExportError, bundle
 from export.__main__ import main
 from tests.support.export_models import exported, reuse_encoders, write_folder
 from train.models import wording
-from train.progress import step
 
 
 def run(*arguments: object) -> int:
@@ -174,24 +173,3 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for told in ("TAG_OR_FILE", "--visual fare_eps_2.pt", "#model_ema", "--no-quickgelu"):
         assert told in shown
-
-
-def test_a_step_says_how_long_it_took(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("train.progress.NOTICE_AFTER", 0)
-    with step("thinking"):
-        pass
-    assert capsys.readouterr().err == "thinking ...\nthinking ... done in 0.0 s\n"
-    with pytest.raises(KeyboardInterrupt), step("thinking"):
-        raise KeyboardInterrupt
-    assert capsys.readouterr().err == "thinking ...\n"
-
-
-def test_a_step_is_redrawn_on_a_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    with step("thinking"):
-        pass
-    assert capsys.readouterr().err == "thinking ...\rthinking ... 0.0 s\n"

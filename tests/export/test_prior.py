@@ -265,8 +265,10 @@ def test_each_weight_is_stored_once(step_file: Path, weights: Path, kind: str) -
 def test_command_says_how_near_it_is(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("export.graphs.prior.export_step", lambda *_: None)
-    monkeypatch.setattr("export.graphs.prior.verify_step", lambda *_: {"loss_max_rel_diff": 1e-6})
+    monkeypatch.setattr("export.diffusion_prior.export_step", lambda *_: None)
+    monkeypatch.setattr(
+        "export.diffusion_prior.verify_step", lambda *_: {"loss_max_rel_diff": 1e-6}
+    )
     assert main([str(weights), "-o", str(tmp_path / "a.onnx")]) == 0
     assert "loss_max_rel_diff        1e-06" in capsys.readouterr().out
     assert main([str(weights), "-o", str(tmp_path / "a.onnx"), "--text-length", "0"]) == 2
@@ -283,8 +285,8 @@ def test_command_destroys_nothing(
     def export(_: object, path: Path, *__: object) -> None:
         path.write_text("graph")
 
-    monkeypatch.setattr("export.graphs.prior.export_step", export)
-    monkeypatch.setattr("export.graphs.prior.verify_step", lambda *_: {})
+    monkeypatch.setattr("export.diffusion_prior.export_step", export)
+    monkeypatch.setattr("export.diffusion_prior.verify_step", lambda *_: {})
     run = Path(shutil.copytree(weights.parent, tmp_path / "run"))
     (run / "prior.safetensors").write_bytes(weights.read_bytes())
     for given in (run / weights.name, run):
@@ -393,7 +395,9 @@ def test_forward_gradient_is_the_graph_without_a_backward_pass(own: Any, tmp_pat
     assert relative(loss, (predicted - x0).square().mean(1)) < 1e-4
     assert relative(gradient, 2 / DIM**0.5 * (x0 - predicted)) < 1e-4
     # And what an exact one is told apart by.
-    with pytest.raises(ExportError, match="is not PyTorch's: its gradient differs by"):
+    with pytest.raises(
+        ExportError, match="does not match PyTorch: its gradient has a relative difference"
+    ):
         verify_step(model, path, context, "exact")
     small, exact = (len(onnx.load(p).graph.node) for p in (path, own.bundle.path / PRIOR_FILE))
     assert small < 0.7 * exact
@@ -407,7 +411,7 @@ def test_prior_of_another_width_is_refused(tmp_path: Path) -> None:
     prior = TrainedPrior(DiffusionPrior(Shape(48, 1, 1)).eval(), "0" * 64)
     templates = wording(other.source).null_templates
     for found in (prior, with_prior().prior):
-        with pytest.raises(ExportError, match="the prior is made for embeddings and text") as error:
+        with pytest.raises(ModelError, match="the prior is made for embeddings and text") as error:
             write_step(tmp_path, found, other.source, templates, "exact")
         assert "\n" not in str(error.value)
         assert "have 48 and 32" in str(error.value)

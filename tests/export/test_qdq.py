@@ -126,7 +126,7 @@ def test_a_product_is_what_numpy_makes_of_it(tmp_path: Path, gemm: bool) -> None
 def test_pictures_come_from_all_over_a_data_set(tmp_path: Path) -> None:
     data = fidelity.load(f"folder:{folder_of_images(tmp_path)}")
     runtime = edgeclip.Runtime(device="cpu", purify="none")
-    batches = precisions.pictures(data, runtime.bundle.manifest.image)
+    batches = precisions.calibration_images(data, runtime.bundle.manifest.image)
     found = np.concatenate([batch["pixels"] for batch in batches])
     wanted = runtime.preprocess([data[i][0] for i in range(len(data))])
     np.testing.assert_array_equal(found, wanted)

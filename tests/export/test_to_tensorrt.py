@@ -15,7 +15,7 @@ import pytest
 from edgeclip.bundle import EMBEDDED, MANIFEST, Bundle
 from edgeclip.errors import BundleError
 from export import to_tensorrt
-from export.to_tensorrt import graphs, main
+from export.to_tensorrt import graph_files, main
 from tests.support import fake_tensorrt
 
 
@@ -49,7 +49,7 @@ def test_every_graph_is_compiled_for_every_gpu(
     assert [row.split()[0] for row in rows] == names
     assert all(row.count(" MB") == 6 for row in rows)
     assert "int8 graphs are quantised for ONNX Runtime on CPUs" in left_out
-    assert end.startswith("compiled by tensorrt_rtx 1.7.1.116 without a GPU: nothing was run")
+    assert end.startswith("compiled by tensorrt_rtx 1.7.1.116 without a GPU: no engine was run")
     assert "Jetson" in end
     found = [(Path(made["graph"]).stem, *made["capabilities"]) for made in trt._fake.builds]
     gpus = ["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"]
@@ -114,9 +114,9 @@ def test_warnings_are_said_once(trt: ModuleType, capsys: pytest.CaptureFixture[s
     ("options", "message"),
     [
         (["--precision", "int8"], "quantised for ONNX Runtime on CPUs (at run time"),
-        (["--precision", "fp32", "fp16"], "has no fp16, but fp32, int8"),
+        (["--precision", "fp32", "fp16"], "has no fp16 graphs; it has fp32, int8"),
         (["--capability", "87"], "builds for SM75, SM80, SM86, SM89, SM120, SM121, not SM87"),
-        (["--capability", "8x"], "expected one such as 86, got '8x'"),
+        (["--capability", "8x"], "expected a capability such as 86, got '8x'"),
         (["--max-batch", "0"], "expected a whole number from 1, got '0'"),
         (["-o", str(EMBEDDED)], "exists: name another folder"),
     ],
@@ -162,12 +162,12 @@ def test_altered_graphs_are_not_compiled(bundle: Path) -> None:
     data = bundle / "image_encoder.fp32.onnx.data"
     data.write_bytes(data.read_bytes()[:-1] + b"x")
     with pytest.raises(BundleError, match=r"image_encoder.fp32.onnx.data was altered"):
-        graphs(Bundle(bundle), ["fp32"])
+        graph_files(Bundle(bundle), ["fp32"])
     manifest = json.loads((bundle / MANIFEST).read_text())
     del manifest["files"][data.name]
     (bundle / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="of which the bundle has no sha256"):
-        graphs(Bundle(bundle), ["fp32"])
+    with pytest.raises(BundleError, match="for which the bundle has no sha256"):
+        graph_files(Bundle(bundle), ["fp32"])
 
 
 def test_ctrl_c(

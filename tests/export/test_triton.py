@@ -151,7 +151,7 @@ def test_a_model_is_replaced_only_with_force_and_only_when_it_is_good(
     thesis.parent.mkdir()
     thesis.write_text("years of work")
     assert main([*command, "--name", "other", "--force"]) == 2
-    assert "is not empty and not a model of Triton's" in capsys.readouterr().err
+    assert "is not empty and not a Triton model" in capsys.readouterr().err
     assert thesis.exists()
 
 
