@@ -1,4 +1,4 @@
-"""python -m export.to_tensorrt, with a module of TensorRT-RTX's names: see tests/support/fake_tensorrt.py."""
+"""`python -m export.to_tensorrt` with a fake TensorRT-RTX, tests/support/fake_tensorrt.py."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.support import fake_tensorrt
 
 @pytest.fixture
 def trt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    made = fake_tensorrt.module("tensorrt_rtx-1.7.1.116")
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", made)
-    return made
+    module = fake_tensorrt.module("tensorrt_rtx-1.7.1.116")
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
+    return module
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """The embedded one, with a fused graph whose weights are beside it."""
+    """Return the embedded bundle, with a fused graph whose weights are in a second file."""
     path = tmp_path / "bundle"
     shutil.copytree(EMBEDDED, path)
     model = onnx.load(path / "image_encoder.fp32.onnx")
@@ -43,17 +43,17 @@ def test_every_graph_is_compiled_for_every_gpu(
     trt: ModuleType, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(bundle)]) == 0
-    head, *rows, left_out, end = capsys.readouterr().out.splitlines()
+    head, *rows, skipped, end = capsys.readouterr().out.splitlines()
     assert head.split() == ["graph", "sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"]
     names = ["image_encoder.fp32", "text_encoder.fp32", "fused.fp32"]
     assert [row.split()[0] for row in rows] == names
     assert all(row.count(" MB") == 6 for row in rows)
-    assert "int8 graphs are quantised for ONNX Runtime on CPUs" in left_out
+    assert "int8 graphs are quantised for ONNX Runtime on CPUs" in skipped
     assert end.startswith("compiled by tensorrt_rtx 1.7.1.116 without a GPU: no engine was run")
     assert "Jetson" in end
-    found = [(Path(made["graph"]).stem, *made["capabilities"]) for made in trt._fake.builds]
+    actual = [(Path(build["graph"]).stem, *build["capabilities"]) for build in trt._fake.builds]
     gpus = ["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"]
-    assert found == [(name, gpu) for name in names for gpu in gpus]
+    assert actual == [(name, gpu) for name in names for gpu in gpus]
 
 
 def test_options(trt: ModuleType, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_options(trt: ModuleType, tmp_path: Path) -> None:
     assert image["capabilities"] == ["SM86"]
     assert image["pools"] == {"WORKSPACE": 64 << 20}
     assert image["profiles"][0]["pixels"][2][0] == 4
-    assert text["profiles"][0]["ids"][2] == [4, 32]  # the context length of this bundle
+    assert text["profiles"][0]["ids"][2] == [4, 32]  # this bundle's context length
 
 
 def test_graphs_that_fail(
@@ -87,10 +87,10 @@ def test_graphs_that_fail(
         "error: image_encoder.fp32 for sm_75: tensorrt_rtx 1.7.1.116 built no engine of "
         f"{EMBEDDED / 'image_encoder.fp32.onnx'}: no kernel"
     )
-    assert not caplog.records  # what TensorRT logged is in these
+    assert not caplog.records  # TensorRT's errors are in these lines
 
 
-def test_what_the_compiler_has_not_is_no_fault_of_the_graph(
+def test_a_limit_of_the_compiler_is_not_a_failure(
     trt: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trt._fake.refuses = "Cannot compile 'x' for Turing (SM75): FP32 GEMM is not supported."
@@ -100,7 +100,7 @@ def test_what_the_compiler_has_not_is_no_fault_of_the_graph(
     assert out.count("no fp32: sm_75 needs fp16 graphs in TensorRT-RTX") == 1
 
 
-def test_warnings_are_said_once(trt: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_are_printed_once(trt: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     trt._fake.warns = "Profile kMAX values are not self-consistent"
     assert main([str(EMBEDDED), "--capability", "86", "89"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "kMAX" in line]
@@ -121,12 +121,12 @@ def test_warnings_are_said_once(trt: ModuleType, capsys: pytest.CaptureFixture[s
         (["-o", str(EMBEDDED)], "exists: name another folder"),
     ],
 )
-def test_wrong_usage_is_said_in_a_line(
+def test_wrong_usage_is_one_line(
     options: list[str], message: str, trt: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
         status = main([str(EMBEDDED), *options])
-    except SystemExit as err:  # of argparse
+    except SystemExit as err:  # from argparse
         status = err.code
     out, err = capsys.readouterr()
     assert (status, out) == (2, "")

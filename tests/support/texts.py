@@ -1,4 +1,4 @@
-"""Texts that tokenizers differ on."""
+"""Texts on which tokenizers differ."""
 
 # ruff: noqa: RUF001 - characters that look like others are the point
 
@@ -46,7 +46,7 @@ AWKWARD = [
 
 
 def random_text(rng: random.Random) -> str:
-    """Up to forty characters of all planes, among fragments that tokenizers treat specially."""
+    """Return up to forty characters of all planes and fragments that tokenizers treat specially."""
     fragments = ["<start_of_text>", "<end_of_text>", "<START_of_text>", "'s", "'LL", " ", "&amp;"]
     ranges = [(32, 127), (0, 0x250), (0x250, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
 
@@ -58,7 +58,7 @@ def random_text(rng: random.Random) -> str:
 
 
 def runtime(tokenizer: object, folder: Path) -> Tokenizer:
-    """What a device makes of the converted tokenizer."""
+    """Return the converted tokenizer as a device loads it."""
     path = folder / "converted.json"
     convert(tokenizer).save(str(path))
     return Tokenizer(path, context_length=tokenizer.context_length, clean=clean_kind(tokenizer))
