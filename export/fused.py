@@ -218,7 +218,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         required=True,
         help="graph or class embeddings to write",
     )
-    text = "label file to build in (default: classes are an input)"
+    text = "label file whose classes are built in (default: classes are an input)"
     add("--labels", metavar="FILE", type=Path, help=text)
     text = "write these labels' embeddings for the input `classes`: .npy, or .bin for raw bytes"
     add("--classes-for", metavar="FILE", type=Path, help=text)

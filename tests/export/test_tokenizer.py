@@ -116,5 +116,5 @@ def test_other_tokenizers_are_refused() -> None:
         convert(object.__new__(SigLipTokenizer))
     tokenizer = SimpleTokenizer()
     tokenizer.clean_fn = str.upper
-    with pytest.raises(ExportError, match="cleans text in a way of its own"):
+    with pytest.raises(ExportError, match="has its own text cleaning"):
         clean_kind(tokenizer)
