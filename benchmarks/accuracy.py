@@ -1,17 +1,21 @@
-"""Accuracy of a bundle on Fashion-MNIST's test images, as the runtime on a device answers.
+"""Accuracy of a bundle on Fashion-MNIST's test images, by the runtime.
 
-Two rows: the images as they are, and recoloured on random light backgrounds (train.data.augment.recolour,
-seed 0). Every image goes through edgeclip.Runtime: preprocessing, encoder and classification.
+Two rows: the original images, and images recoloured on random light backgrounds
+(train.data.augment.recolour, seed 0). Every image passes through edgeclip.Runtime: preprocessing, encoder
+and classification.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import edgeclip
+from edgeclip.cli.command import run_command
 from edgeclip.json_output import show_json
 from train.data import augment, fashion_mnist
 
@@ -21,19 +25,25 @@ EPILOG = """examples:
 """
 
 
-def accuracy(rt: edgeclip.Runtime, images: np.ndarray, labels: np.ndarray) -> float:
-    """Share of uint8 (N, H, W, 3) images whose most probable label is their own."""
-    answers = rt.classify_each(images, top_k=1)
-    return float(np.mean([answer[0].index == y for answer, y in zip(answers, labels, strict=True)]))
+def accuracy(rt: edgeclip.Runtime, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> float:
+    """Return the share of images, uint8 (N, H, W, 3), whose most probable label is correct."""
+    answers = rt.classify(list(images), top_k=1)
+    return float(np.mean([answer.index == y for (answer,), y in zip(answers, labels, strict=True)]))
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bundle", help="default: the embedded one")
-    parser.add_argument("--purify", default="auto", choices=["auto", "none", "cos"])
-    parser.add_argument("--data", default="fashion-mnist", help="as name[:folder]")
+    parser.add_argument("--bundle", help="bundle (default: the embedded one)")
+    parser.add_argument(
+        "--purify",
+        default="auto",
+        choices=["auto", "none", "cos"],
+        help="purification (default: auto)",
+    )
+    parser.add_argument("--data", default="fashion-mnist", help="data set, as name[:folder]")
     parser.add_argument("-n", type=int, help="only the first N images")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
@@ -60,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,30 +1,38 @@
-"""The operations of edgeclip._core on the CPU against their limits and their peers.
+"""Operations of edgeclip._core on the CPU against their limits and peers.
 
-A single sample is bound by reading the class matrix: the fastest of NumPy's reductions that touch
-every byte, over as many threads as gain something. A batch is bound by the matrix product:
-the faster of NumPy's and PyTorch's, with all cores. Purification is compared with none, and
-preprocessing with open_clip's transform of the decoded picture. All in this process in turn; a ratio
-above its limit is marked, and the exit status is then 1. On a machine with other work they are noise.
+One sample is bound by reading the class matrix: the reference is the fastest NumPy reduction that reads
+every byte, on one thread or on all. A batch is bound by the matrix product: the reference is the faster
+of NumPy's and PyTorch's. Purification is compared with no purification, preprocessing with open_clip's
+transform of the decoded picture. All calls take turns in one process. A ratio above its limit is marked,
+and the exit status is 1. On a busy machine the ratios are noise.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from open_clip.transform import image_transform
 
-from benchmarks.latency import STEP_SIZE, STEPS, picture, versions_of
+from benchmarks.common import (
+    STEP_SIZE,
+    STEPS,
+    Report,
+    add_repeats,
+    build_parser,
+    versions_of,
+)
 from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
+from edgeclip.cli.command import run_command
 from edgeclip.host import cores
+from edgeclip.tools.pictures import picture
 
 EPILOG = """examples:
   python -m benchmarks.core
@@ -35,58 +43,81 @@ exit status: 0 all ratios are within their limits; 1 some are not.
 """
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIZE = 224
-BIG = 16e6  # bytes, from which on reading is shared by threads
+BIG = 16e6  # bytes above which threads share the reading
 
 
 class Case(NamedTuple):
+    """Operation, its references, and the limit of its time relative to the fastest reference."""
+
     name: str
     ours: Callable[[], object]
-    references: dict[str, Callable[[], object]]  # of which the fastest counts
-    limit: float  # of our time divided by the reference's
+    references: dict[str, Callable[[], object]]
+    limit: float
 
 
-def problem(n: int, d: int, k: int) -> tuple[np.ndarray, np.ndarray, dict[str, object]]:
-    """Embeddings (n, d), unit classes (k, d), and the arguments that purify."""
+class Purification(TypedDict):
+    """Arguments of `_core.classify` that purify."""
+
+    null_text: NDArray[np.float32]
+    null_scores: NDArray[np.float32]
+    steps: int
+    step_size: float
+
+
+def problem(
+    n: int, d: int, k: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32], Purification]:
+    """Return embeddings (n, d), unit classes (k, d), and the arguments that purify."""
     rng = np.random.default_rng(0)
     embeddings = rng.standard_normal((n, d), np.float32)
     classes = rng.standard_normal((k, d), np.float32)
     classes /= np.linalg.norm(classes, axis=1, keepdims=True)
     null_text = classes.mean(axis=0)
     null_text /= np.linalg.norm(null_text)
-    purify = {"null_text": null_text, "null_scores": classes @ null_text}
-    return embeddings, classes, purify | {"steps": STEPS, "step_size": STEP_SIZE}
+    purification: Purification = {
+        "null_text": null_text,
+        "null_scores": classes @ null_text,
+        "steps": STEPS,
+        "step_size": STEP_SIZE,
+    }
+    return embeddings, classes, purification
 
 
-def reads(array: np.ndarray) -> dict[str, Callable[[], object]]:
-    """Reductions that do nothing but read an array, each in one thread and in one per core."""
+def reads(array: NDArray[np.float32]) -> dict[str, Callable[[], object]]:
+    """Return reductions that read an array, each on one thread and on one per core."""
     threads = cores()
     pool = ThreadPoolExecutor(threads)
 
-    def shared(reduce: Callable, values: np.ndarray) -> object:
+    def shared(reduce: Callable[[Any], object], values: NDArray[Any]) -> object:
         first, *rest = np.array_split(values, threads)
         others = [pool.submit(reduce, part) for part in rest]
         return [reduce(first), *(other.result() for other in others)]
 
     floats, words = array.reshape(-1), array.reshape(-1).view(np.int64)
-    found: dict[str, Callable[[], object]] = {}
-    for name, reduce, values in (("max", np.max, floats), ("or", np.bitwise_or.reduce, words)):
-        found[f"read: {name}"] = partial(reduce, values)
+    reductions: tuple[tuple[str, Callable[[Any], object], NDArray[Any]], ...] = (
+        ("max", np.max, floats),
+        ("or", np.bitwise_or.reduce, words),
+    )
+    calls: dict[str, Callable[[], object]] = {}
+    for name, reduce, values in reductions:
+        calls[f"read: {name}"] = partial(reduce, values)
         if array.nbytes > BIG:
-            found[f"read: {name}, {threads} threads"] = partial(shared, reduce, values)
-    return found
+            calls[f"read: {name}, {threads} threads"] = partial(shared, reduce, values)
+    return calls
 
 
 def classify_case(n: int, d: int, k: int) -> Case:
-    embeddings, classes, purify = problem(n, d, k)
+    """Return classification of n embeddings against k classes, with purification."""
+    embeddings, classes, purification = problem(n, d, k)
 
     def ours() -> object:
-        return _core.classify(embeddings, classes, logit_scale=100.0, **purify)
+        return _core.classify(embeddings, classes, logit_scale=100.0, **purification)
 
     name = f"classify {n} x {d} x {k:,}"
     if n == 1:
         return Case(name, ours, reads(classes), 1.5)
     a, b = torch.from_numpy(embeddings), torch.from_numpy(classes)
-    products = {
+    products: dict[str, Callable[[], object]] = {
         "sgemm: NumPy": lambda: embeddings @ classes.T,
         "sgemm: PyTorch": lambda: a @ b.T,
     }
@@ -94,16 +125,18 @@ def classify_case(n: int, d: int, k: int) -> Case:
 
 
 def purify_case(n: int, d: int, k: int) -> Case:
-    embeddings, classes, purify = problem(n, d, k)
+    """Return classification with purification, against classification without."""
+    embeddings, classes, purification = problem(n, d, k)
     return Case(
         f"purification in classify {n} x {d} x {k:,}",
-        lambda: _core.classify(embeddings, classes, logit_scale=100.0, **purify),
+        lambda: _core.classify(embeddings, classes, logit_scale=100.0, **purification),
         {"steps=0": lambda: _core.classify(embeddings, classes, logit_scale=100.0)},
         1.01,
     )
 
 
 def preprocess_case(width: int, height: int, limit: float) -> Case:
+    """Return preprocessing of one image, against open_clip's transform."""
     image = picture(width, height)
     pixels = np.asarray(image)
     out = np.empty((3, SIZE, SIZE), np.float32)
@@ -117,6 +150,7 @@ def preprocess_case(width: int, height: int, limit: float) -> Case:
 
 
 def cases() -> Iterator[Case]:
+    """Yield the operations at the sizes that are reported."""
     for n, d, k in ((1, 512, 1000), (1, 768, 21841), (64, 512, 1000), (64, 768, 21841)):
         yield classify_case(n, d, k)
     for n in (1, 64):
@@ -125,7 +159,8 @@ def cases() -> Iterator[Case]:
     yield preprocess_case(640, 480, 1 / 3)
 
 
-def measure(case: Case, repeats: int) -> dict:
+def measure(case: Case, repeats: int) -> Report:
+    """Return the row of an operation."""
     ms = medians_ms({"edgeclip": case.ours, **case.references}, repeats, rounds=10)
     ours = ms.pop("edgeclip")
     ratio = ours / min(ms.values())
@@ -133,8 +168,8 @@ def measure(case: Case, repeats: int) -> dict:
     return row | {"limit": case.limit, "within": ratio <= case.limit}
 
 
-def render(report: dict) -> str:
-    """The report as Markdown."""
+def render(report: Report) -> str:
+    """Return the report as Markdown."""
     lines = [
         f"Instruction set {report['simd']}.",
         "",
@@ -151,11 +186,9 @@ def render(report: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=100, help="runs of each (default: 100)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    """Run the benchmark."""
+    parser = build_parser(__doc__, EPILOG)
+    add_repeats(parser, 100)
     args = parser.parse_args()
 
     rows = [measure(case, args.repeats) for case in cases()]
@@ -171,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,21 +1,21 @@
 """From frames to answers on an NVIDIA GPU, against open_clip with CLIPure-Cos's published loop in PyTorch.
 
-Wall clock, in this process in turn, from what lies in the CPU's memory to what lies there again: frames of
-640x480, the encoder's pixels, embeddings, answers. edgeclip runs by CUDA and, where TensorRT is
-installed, by an engine that is built first; what does not work is named and left out. open_clip is taken
-eager, in float32 (without TensorFloat-32) and under autocast to float16, with its own transform on the
-CPU; and once more with the frame resized on the GPU, which is faster and not quite open_clip's pixels.
-The weights are random, which does not change the time. Memory is what the GPU has less of.
+All take turns in one process; wall clock from data in the CPU's memory to results there: frames of
+640x480, the encoder's pixels, embeddings, answers. edgeclip runs on CUDA and, if TensorRT is installed, on
+an engine that is built first; backends that fail are named and left out. open_clip runs eager, in float32
+(without TensorFloat-32) and under autocast to float16, with its own transform on the CPU; and once more
+with the frame resized on the GPU, which is faster but gives slightly different pixels. The weights are
+random, which does not change the time. Memory is the decrease of the GPU's free memory.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,28 @@ import torch.nn.functional as F
 from PIL import Image
 
 import edgeclip
-from benchmarks.kernels import STEP_SIZE, STEPS, published_loop
-from benchmarks.latency import bundle_for, picture, versions_of
-from benchmarks.purification import label_set
+from benchmarks.common import (
+    STEP_SIZE,
+    STEPS,
+    Report,
+    add_model,
+    add_repeats,
+    build_parser,
+    bundle_for,
+    label_set,
+    published_loop,
+    versions_of,
+)
 from benchmarks.timing import publish, samples_ms
+from edgeclip.cli.command import run_command
 from edgeclip.tools.bench import percentiles
+from edgeclip.tools.pictures import picture
 
 EPILOG = """examples:
   python -m benchmarks.gpu
   python -m benchmarks.gpu --model ViT-L-14 --batch-size 1 8 --json gpu.json
 
-exit status: 1 where there is no NVIDIA GPU, or nothing of edgeclip runs on it.
+exit status: 1 without an NVIDIA GPU, or if edgeclip does not run on it.
 """
 FRAME = 640, 480  # width, height
 PRECISIONS = ("fp32", "fp16")
@@ -47,10 +58,10 @@ Calls = dict[str, Callable[[], object]]  # by stage
 
 
 class OpenClip:
-    """open_clip's image encoder, eager, and what follows it, on a device of PyTorch's.
+    """open_clip's eager image encoder, purification and classification on a PyTorch device.
 
-    classes: unit rows (K, D); null_text: unit (D,). half: under autocast to float16. resize: the frames
-    on the device, and not by open_clip's transform.
+    classes: unit rows (K, D). null_text: unit (D,). half: run under autocast to float16. resize: resize
+    the frames on the device instead of by open_clip's transform.
     """
 
     def __init__(
@@ -74,18 +85,19 @@ class OpenClip:
         )
 
     def pixels(self, frames: Sequence[np.ndarray]) -> torch.Tensor:
-        """The encoder's input (N, 3, H, W): on the CPU, or where it was resized."""
+        """Return the encoder's input (N, 3, H, W), on the CPU unless the device resized it."""
         if not self.resize:
             return torch.stack([self.transform(Image.fromarray(frame)) for frame in frames])
         return torch.stack([self._resized(frame) for frame in frames])
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Embeddings (N, D) on the device, not normalised."""
+        """Return embeddings (N, D) on the device, not normalised."""
         with torch.no_grad(), torch.autocast(self.device, torch.float16, enabled=self.half):
-            return self.model.encode_image(pixels.to(self.device)).float()
+            embeddings: torch.Tensor = self.model.encode_image(pixels.to(self.device))
+            return embeddings.float()
 
     def answer(self, pixels: torch.Tensor, top_k: int = 5) -> tuple[np.ndarray, np.ndarray]:
-        """Indices and probabilities (N, k)."""
+        """Return indices and probabilities (N, k)."""
         u = published_loop(self.encode(pixels), self.null_text)
         with torch.no_grad():
             logits = self.model.logit_scale.exp() * u @ self.classes.T
@@ -93,6 +105,7 @@ class OpenClip:
         return indices.cpu().numpy(), values.cpu().numpy()
 
     def calls(self, frames: Sequence[np.ndarray]) -> Calls:
+        """Return a call for each stage."""
         pixels = self.pixels(frames).cpu()
         return {
             "frames to answers": lambda: self.answer(self.pixels(frames)),
@@ -101,7 +114,7 @@ class OpenClip:
         }
 
     def _resized(self, frame: np.ndarray) -> torch.Tensor:
-        """Shorter side to the encoder's, the middle of it."""
+        """Return a frame resized to the encoder's side by its shorter side, and cropped at the centre."""
         side = open_clip.transform.to_2tuple(self.model.visual.image_size)[0]
         image = torch.from_numpy(frame).to(self.device).permute(2, 0, 1)[None].float() / 255
         scale = side / min(image.shape[2:])
@@ -114,6 +127,7 @@ class OpenClip:
 def our_calls(
     rt: edgeclip.Runtime, labels: edgeclip.LabelSet, frames: Sequence[np.ndarray]
 ) -> Calls:
+    """Return a call of a Runtime for each stage."""
     pixels = rt.preprocess(frames)
     return {
         "frames to answers": lambda: rt.classify(frames, labels),
@@ -123,26 +137,26 @@ def our_calls(
 
 
 def measure(
-    competitors: dict[str, Callable[[Sequence[np.ndarray]], Calls]],
+    competitors: Mapping[str, Callable[[Sequence[np.ndarray]], Calls]],
     batches: Sequence[int],
     repeats: int,
 ) -> list[dict[str, Any]]:
-    """A row for each batch, stage and competitor, in milliseconds; the competitors take turns."""
+    """Return a row for each batch, stage and competitor, in milliseconds; competitors take turns."""
     frame = np.array(picture(*FRAME))
     rows = []
     for batch in batches:
-        made = {name: calls([frame] * batch) for name, calls in competitors.items()}
+        calls = {name: make([frame] * batch) for name, make in competitors.items()}
         for stage in STAGES:
-            found = samples_ms({name: calls[stage] for name, calls in made.items()}, repeats)
+            samples = samples_ms({name: stages[stage] for name, stages in calls.items()}, repeats)
             rows += [
                 {"batch": batch, "stage": stage, "name": name} | percentiles(times)
-                for name, times in found.items()
+                for name, times in samples.items()
             ]
     return rows
 
 
 def build_engine(bundle: Path, precision: str, max_batch: int) -> str:
-    """What is wrong where there is no engine then; nothing where there is one."""
+    """Build an engine in another process; return the error, "" for success."""
     if importlib.util.find_spec("tensorrt") is None:
         return "TensorRT is not installed"
     command = [sys.executable, "-m", "edgeclip", "build", str(bundle)]
@@ -152,7 +166,7 @@ def build_engine(bundle: Path, precision: str, max_batch: int) -> str:
 
 
 def open_runtimes(bundle: Path, max_batch: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """Those of edgeclip's that work, with the GPU's memory they take in MB; the errors of others."""
+    """Return the Runtimes that work, with their GPU memory in MB, and the errors of the others."""
     opened: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for device in ("cuda", "tensorrt"):
@@ -180,26 +194,27 @@ def open_runtimes(bundle: Path, max_batch: int) -> tuple[dict[str, Any], dict[st
 
 
 def free_mb() -> float:
+    """Return the free memory of the GPU in MB."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0] / 1e6
 
 
-def render(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
+def render(report: Report) -> str:
+    """Return the report as Markdown."""
     lines = [
         f"| batch | | images/s | {' | '.join(f'{s}, p50 / p99' for s in STAGES)} | {PEER} / it |",
         "|---" * (len(STAGES) + 4) + "|",
     ]
-    found = {(row["batch"], row["stage"], row["name"]): row for row in report["rows"]}
+    by_key = {(row["batch"], row["stage"], row["name"]): row for row in report["rows"]}
     whole = STAGES[0]
     for batch in dict.fromkeys(row["batch"] for row in report["rows"]):
-        peer = found[batch, whole, PEER]["p50"]
+        peer = by_key[batch, whole, PEER]["p50"]
         for name in dict.fromkeys(row["name"] for row in report["rows"]):
-            own = [found[batch, stage, name] for stage in STAGES]
-            cells = [f"{row['p50']:.2f} / {row['p99']:.2f}" for row in own]
-            rate = 1e3 * batch / own[0]["p50"]
-            ratio = peer / own[0]["p50"]
+            stages = [by_key[batch, stage, name] for stage in STAGES]
+            cells = [f"{row['p50']:.2f} / {row['p99']:.2f}" for row in stages]
+            rate = 1e3 * batch / stages[0]["p50"]
+            ratio = peer / stages[0]["p50"]
             lines.append(f"| {batch} | {name} | {rate:.0f} | {' | '.join(cells)} | {ratio:.1f} |")
     memory = ", ".join(f"{name} {mb:.0f}" for name, mb in report["gpu_mb"].items())
     lines += [
@@ -209,25 +224,32 @@ def render(report: dict[str, Any]) -> str:
             f"{STEPS} x {STEP_SIZE:g}. Memory of the GPU in MB: {memory}."
         ),
     ]
-    lines += [f"Left out: {name}: {why}." for name, why in report["left out"].items()]
+    lines += [f"Left out: {name}: {why}." for name, why in report["left_out"].items()]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Run the benchmark."""
+    parser = build_parser(__doc__, EPILOG)
+    add_model(parser)
+    parser.add_argument(
+        "--labels", type=int, default=1000, help="number of classes (default: 1000)"
     )
-    parser.add_argument("--model", default="ViT-B-32", help="of open_clip, with random weights")
-    parser.add_argument("--labels", type=int, default=1000, help="classes (default: 1000)")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 2, 4, 8], metavar="B")
-    parser.add_argument("--repeats", type=int, default=200, help="runs of each (default: 200)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        metavar="B",
+        help="images at once (default: 1 2 4 8)",
+    )
+    add_repeats(parser, 200)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: needs an NVIDIA GPU")
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    logging.disable(logging.WARNING)  # that the weights are random is the point
+    logging.disable(logging.WARNING)  # open_clip warns of random weights
     opened, left_out = open_runtimes(
         bundle_for(args.model, PRECISIONS), max_batch=max(args.batch_size)
     )
@@ -257,11 +279,12 @@ def main() -> None:
     peers[PEER].answer(peers[PEER].pixels([np.array(picture(*FRAME))]))
     gpu_mb = {name: mb for name, (_, mb) in opened.items()} | {PEER: before - free_mb()}
     # A label set belongs to the text encoder of a precision.
-    ours = {
-        name: lambda frames, rt=rt: our_calls(rt, label_set(rt, args.labels), frames)
-        for name, (rt, _) in opened.items()
+    ours: dict[str, Callable[[Sequence[np.ndarray]], Calls]] = {
+        name: partial(our_calls, rt, label_set(rt, args.labels)) for name, (rt, _) in opened.items()
     }
-    theirs = {name: peer.calls for name, peer in peers.items()}
+    theirs: dict[str, Callable[[Sequence[np.ndarray]], Calls]] = {
+        name: peer.calls for name, peer in peers.items()
+    }
     report = {
         "machine": torch.cuda.get_device_name(),
         "versions": versions_of("edgeclip", "onnxruntime-gpu", "tensorrt", "open_clip_torch")
@@ -270,11 +293,11 @@ def main() -> None:
         "labels": args.labels,
         "repeats": args.repeats,
         "gpu_mb": gpu_mb,
-        "left out": left_out,
+        "left_out": left_out,
         "rows": measure(ours | theirs, args.batch_size, args.repeats),
     }
     publish(report, render, args.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,59 +1,66 @@
-"""The CUDA kernels against PyTorch on the same GPU, in the same run, by CUDA events.
+"""CUDA kernels against PyTorch on the same GPU, in the same run, by CUDA events.
 
-A call is timed twice: as Python makes it, launches and all; and within a CUDA graph of many such
-calls, divided by their number, which is nearly the GPU's own time. The peers are what the same
-operation means in PyTorch: normalise, the published purification by gradient ascent, matmul,
-softmax, top-k; and antialiased bicubic interpolation, crop, normalise. In a graph, where there is no
-autograd, the peer's gradient is written out. All inputs stay where they are, so small ones are
-read from the L2 cache; the limit is what the bytes would take from the GPU's memory, at the rate of
-a large copy.
+Each call is timed twice: from Python, launches included, and in a CUDA graph of many calls, divided by
+their number, which is nearly the GPU's own time. The peers are the same operations in PyTorch: normalise,
+the published purification by gradient ascent, matmul, softmax and top-k; antialiased bicubic
+interpolation, crop and normalise. In a graph, which has no autograd, the peer's gradient is written out.
+Inputs stay in place, so that small ones are read from the L2 cache. The limit is the time that the bytes
+take from the GPU's memory at the rate of a large copy.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.common import (
+    STEP_SIZE,
+    STEPS,
+    Report,
+    add_repeats,
+    build_parser,
+    published_loop,
+)
 from benchmarks.timing import publish
 from edgeclip import _core
+from edgeclip.cli.command import run_command
 
 EPILOG = """examples:
   python -m benchmarks.kernels
   python -m benchmarks.kernels --repeats 200 --json kernels.json
 """
-STEPS, STEP_SIZE = 10, 30.0
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CALLS_PER_GRAPH = 20
 WARM_UP = 5
-# Samples, dimensions, classes.
-CLASSIFICATIONS = [(1, 512, 1000), (8, 512, 1000), (64, 512, 1000), (1, 768, 21841)]
+CLASSIFICATIONS = [(1, 512, 1000), (8, 512, 1000), (64, 512, 1000), (1, 768, 21841)]  # N, D, K
 FRAMES = {"12 megapixels": (3000, 4000), "640x480": (480, 640)}
 SIZE = 224
+cuda: Any = torch.cuda  # its events and streams are untyped
 
 
 class Case(NamedTuple):
+    """Operation of the core and of PyTorch."""
+
     name: str
-    ours: Callable[[int], object]  # given the stream
+    ours: Callable[[int], object]  # takes the stream
     torch_eager: Callable[[], object]
     torch_graph: Callable[[], object]
-    bytes: int  # that have to be read and written
+    bytes: int  # to read and write
 
 
 def events_ms(call: Callable[[], object], repeats: int) -> float:
-    """The median time between the events before and after a call."""
+    """Return the median time in milliseconds between the events around a call."""
     for _ in range(WARM_UP):
         call()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
         end.record()
@@ -63,8 +70,8 @@ def events_ms(call: Callable[[], object], repeats: int) -> float:
 
 
 def graph_ms(call: Callable[[], object], repeats: int) -> float:
-    """The median time of a call within a CUDA graph."""
-    stream = torch.cuda.Stream()
+    """Return the median time in milliseconds of a call in a CUDA graph."""
+    stream = cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
@@ -77,18 +84,8 @@ def graph_ms(call: Callable[[], object], repeats: int) -> float:
     return events_ms(graph.replay, repeats) / CALLS_PER_GRAPH
 
 
-def published_loop(z: torch.Tensor, null_text: torch.Tensor) -> torch.Tensor:
-    """Gradient ascent on cos(u, null text), CLIPure (arXiv 2502.18176), section 4; z is (N, D)."""
-    u = F.normalize(z, dim=1)
-    for _ in range(STEPS):
-        u = u.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(F.cosine_similarity(u, null_text[None]).sum(), u)
-        u = F.normalize(u.detach() + STEP_SIZE * F.normalize(gradient, dim=1), dim=1)
-    return u
-
-
 def written_out_loop(z: torch.Tensor, null_text: torch.Tensor) -> torch.Tensor:
-    """The same without autograd; both vectors have norm 1."""
+    """Return `published_loop` without autograd: both vectors have norm 1."""
     u = F.normalize(z, dim=1)
     for _ in range(STEPS):
         gradient = null_text - (u @ null_text)[:, None] * u
@@ -97,17 +94,18 @@ def written_out_loop(z: torch.Tensor, null_text: torch.Tensor) -> torch.Tensor:
 
 
 def classify_case(n: int, d: int, k: int, dtype: torch.dtype) -> Case:
+    """Return classification of n embeddings against k classes."""
     z = torch.randn(n, d, device="cuda").to(dtype)
     classes = F.normalize(torch.randn(k, d, device="cuda"), dim=1).to(dtype)
     null_text = F.normalize(torch.randn(d, device="cuda"), dim=0)
-    arrays = {
+    arrays: dict[str, Any] = {
         "null_text": null_text,
         "null_scores": classes.float() @ null_text,
         "out_indices": torch.empty((n, 5), dtype=torch.int32, device="cuda"),
         "out_probabilities": torch.empty((n, 5), device="cuda"),
         "workspace": torch.zeros(_core.classify_workspace(n, k), dtype=torch.uint8, device="cuda"),
     }
-    options = {"logit_scale": 100.0, "steps": STEPS, "step_size": STEP_SIZE}
+    options: dict[str, Any] = {"logit_scale": 100.0, "steps": STEPS, "step_size": STEP_SIZE}
     like_z = null_text.to(dtype)
 
     def peer(loop: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> object:
@@ -124,6 +122,7 @@ def classify_case(n: int, d: int, k: int, dtype: torch.dtype) -> Case:
 
 
 def preprocess_case(name: str, height: int, width: int, dtype: torch.dtype) -> Case:
+    """Return preprocessing of one frame."""
     frame = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, device="cuda")
     out = torch.empty((3, SIZE, SIZE), dtype=dtype, device="cuda")
     workspace = torch.zeros(
@@ -147,11 +146,12 @@ def preprocess_case(name: str, height: int, width: int, dtype: torch.dtype) -> C
         ),
         peer,
         peer,
-        3 * min(height, width) ** 2 + out.nbytes,  # of the frame only what the crop needs
+        3 * min(height, width) ** 2 + out.nbytes,  # only the part of the frame that the crop needs
     )
 
 
 def cases() -> Iterator[Case]:
+    """Yield the operations at the sizes that are reported."""
     for dtype in (torch.float32, torch.float16):
         for n, d, k in CLASSIFICATIONS:
             yield classify_case(n, d, k, dtype)
@@ -160,14 +160,14 @@ def cases() -> Iterator[Case]:
 
 
 def copy_bandwidth(repeats: int) -> float:
-    """Bytes per second, read and written, of a large copy within the GPU's memory."""
+    """Return the bytes per second, read and written, of a large copy in the GPU's memory."""
     source = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / (1e-3 * events_ms(lambda: target.copy_(source), repeats))
 
 
 def measure(case: Case, bandwidth: float, repeats: int) -> dict[str, float]:
-    """Milliseconds."""
+    """Return the milliseconds of each side, and the limit."""
 
     def ours() -> object:
         return case.ours(torch.cuda.current_stream().cuda_stream)
@@ -181,8 +181,8 @@ def measure(case: Case, bandwidth: float, repeats: int) -> dict[str, float]:
     }
 
 
-def render(report: dict) -> str:
-    """The report as Markdown."""
+def render(report: Report) -> str:
+    """Return the report as Markdown."""
     columns = list(next(iter(report["ms"].values())))
     lines = [
         f"| microseconds | {' | '.join(columns)} | torch in a graph / edgeclip |",
@@ -198,11 +198,9 @@ def render(report: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=100, help="runs of each (default: 100)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    """Run the benchmark."""
+    parser = build_parser(__doc__, EPILOG)
+    add_repeats(parser, 100)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.kernels: needs an NVIDIA GPU")
@@ -224,4 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,20 +1,28 @@
-"""Resident memory of a process with the encoders loaded and run once, against open_clip.
+"""Resident memory of a process after one run of its encoders, against open_clip.
 
-Each row is a process of its own. The weights are random, which does not change the size.
+Each row is its own process. The weights are random, which does not change the size.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import edgeclip
-from benchmarks.latency import bundle_for, versions_of
+from benchmarks.common import (
+    Report,
+    add_model,
+    build_parser,
+    bundle_for,
+    cpu_precisions,
+    versions_of,
+)
 from benchmarks.timing import machine, publish
+from edgeclip.cli.command import run_command
 
 EPILOG = """examples:
   python -m benchmarks.memory
@@ -58,47 +66,45 @@ print(json.dumps({"with the text encoder": resident()}))
 
 
 def run(script: str, *arguments: str) -> dict[str, list[float]]:
-    """What a script prints: by state, resident memory then and its peak until then, in MB."""
+    """Return, for each state that a script prints, resident memory and its peak so far in MB."""
     environment = os.environ | {"EDGECLIP_CACHE_SIZE": "0"}
     command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return json.loads(done.stdout)
+    return cast(dict[str, list[float]], json.loads(done.stdout))
 
 
-def render(report: dict) -> str:
-    """The report as Markdown."""
+def render(report: Report) -> str:
+    """Return the report as Markdown."""
     states = ("image encoder", "with the text encoder", "released")
     lines = [f"| resident, MB | {' | '.join(states)} | peak |", "|---" * (len(states) + 2) + "|"]
-    for name, found in report["mb"].items():
-        cells = [f"{found[state][0]:.0f}" if state in found else "" for state in states]
-        peak = max(peak for _, peak in found.values())
+    for name, memory in report["mb"].items():
+        cells = [f"{memory[state][0]:.0f}" if state in memory else "" for state in states]
+        peak = max(peak for _, peak in memory.values())
         lines.append(f"| {name} | {' | '.join(cells)} | {peak:.0f} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="ViT-B-32", help="of open_clip, with random weights")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    """Run the benchmark."""
+    parser = build_parser(__doc__, EPILOG)
+    add_model(parser)
     args = parser.parse_args()
     if not Path("/proc/self/status").is_file():
         sys.exit("benchmarks.memory: needs Linux's /proc")
     folder = bundle_for(args.model)
-    precisions = [p for p in edgeclip.Bundle(folder).manifest.precisions if p != "fp16"]
+    precisions = cpu_precisions(edgeclip.Bundle(folder))
     for name in precisions:
-        run(OURS, str(folder), name)  # a first start tries the precision, with both encoders
-    found = {f"edgeclip {name}": run(OURS, str(folder), name) for name in precisions}
-    found["open_clip fp32"] = run(PEER, args.model)
+        run(OURS, str(folder), name)  # a first start runs trials of both encoders
+    memory = {f"edgeclip {name}": run(OURS, str(folder), name) for name in precisions}
+    memory["open_clip fp32"] = run(PEER, args.model)
     report = {
         "machine": machine(),
         "versions": versions_of("edgeclip", "onnxruntime", "torch", "open_clip_torch"),
         "model": args.model,
-        "mb": found,
+        "mb": memory,
     }
     publish(report, render, args.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,8 +1,8 @@
-"""What each purification costs: time per image and peak memory, for none, CLIPure-Cos and CLIPure-Diff.
+"""Cost of purification: time per image and peak memory, for none, CLIPure-Cos and CLIPure-Diff.
 
-All on one bundle, in one run, by turns. The weights are random, which changes no time. The peer of
-CLIPure-Diff is its loop in PyTorch as it is published: each of the ten steps sends all 81 tokens
-through the prior and back.
+All take turns in one run on one bundle. The weights are random, which does not change the time. The peer
+of CLIPure-Diff is its published loop in PyTorch: each of the ten steps passes all 81 tokens through the
+prior, forward and backward.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +20,11 @@ import torch
 from safetensors.torch import save_file
 
 import edgeclip
+from benchmarks.common import add_model, build_parser
 from benchmarks.timing import machine, medians_ms, process
 from edgeclip import storage
 from edgeclip.backends.prior import Prior
+from edgeclip.cli.command import run_command
 from edgeclip.json_output import to_json
 from edgeclip.purify import DiffPurifier
 from train.models.prior import DiffusionPrior, Shape
@@ -43,7 +46,7 @@ BATCHES = (1, 4)
 
 
 def bundle_for(args: argparse.Namespace) -> tuple[Path, Path]:
-    """A bundle with a random prior, and the prior's weights; both made where they are missing."""
+    """Return a bundle with a random prior, and the prior's weights, making both once."""
     name = f"{args.model}-prior-{args.depth}x{args.heads}"
     folder, weights = FOLDER / name, FOLDER / f"{name}.safetensors"
     if (folder / "manifest.json").is_file() and weights.is_file():
@@ -59,52 +62,47 @@ def bundle_for(args: argparse.Namespace) -> tuple[Path, Path]:
     return folder, weights
 
 
-def label_set(rt: edgeclip.Runtime, count: int) -> edgeclip.LabelSet:
-    null = rt.bundle.null_text
-    classes = np.random.default_rng(0).standard_normal((count, len(null)), np.float32)
-    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
-    names = tuple(map(str, range(count)))
-    return edgeclip.LabelSet(names, classes, classes @ null, rt.text_identity())
-
-
 def measure_classify(bundle: Path, args: argparse.Namespace) -> dict[int, dict[str, float]]:
-    """Batch -> method -> milliseconds per image, from pixels to an answer."""
+    """Return milliseconds per image from pixels to an answer, by batch and method."""
     runtimes = {
         name: edgeclip.Runtime(bundle, purify=name, batch_size=max(BATCHES)) for name in METHODS
     }
-    labels = label_set(runtimes["none"], args.labels)
+    rt = runtimes["none"]
+    labels = edgeclip.LabelSet.random(args.labels, rt.bundle.null_text, rt.text_identity())
     pixels = runtimes["none"].preprocess([IMAGE] * max(BATCHES))
-    found = {}
+    per_image = {}
     for count in BATCHES:
         calls = {
             name: partial(rt.classify_pixels, pixels[:count], labels)
             for name, rt in runtimes.items()
         }
-        found[count] = {
+        per_image[count] = {
             k: ms / count for k, ms in medians_ms(calls, args.repeats, rounds=1, warm_up=1).items()
         }
-    return found
+    return per_image
 
 
 def measure_diff(bundle: Path, weights: Path, repeats: int) -> dict[str, float]:
-    """Milliseconds of the ten steps alone for one image, here and in PyTorch."""
+    """Return milliseconds of the ten steps alone for one image, by edgeclip and by PyTorch."""
     opened = edgeclip.Bundle(bundle)
     spec, dim = opened.manifest.prior, opened.manifest.embed_dim
+    assert spec is not None, "bundle_for exports a prior"
     ours = Prior(opened.graph(spec.file), dim, device="cpu")
     prior = load_prior(weights).model
     random = torch.Generator().manual_seed(0)
     text, tokens = torch.randn(1, dim, generator=random), torch.randn(1, 77, dim, generator=random)
-    own = DiffPurifier()
+    purifier = DiffPurifier()
 
     class WholeText(NullPrior):
-        """The prior with the text sent through it again in each step, for each image."""
+        """Prior that processes the text again in each step, for each image."""
 
         def gradient(self, unit: torch.Tensor, timestep: int, noise: torch.Tensor) -> torch.Tensor:
+            """Return the gradient of the loss, (N, D)."""
             count = len(unit)
             times = torch.full((count,), timestep)
             texts = text.expand(count, -1), tokens.expand(count, -1, -1)
-            given = dim**0.5 * unit, times, noise.expand_as(unit)
-            return prior.loss_and_grad(*given, *texts)[1]
+            state = dim**0.5 * unit, times, noise.expand_as(unit)
+            return prior.loss_and_grad(*state, *texts)[1]
 
     with torch.no_grad():
         peer = WholeText(prior, prior.context(text, tokens))
@@ -114,32 +112,33 @@ def measure_diff(bundle: Path, weights: Path, repeats: int) -> dict[str, float]:
 
     def in_pytorch() -> torch.Tensor:
         with torch.no_grad():
-            return purify(torch.from_numpy(row), null, own, "released", peer)
+            return purify(torch.from_numpy(row), null, purifier, "released", peer)
 
-    calls = {"edgeclip": partial(ours.purify, row, own), "PyTorch": in_pytorch}
+    calls: dict[str, Callable[[], object]] = {
+        "edgeclip": partial(ours.purify, row, purifier),
+        "PyTorch": in_pytorch,
+    }
     return medians_ms(calls, repeats, rounds=1, warm_up=1)
 
 
 def measure_processes(bundle: Path, repeats: int) -> dict[str, tuple[float, float]]:
-    """Method -> wall time in milliseconds and peak memory in MB of `edgeclip classify`."""
+    """Return wall time in ms and peak memory in MB of `edgeclip classify`, by method."""
     command = [sys.executable, "-m", "edgeclip", "classify", IMAGE, "--labels", LABELS]
     command += ["--bundle", str(bundle), "--purify"]
-    process([*command, "none"], 1)  # encodes the labels, which are cached afterwards
+    process([*command, "none"], 1)  # caches the labels
     return {name: process([*command, name], repeats) for name in METHODS}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run the benchmark."""
+    parser = build_parser(__doc__, EPILOG)
     add = parser.add_argument
-    add("--model", default="ViT-L-14", help="of open_clip, with random weights")
-    add("--dim", type=int, default=768, help="of its embeddings (default: 768)")
-    add("--depth", type=int, default=24, help="layers of the prior (default: 24)")
-    add("--heads", type=int, default=32, help="of the prior (default: 32)")
-    add("--labels", type=int, default=1000, help="classes (default: 1000)")
-    add("--repeats", type=int, default=3, help="runs of each (default: 3)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add_model(parser, "ViT-L-14")
+    add("--dim", type=int, default=768, help="width of its embeddings (default: 768)")
+    add("--depth", type=int, default=24, help="number of layers of the prior (default: 24)")
+    add("--heads", type=int, default=32, help="attention heads of the prior (default: 32)")
+    add("--labels", type=int, default=1000, help="number of classes (default: 1000)")
+    add("--repeats", type=int, default=3, help="runs of each call (default: 3)")
     args = parser.parse_args()
 
     bundle, weights = bundle_for(args)
@@ -170,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,12 +1,12 @@
-"""The tables and pictures of docs/PERFORMANCE.md, docs/jetson.md and README.md, from the benchmarks' JSON files.
+"""Tables and plots of docs/PERFORMANCE.md and docs/jetson.md, from the benchmarks' JSON files.
 
-    python -m benchmarks.report --run     # all that is shown of such a processor, then the documents
-    python -m benchmarks.report           # the documents only
+    python -m benchmarks.report --run     # run the benchmarks, then update the documents
+    python -m benchmarks.report           # update the documents
 
-A result of a processor without VNNI, where int8 is slower, has a file and a table of its own: NAME-avx2.
-A document has a pair of marks for each table that it shows, `<!-- benchmarks.NAME -->` and
-`<!-- /benchmarks.NAME -->`; what is between them is replaced. NAME is that of a file in
-docs/results/performance/, which begins with the benchmark's; or `roofline`, which is worked out.
+Results of a processor without VNNI, where int8 is slower, are in files and tables named NAME-avx2.
+A document has a pair of marks for each table, `<!-- benchmarks.NAME -->` and
+`<!-- /benchmarks.NAME -->`; the text between them is replaced. NAME is a file in
+docs/results/performance/, whose first part is the benchmark's name, or `roofline`, which is computed.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
+from benchmarks.common import Report
 from benchmarks.timing import headline
 from edgeclip import host, storage
+from edgeclip.cli.command import run_command
+from train import documents
 
 RESULTS = Path("docs/results/performance")
 PLOTS = Path("docs/plots")
-DOCUMENTS = (Path("docs/PERFORMANCE.md"), Path("docs/jetson.md"), Path("README.md"))
-RUNS = {
+DOCUMENTS = (Path("docs/PERFORMANCE.md"), Path("docs/jetson.md"))
+PREFIX = "benchmarks."
+RUNS: dict[str, list[str]] = {
     "coldstart": [],
     "memory": [],
     "latency": [],
@@ -35,18 +39,18 @@ RUNS = {
     "throughput": [],
     "scaling": [],
 }
-# Of processors without VNNI what has int8 in it, as NAME-avx2.
+# Benchmarks with int8, which a processor without VNNI runs as NAME-avx2.
 WITHOUT_VNNI = ("coldstart", "memory", "latency", "text")
-MARK = re.compile(r"(<!-- benchmarks\.([\w-]+) -->\n).*?(<!-- /benchmarks\.\2 -->)", re.DOTALL)
 
 
 def run(names: list[str]) -> None:
-    """Run benchmarks, all by default, each in a process of its own; missed limits end none."""
+    """Run benchmarks, all by default, each in its own process; missed limits do not stop the run."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    kind, every = ("-avx2", WITHOUT_VNNI) if host.vector_units().endswith("no VNNI") else ("", RUNS)
-    for name in names or every:
+    without_vnni = host.vector_units().endswith("no VNNI")
+    suffix = "-avx2" if without_vnni else ""
+    for name in names or (WITHOUT_VNNI if without_vnni else RUNS):
         module = f"benchmarks.{name.partition('-')[0]}"
-        out = RESULTS / f"{name}{kind}.json"
+        out = RESULTS / f"{name}{suffix}.json"
         print(f"{module} {' '.join(RUNS[name])}", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", module, *RUNS[name], "--json", str(out)]
         done = subprocess.run(command, check=False)
@@ -54,15 +58,16 @@ def run(names: list[str]) -> None:
             sys.exit(f"error: {module} failed")
 
 
-def load(name: str) -> dict:
+def load(name: str) -> Report:
+    """Return the result of a benchmark; exit if it is missing."""
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         sys.exit(f"error: {path} is missing: python -m benchmarks.report --run {name}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return cast(Report, json.loads(path.read_text(encoding="utf-8")))
 
 
 def targets() -> str:
-    """What was aimed at beside what the results say."""
+    """Return a table of the targets and the measured values."""
     encoders, photo = load("latency")["encoders"]["ms"], load("latency")["images"]["12 megapixels"]
     text, memory = load("text"), load("memory")["mb"]["edgeclip int8"]
     first = (
@@ -72,8 +77,8 @@ def targets() -> str:
     (photo_start,) = (ms for name, (ms, _) in start.items() if "int8" in name)
     small = load("throughput")["images_per_second"]["320x240"]
     core = {row["operation"]: row for row in load("core")["rows"]}
-    rows = []
-    if "OpenVINO fp32" in encoders:  # where it is installed
+    rows: list[tuple[str, str, float, float, str]] = []
+    if "OpenVINO fp32" in encoders:  # an extra
         ratio = encoders["edgeclip fp32"] / encoders["OpenVINO fp32"]
         rows.append(("fp32 encoder, time of OpenVINO fp32 = 1", "at most", 1.15, ratio, ""))
     rows += [
@@ -84,9 +89,9 @@ def targets() -> str:
         ("12 megapixels preprocessed, times as fast as open_clip", "at least", 6,
          1 / core["preprocess 4000 x 3000"]["ratio"], ""),
         ("prompts encoded, times as fast as open_clip", "at least", 8, first, ""),
-        ("1,000 cached labels x 80 templates", "at most", 50, text["cached ms"], " ms"),
+        ("1,000 cached labels x 80 templates", "at most", 50, text["cached_ms"], " ms"),
         ("folder of 320x240, share of the encoder alone", "at least", 90,
-         100 * small["share of encoder"], " %"),
+         100 * small["share_of_encoder"], " %"),
         ("int8, image encoder, resident", "at most", 170, memory["image encoder"][0], " MB"),
         ("int8, both encoders, resident", "at most", 280, memory["with the text encoder"][0], " MB"),
         ("command to answer, int8, 12 megapixels", "at most", 800, photo_start, " ms"),
@@ -96,28 +101,28 @@ def targets() -> str:
         ),
     ]  # fmt: skip
     lines = ["| what | aim | measured | |", "|---|---|---|---|"]
-    for what, way, aim, found, unit in rows:
-        good = found <= aim if way == "at most" else found >= aim
+    for what, way, target, value, unit in rows:
+        reached = value <= target if way == "at most" else value >= target
         lines.append(
-            f"| {what} | {way} {aim:g}{unit} | {found:.3g}{unit} | {'' if good else 'missed'} |"
+            f"| {what} | {way} {target:g}{unit} | {value:.3g}{unit} | {'' if reached else 'missed'} |"
         )
     return "\n".join(lines)
 
 
 def table(name: str) -> str:
-    """A result as Markdown: its tables, and what it was measured on."""
+    """Return the tables of a result as Markdown, with the machine they were measured on."""
     if name == "targets":
         return targets()
     if name == "roofline":
         roofline = importlib.import_module("benchmarks.roofline")
-        return roofline.render(roofline.compute())
+        return cast(str, roofline.render(roofline.compute()))
     report = load(name)
     module = importlib.import_module(f"benchmarks.{name.partition('-')[0]}")
     return f"{module.render(report)}\n\n({headline(report)})"
 
 
 def draw() -> None:
-    """How the encoder's time grows with the batch, and that of the image stages with its size."""
+    """Plot the encoder's time against the batch, and that of the image stages against the size."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -148,30 +153,30 @@ def draw() -> None:
 
 
 def pixels_of(size: str) -> int:
+    """Return the number of pixels of WIDTHxHEIGHT."""
     width, height = map(int, size.split("x"))
     return width * height
 
 
-def update(document: Path) -> int:
-    """Replace what is between the document's marks; how many there are."""
-    text = document.read_text(encoding="utf-8")
-    text, count = MARK.subn(lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text)
-    storage.write(document, text)  # not before all of its tables are there
-    return count
-
-
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", nargs="*", choices=RUNS, metavar="NAME", help="all without a NAME")
+    parser.add_argument(
+        "--run",
+        nargs="*",
+        choices=RUNS,
+        metavar="NAME",
+        help="run these benchmarks first (all without a NAME)",
+    )
     args = parser.parse_args()
     if args.run is not None:
         run(args.run)
     for document in DOCUMENTS:
-        print(f"{document}: {update(document)} tables")
+        print(f"{document}: {documents.update(document, PREFIX, table)} tables")
     draw()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

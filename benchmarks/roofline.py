@@ -1,19 +1,20 @@
-"""What NVIDIA's Jetsons could do at most, and what to expect: arithmetic, not measurements.
+"""Bounds and expected times of NVIDIA Jetsons: arithmetic, not measurements.
 
-The bound is the longer of two times at the device's peak: that of the operations, and that of the bytes
-which have to pass through memory whatever the caches hold, the weights once for each batch, pixels in and
-embeddings out. Expected is the same with the share of the peaks in EFFICIENCY, and with every tensor
-between two kernels of the encoder written to memory and read again. Launches are not counted: what is
-far below a tenth of a millisecond will take longer.
+The bound is the longer of two times at the device's peak: the time of the operations, and the time of the
+bytes that must pass through memory whatever the caches hold (the weights once for each batch, pixels in,
+embeddings out). The expected time uses the shares of the peaks in EFFICIENCY, and assumes that every
+tensor between two kernels of the encoder is written to memory and read again. Launches are not counted:
+times far below a tenth of a millisecond will be longer.
 
-fp16 is that of the tensor cores without sparsity; fp32 that of the other cores, without TensorFloat-32.
-The image encoder is as `export` writes it: for the embedding alone, the last block computes one token.
+fp16 is the rate of the tensor cores without sparsity, fp32 that of the other cores without
+TensorFloat-32. The image encoder is the exported one: for the embedding alone, its last block computes
+one token.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,45 +22,47 @@ from typing import Any
 
 from open_clip import get_model_config
 
+from benchmarks.common import Report, build_parser
 from edgeclip import storage
+from edgeclip.cli.command import run_command
 from edgeclip.json_output import to_json
 
 EPILOG = """examples:
   python -m benchmarks.roofline
   python -m benchmarks.roofline --json roofline.json
 """
-EFFICIENCY = {"operations": 0.5, "memory": 0.7}  # assumed: what good kernels commonly reach
+EFFICIENCY = {"operations": 0.5, "memory": 0.7}  # assumed: typical of good kernels
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
 BATCHES = (1, 8)
 BYTES = {"fp16": 2, "fp32": 4}
 FRAMES = {"640x480": (480, 640), "12 megapixels": (3000, 4000)}
 CLASSES = 1000
-MLP = 4  # the hidden layer's width, in widths of the model
+MLP = 4  # width of the hidden layer, in widths of the model
 PIXELS = 3  # channels
 RESULTS = Path("docs/results/performance")
-CUBIC = 4  # pixels that a bicubic filter spans each way, times the scale
+CUBIC = 4  # support of a bicubic filter in pixels, times the scale
 
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks of a GPU, from NVIDIA's data sheet, or its units times its clock."""
+    """Peak rates of a GPU, from NVIDIA's data sheet or as units times clock."""
 
     multiprocessors: int
     mhz: float
-    tensor: int  # fp16 operations of a multiprocessor's tensor cores in a clock, without sparsity
+    tensor: int  # fp16 operations of a multiprocessor's tensor cores per clock, without sparsity
     bandwidth: float  # GB/s
     source: str
-    cores: int = 128  # fp32, of a multiprocessor
-    cores_mhz: float | None = None  # where their clock is another
+    cores: int = 128  # fp32 cores of a multiprocessor
+    cores_mhz: float | None = None  # clock of these cores if it differs
 
     @property
     def fp16(self) -> float:
-        """TFLOPS."""
+        """Peak of the tensor cores in TFLOPS."""
         return self.multiprocessors * self.tensor * self.mhz / 1e6
 
     @property
     def fp32(self) -> float:
-        """TFLOPS: a core multiplies and adds."""
+        """Peak of the other cores in TFLOPS: a core multiplies and adds in one clock."""
         return self.multiprocessors * self.cores * 2 * (self.cores_mhz or self.mhz) / 1e6
 
 
@@ -88,16 +91,16 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Work:
-    """Of one call, on all of its batch."""
+    """Operations and memory traffic of one call on a batch."""
 
-    flop: float  # two for each multiplication with its addition
-    bytes: float  # that must pass through memory
+    flop: float  # two for each multiply-add
+    bytes: float  # through memory
     between: float = 0.0  # bytes of tensors between kernels, which a cache may hold
 
 
 @dataclass(frozen=True)
 class Vit:
-    """An image encoder with a class token."""
+    """Vision transformer with a class token."""
 
     size: int
     patch: int
@@ -107,7 +110,7 @@ class Vit:
 
     @classmethod
     def named(cls, model: str) -> Vit:
-        """From open_clip's configuration."""
+        """Return the encoder of an open_clip configuration."""
         config = get_model_config(model)
         vision = config["vision_cfg"]
         size, patch, width = (vision[key] for key in ("image_size", "patch_size", "width"))
@@ -115,17 +118,21 @@ class Vit:
 
     @property
     def patches(self) -> int:
+        """Number of patches of an image."""
         return (self.size // self.patch) ** 2
 
     def block(self, queries: int) -> int:
-        """Operations of a block that computes `queries` of its tokens, from all of them."""
+        """Return the operations of a block that computes `queries` of its tokens."""
         tokens, width = self.patches + 1, self.width
         projections = 2 * tokens * width * 3 * width + 2 * queries * width * width
         attention = 2 * 2 * queries * tokens * width
         return projections + attention + 2 * 2 * queries * width * MLP * width
 
     def flop(self, whole: bool = False) -> int:
-        """Of one image. whole: with every token of the last block, as open_clip computes it."""
+        """Return the operations for one image.
+
+        whole: with every token of the last block, as open_clip computes it.
+        """
         embed = 2 * self.patches * PIXELS * self.patch**2 * self.width
         last = self.block(self.patches + 1 if whole else 1)
         full = (self.layers - 1) * self.block(self.patches + 1)
@@ -133,16 +140,20 @@ class Vit:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters."""
         width = self.width
         block = (4 + 2 * MLP) * width**2 + (4 + MLP + 1) * width + 4 * width
         embed = PIXELS * self.patch**2 * width + (self.patches + 2) * width
         return embed + self.layers * block + 4 * width + width * self.dim
 
     def work(self, batch: int, size: int) -> Work:
-        """size: bytes of a number, in memory and between kernels; pixels and embeddings are float32."""
+        """Return the work of a batch.
+
+        size: bytes of a number in memory and between kernels; pixels and embeddings are float32.
+        """
         ends = 4 * (PIXELS * self.size**2 + self.dim)
-        # Written by a block: both norms, queries, keys and values, the mixed values, both sums
-        # and the hidden layer.
+        # A block writes both norms, queries, keys and values, the mixed values, both sums and the
+        # hidden layer.
         tensors = (2 + 3 + 1 + 2 + MLP) * (self.patches + 1) * self.width * self.layers
         return Work(
             batch * self.flop(),
@@ -152,7 +163,7 @@ class Vit:
 
 
 def preprocess(height: int, width: int, side: int = 224) -> Work:
-    """A frame's crop in uint8 to float32 pixels: two passes of the bicubic filter."""
+    """Return the work from a frame's crop in uint8 to float32 pixels: two passes of a bicubic filter."""
     short = min(height, width)
     taps = CUBIC * max(1.0, short / side)
     operations = 2 * taps * PIXELS * (short * side + side * side)
@@ -160,13 +171,13 @@ def preprocess(height: int, width: int, side: int = 224) -> Work:
 
 
 def classify(batch: int, dim: int, size: int) -> Work:
-    """Scores of all classes; CLIPure-Cos adds one product of two vectors, and scalars."""
+    """Return the work of all class scores; CLIPure-Cos adds one dot product and scalars."""
     moved = (CLASSES + batch) * dim * size + 4 * CLASSES
     return Work(batch * 2 * (CLASSES + 2) * dim, moved, 2 * 4 * batch * CLASSES)
 
 
 def milliseconds(work: Work, device: Device, precision: str) -> dict[str, float]:
-    """The bound and what to expect."""
+    """Return the bound and the expected time in milliseconds."""
     peak = 1e9 * (device.fp16 if precision == "fp16" else device.fp32)
     memory = 1e6 * device.bandwidth
     return {
@@ -179,7 +190,7 @@ def milliseconds(work: Work, device: Device, precision: str) -> dict[str, float]
 
 
 def works() -> Iterator[tuple[str, int, str, Work]]:
-    """What is computed: its name, batch, precision and work."""
+    """Yield the name, batch, precision and work of each call."""
     for precision, size in BYTES.items():
         for model in MODELS:
             for batch in BATCHES:
@@ -190,7 +201,7 @@ def works() -> Iterator[tuple[str, int, str, Work]]:
         yield f"classify {CLASSES:,}", batch, "fp32", classify(batch, 512, 4)
 
 
-# Of docs/results/performance/kernels-h100.json, which measured them within a CUDA graph.
+# Kernels of docs/results/performance/kernels-h100.json, measured in a CUDA graph.
 KERNELS = {
     "classify 1 x 512 x 1000, float32": classify(1, 512, 4),
     "classify 8 x 512 x 1000, float32": classify(8, 512, 4),
@@ -200,7 +211,7 @@ KERNELS = {
 
 
 def compare() -> dict[str, dict[str, float]]:
-    """Milliseconds of the core's kernels on an H100: bound, expected, and measured."""
+    """Return milliseconds of the core's kernels on an H100: bound, expected and measured."""
     measured = json.loads((RESULTS / "kernels-h100.json").read_text(encoding="utf-8"))["ms"]
     return {
         name: milliseconds(work, DEVICES["H100 SXM"], "fp32")
@@ -210,21 +221,21 @@ def compare() -> dict[str, dict[str, float]]:
 
 
 def compute() -> dict[str, Any]:
-    """The report."""
+    """Return the report."""
     return {
         "what": "arithmetic, not measurements",
         "efficiency": EFFICIENCY,
         "devices": {
             name: {
-                "fp16 TFLOPS": d.fp16,
-                "fp32 TFLOPS": d.fp32,
-                "GB/s": d.bandwidth,
+                "fp16_tflops": d.fp16,
+                "fp32_tflops": d.fp32,
+                "gb_per_s": d.bandwidth,
                 "source": d.source,
             }
             for name, d in DEVICES.items()
         },
         "models": {
-            name: {"GFLOP": Vit.named(name).flop() / 1e9, "parameters": Vit.named(name).parameters}
+            name: {"gflop": Vit.named(name).flop() / 1e9, "parameters": Vit.named(name).parameters}
             for name in MODELS
         },
         "rows": [
@@ -232,19 +243,19 @@ def compute() -> dict[str, Any]:
                 "name": name,
                 "batch": batch,
                 "precision": precision,
-                "GFLOP": work.flop / 1e9,
-                "MB": work.bytes / 1e6,
-                "MB between kernels": work.between / 1e6,
+                "gflop": work.flop / 1e9,
+                "mb": work.bytes / 1e6,
+                "mb_between_kernels": work.between / 1e6,
                 "ms": {key: milliseconds(work, d, precision) for key, d in DEVICES.items()},
             }
             for name, batch, precision, work in works()
         ],
-        "kernels on an H100, ms": compare(),
+        "h100_kernels_ms": compare(),
     }
 
 
-def render(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
+def render(report: Report) -> str:
+    """Return the report as Markdown."""
     devices, efficiency = report["devices"], report["efficiency"]
     lines = [
         (
@@ -257,7 +268,7 @@ def render(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, d in devices.items():
-        peaks = f"{d['fp16 TFLOPS']:.1f} | {d['fp32 TFLOPS']:.1f} | {d['GB/s']:g}"
+        peaks = f"{d['fp16_tflops']:.1f} | {d['fp32_tflops']:.1f} | {d['gb_per_s']:g}"
         lines.append(f"| {name} | {peaks} | {d['source']} |")
     lines += [
         "",
@@ -267,24 +278,22 @@ def render(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         cells = [f"{_short(ms['bound'])} / {_short(ms['expected'])}" for ms in row["ms"].values()]
         what = f"{row['name']} {row['precision']}, batch {row['batch']}"
-        amounts = f"{_short(row['GFLOP'])} | {_short(row['MB'])}"
+        amounts = f"{_short(row['gflop'])} | {_short(row['mb'])}"
         lines.append(f"| {what} | {amounts} | {' | '.join(cells)} |")
     lines += ["", "| H100, microseconds | bound | expected | measured |", "|---|---|---|---|"]
-    for name, ms in report["kernels on an H100, ms"].items():
+    for name, ms in report["h100_kernels_ms"].items():
         lines.append(f"| {name} | {' | '.join(_short(1e3 * value) for value in ms.values())} |")
     return "\n".join(lines)
 
 
 def _short(value: float) -> str:
-    """Two figures that count, and no exponent."""
+    """Return a number with two significant digits and no exponent."""
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    """Run the benchmark."""
+    parser = build_parser(__doc__, EPILOG)
     args = parser.parse_args()
     report = compute()
     print(render(report))
@@ -293,4 +302,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

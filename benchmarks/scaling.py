@@ -1,9 +1,9 @@
-"""How time grows with the batch, the labels, the size of the image and the threads, and its limits.
+"""Time against the batch, the labels, the image size and the threads, with its limits.
 
-Limits are what this machine did in the same run: the encoder's floating-point operations at the rate
-of a large float32 matrix product, and the bytes that must be read (the labels' embeddings; the
-decoded image) at the rate of summing a large array. Decoding has no such limit, nor has what stays in
-a processor's cache. The weights are random, which does not change the time.
+Limits are rates of the same machine in the same run: the encoder's floating-point operations at the rate
+of a large float32 matrix product, and the bytes to read (label embeddings; the decoded image) at the rate
+of summing a large array. Decoding has no such limit, nor has data that fits a processor's cache. The
+weights are random, which does not change the time.
 """
 
 from __future__ import annotations
@@ -11,37 +11,46 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
 
 import edgeclip
-from benchmarks.latency import bundle_for, encoder_flops, picture, versions_of
+from benchmarks.common import (
+    MATRIX,
+    Report,
+    add_model,
+    build_parser,
+    bundle_for,
+    encoder_flops,
+    versions_of,
+)
 from benchmarks.timing import machine, medians_ms, publish
 from edgeclip import _core
+from edgeclip.cli.command import run_command
 from edgeclip.host import cores
 from edgeclip.images.decoding import decode
+from edgeclip.tools.pictures import picture
 
 EPILOG = """examples:
   python -m benchmarks.scaling
   python -m benchmarks.scaling --threads 1 4 --repeats 20 --json scaling.json
 """
 BATCHES = (1, 2, 4, 8, 16)
-LABELS = (10, 100, 1000, 21_841)  # the last are ImageNet-21k's
+LABELS = (10, 100, 1000, 21_841)  # the last: ImageNet-21k
 SIZES = ((224, 224), (320, 240), (640, 480), (1920, 1080), (4000, 3000))
-MATRIX = 2048  # rows of the matrix product that the rate is taken from
-CACHE = 32 * 2**20  # bytes: less may be kept by a processor from one run to the next
-ARRAY = 32 * 2**20  # float32 numbers, four times that
+CACHE = 32 * 2**20  # bytes: smaller data may stay in a processor's cache between runs
+ARRAY = 32 * 2**20  # float32 numbers: four times CACHE in bytes
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement; a limit is None where there is no theoretical one."""
+    """Measurement; limit_ms is None without a theoretical limit."""
 
     what: str
     size: str
@@ -52,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured, and what it needs at least: floating-point operations, or bytes read."""
+    """Call, with its number of floating-point operations or bytes to read."""
 
     what: str
     size: str
@@ -62,7 +71,7 @@ class Case:
 
 
 def measure(cases: Sequence[Case], threads: int, repeats: int) -> Iterator[Row]:
-    """The cases and the machine's own rates, by turns."""
+    """Yield the rows of the cases, in turns with the machine's own rates."""
     torch.set_num_threads(threads)
     a, b, many = torch.rand(MATRIX, MATRIX), torch.rand(MATRIX, MATRIX), torch.rand(ARRAY)
     calls = {f"{case.what} {case.size}": case.call for case in cases}
@@ -72,11 +81,11 @@ def measure(cases: Sequence[Case], threads: int, repeats: int) -> Iterator[Row]:
     for case in cases:
         from_memory = case.bytes if case.bytes > CACHE else 0
         limit = case.flops * per_flop + from_memory * per_byte
-        took = ms[f"{case.what} {case.size}"]
-        yield Row(case.what, case.size, threads, took, limit or None)
+        yield Row(case.what, case.size, threads, ms[f"{case.what} {case.size}"], limit or None)
 
 
 def encoder_cases(rt: edgeclip.Runtime, flops: int) -> Iterator[Case]:
+    """Yield the encoder at each batch."""
     rng = np.random.default_rng(0)
     for count in BATCHES:
         pixels = rng.standard_normal((count, 3, *rt.bundle.manifest.image.size), np.float32)
@@ -84,7 +93,7 @@ def encoder_cases(rt: edgeclip.Runtime, flops: int) -> Iterator[Case]:
 
 
 def classify_cases(dim: int) -> Iterator[Case]:
-    """On as many threads as the work deserves by itself, one per core at most."""
+    """Yield classification at each number of labels; the core chooses the number of threads."""
     rng = np.random.default_rng(0)
     row = rng.standard_normal((1, dim), np.float32)
     for count in LABELS:
@@ -94,12 +103,14 @@ def classify_cases(dim: int) -> Iterator[Case]:
 
 
 def image_cases(rt: edgeclip.Runtime, jpegs: dict[str, bytes]) -> Iterator[Case]:
+    """Yield preprocessing of each JPEG."""
     for size, jpeg in jpegs.items():
         image = decode(jpeg)
         yield Case("preprocess", size, partial(rt.preprocess, [image]), bytes=image.nbytes)
 
 
 def rows(args: argparse.Namespace, threads: Sequence[int], flops: int) -> Iterator[Row]:
+    """Yield all rows."""
     folder = bundle_for(args.model)
     jpegs = {}
     for width, height in SIZES:
@@ -116,8 +127,8 @@ def rows(args: argparse.Namespace, threads: Sequence[int], flops: int) -> Iterat
     yield from measure(classifying, cores(), args.repeats)
 
 
-def render(report: dict) -> str:
-    """The report as Markdown."""
+def render(report: Report) -> str:
+    """Return the report as Markdown."""
     lines = [
         f"edgeclip {report['precision']}; {report['flops'] / 1e9:.2f} GFLOP per image.",
         "",
@@ -135,23 +146,27 @@ def render(report: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run the benchmark."""
+    parser = build_parser(__doc__, EPILOG)
     add = parser.add_argument
-    add("--model", default="ViT-B-32", help="of open_clip, with random weights")
-    add("--precision", default="fp32", help="of the encoder (default: fp32, which has the limit)")
-    add("--threads", type=int, nargs="+", metavar="T", help="default: 1 and one per core")
-    add("--repeats", type=int, default=10, help="runs of each (default: 10)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add_model(parser)
+    add(
+        "--precision",
+        default="fp32",
+        help="precision of the encoder (default: fp32, which the limit is for)",
+    )
+    add(
+        "--threads", type=int, nargs="+", metavar="T", help="threads (default: 1, and one per core)"
+    )
+    add("--repeats", type=int, default=10, help="runs of each call (default: 10)")
     args = parser.parse_args()
     threads = args.threads or sorted({1, cores()})
     if min(*threads, args.repeats) < 1:
         parser.error("--threads and --repeats must be 1 or more")
 
-    logging.disable(logging.WARNING)  # that the weights are random is the point
+    logging.disable(logging.WARNING)  # open_clip warns of random weights
     flops = encoder_flops(open_clip.create_model(args.model))
-    found = [asdict(row) for row in rows(args, threads, flops)]
+    measured = [asdict(row) for row in rows(args, threads, flops)]
     report = {
         "machine": machine(),
         "versions": versions_of("edgeclip", "onnxruntime", "torch"),
@@ -159,10 +174,10 @@ def main() -> None:
         "precision": args.precision,
         "flops": flops,
         "repeats": args.repeats,
-        "rows": found,
+        "rows": measured,
     }
     publish(report, render, args.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

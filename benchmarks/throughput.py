@@ -11,7 +11,6 @@ classify` with the embedded bundle on a folder of small files: its peak as a pro
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import statistics
@@ -29,10 +28,18 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import edgeclip
-from benchmarks.latency import bundle_for, picture, versions_of
-from benchmarks.purification import label_set
+from benchmarks.common import (
+    Report,
+    add_model,
+    build_parser,
+    bundle_for,
+    label_set,
+    versions_of,
+)
 from benchmarks.timing import machine, process, publish
+from edgeclip.cli.command import run_command
 from edgeclip.host import cores
+from edgeclip.tools.pictures import picture
 
 EPILOG = """examples:
   python -m benchmarks.throughput
@@ -40,12 +47,12 @@ EPILOG = """examples:
 """
 SIZES = {"320x240": (320, 240), "640x480": (640, 480), "12 megapixels": (4000, 3000)}
 COLUMNS = ("edgeclip", "limit", "encoder alone", "preparing alone", "plain loop", "open_clip")
-FILES = (100, 5000)  # of the memory measurement
+FILES = (100, 5000)  # for the measurement of memory
 MEMORY_COMMAND = [sys.executable, "-m", "edgeclip", "classify", "--labels", "examples/labels.txt"]
 
 
-class Files(Dataset):
-    """The same file many times, as open_clip's input."""
+class RepeatedFile(Dataset[torch.Tensor]):
+    """Data set of one file, many times, as open_clip's input."""
 
     def __init__(self, path: Path, count: int, transform: Any) -> None:
         self.path, self.count, self.transform = path, count, transform
@@ -54,14 +61,18 @@ class Files(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.transform(Image.open(self.path).convert("RGB"))
+        pixels: torch.Tensor = self.transform(Image.open(self.path).convert("RGB"))
+        return pixels
 
 
-def peer(model: Any, transform: Any, path: Path, args: Any, classes: torch.Tensor) -> Any:
-    """open_clip's answers for the files, by a call."""
-    files = Files(path, args.images, transform)
-    workers = {"num_workers": cores(), "persistent_workers": True}
-    loader = DataLoader(files, batch_size=args.batch_size, **workers)
+def peer(
+    model: Any, transform: Any, path: Path, args: Any, classes: torch.Tensor
+) -> Callable[[], None]:
+    """Return a call that classifies the files by open_clip, read by worker processes."""
+    files = RepeatedFile(path, args.images, transform)
+    loader = DataLoader(
+        files, batch_size=args.batch_size, num_workers=cores(), persistent_workers=True
+    )
     next(iter(loader))  # starts the workers
 
     def classify() -> None:
@@ -74,12 +85,12 @@ def peer(model: Any, transform: Any, path: Path, args: Any, classes: torch.Tenso
 
 
 def seconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
-    """Median wall and processor time of each call in seconds; they take turns."""
+    """Return the median wall and processor time of each call in seconds; calls take turns."""
     wall: dict[str, list[float]] = {name: [] for name in calls}
     cpu: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            time.sleep(0.1)  # the threads of the call before spin for a while
+            time.sleep(0.1)  # threads of the previous call spin for a while
             started, used = time.perf_counter(), time.process_time()
             call()
             wall[name].append(time.perf_counter() - started)
@@ -87,8 +98,10 @@ def seconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, tu
     return {name: (statistics.median(wall[name]), statistics.median(cpu[name])) for name in calls}
 
 
-def measure(rt: edgeclip.Runtime, model: Any, transform: Any, path: Path, args: Any) -> dict:
-    """Images per second of each way for one file."""
+def measure(
+    rt: edgeclip.Runtime, model: Any, transform: Any, path: Path, args: Any
+) -> dict[str, float]:
+    """Return the images per second of each call for one file."""
     labels = label_set(rt, args.labels)
     files = [path] * args.images
     ready = rt.preprocess(files[: args.batch_size])
@@ -100,28 +113,28 @@ def measure(rt: edgeclip.Runtime, model: Any, transform: Any, path: Path, args: 
         "plain loop": lambda: rt.classify(files, labels),
         "open_clip": peer(model, transform, path, args, torch.tensor(labels.embeddings)),
     }
-    found = seconds(calls, args.rounds)
-    rates = {name: args.images / wall for name, (wall, _) in found.items()}
-    limit = found["encoder alone"][0] + found["preparing alone"][1] / cores()
+    times = seconds(calls, args.rounds)
+    rates = {name: args.images / wall for name, (wall, _) in times.items()}
+    limit = times["encoder alone"][0] + times["preparing alone"][1] / cores()
     rates["limit"] = args.images / limit
-    rates["share of limit"] = rates["edgeclip"] / rates["limit"]
-    rates["share of encoder"] = rates["edgeclip"] / rates["encoder alone"]
+    rates["share_of_limit"] = rates["edgeclip"] / rates["limit"]
+    rates["share_of_encoder"] = rates["edgeclip"] / rates["encoder alone"]
     return rates
 
 
 def measure_memory(jpeg: Path) -> dict[int, float]:
-    """Peak memory in MB of classifying a folder by its number of files."""
-    found = {}
+    """Return the peak memory in MB of classifying a folder, by its number of files."""
+    peaks = {}
     for count in FILES:
         with tempfile.TemporaryDirectory(dir=jpeg.parent) as folder:
             for i in range(count):
                 os.link(jpeg, f"{folder}/{i:06}.jpg")
-            _, found[count] = process([*MEMORY_COMMAND, folder], 1)
-    return found
+            _, peaks[count] = process([*MEMORY_COMMAND, folder], 1)
+    return peaks
 
 
-def render(report: dict) -> str:
-    """The report as Markdown."""
+def render(report: Report) -> str:
+    """Return the report as Markdown."""
     lines = [
         f"Images per second, edgeclip {report['precision']}, batch {report['batch_size']}:",
         "",
@@ -130,7 +143,7 @@ def render(report: dict) -> str:
     ]
     for name, rates in report["images_per_second"].items():
         cells = " | ".join(f"{rates[column]:.1f}" for column in COLUMNS)
-        shares = f"{rates['share of limit']:.0%} | {rates['share of encoder']:.0%}"
+        shares = f"{rates['share_of_limit']:.0%} | {rates['share_of_encoder']:.0%}"
         ratio = rates["edgeclip"] / rates["open_clip"]
         lines.append(f"| {name} | {cells} | {shares} | {ratio:.1f} |")
     lines += ["", "| files of 320x240 | peak memory, MB |", "|---|---|"]
@@ -139,16 +152,14 @@ def render(report: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run the benchmark."""
+    parser = build_parser(__doc__, EPILOG)
     add = parser.add_argument
-    add("--model", default="ViT-B-32", help="of open_clip, with random weights")
-    add("--images", type=int, default=64, help="in each run (default: 64)")
-    add("--batch-size", type=int, default=8, help="default: 8")
-    add("--labels", type=int, default=1000, help="classes (default: 1000)")
-    add("--rounds", type=int, default=3, help="runs of each (default: 3)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add_model(parser)
+    add("--images", type=int, default=64, help="images in each run (default: 64)")
+    add("--batch-size", type=int, default=8, help="images in one run of the encoder (default: 8)")
+    add("--labels", type=int, default=1000, help="number of classes (default: 1000)")
+    add("--rounds", type=int, default=3, help="runs of each call (default: 3)")
     args = parser.parse_args()
     if args.batch_size < 1 or args.images < 1 or args.images % args.batch_size:
         parser.error("--images must be a multiple of --batch-size")
@@ -157,7 +168,7 @@ def main() -> None:
         bundle_for(args.model), precision="int8", purify="none", batch_size=args.batch_size
     )
     torch.manual_seed(0)
-    logging.disable(logging.WARNING)  # that the weights are random is the point
+    logging.disable(logging.WARNING)  # open_clip warns of random weights
     model, _, transform = open_clip.create_model_and_transforms(args.model)
     model.eval()
     images = {}
@@ -183,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

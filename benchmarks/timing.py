@@ -1,4 +1,4 @@
-"""Timing of competitors in one run."""
+"""Timing of calls and processes that take turns in one run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from edgeclip.json_output import to_json
 ROUNDS = 4
 WARM_UP = 3
 
-# A process of its own, since a child's peak memory is never below that of the process it was
-# started from.
+# A process of its own: the peak memory of a child is never below that of its parent.
 LAUNCHER = """
 import json, resource, subprocess, sys, time
 start = time.perf_counter()
@@ -31,27 +30,27 @@ print(1e3 * seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e
 
 
 def medians_ms(
-    calls: dict[str, Callable[[], object]],
+    calls: Mapping[str, Callable[[], object]],
     repeats: int,
     rounds: int = ROUNDS,
     warm_up: int = WARM_UP,
 ) -> dict[str, float]:
-    """The median time of each call in milliseconds; see samples_ms."""
-    found = samples_ms(calls, repeats, rounds, warm_up)
-    return {name: statistics.median(times) for name, times in found.items()}
+    """Return the median time of each call in milliseconds; see samples_ms."""
+    samples = samples_ms(calls, repeats, rounds, warm_up)
+    return {name: statistics.median(times) for name, times in samples.items()}
 
 
 def samples_ms(
-    calls: dict[str, Callable[[], object]],
+    calls: Mapping[str, Callable[[], object]],
     repeats: int,
     rounds: int = ROUNDS,
     warm_up: int = WARM_UP,
 ) -> dict[str, list[float]]:
-    """The times of each call in milliseconds.
+    """Return the times of each call in milliseconds.
 
-    The competitors take turns in rounds, so that both meet the same machine; within a round each
-    runs alone after a warm-up, since the threads of one library spin for a while after its call
-    and would slow the other down.
+    Calls take turns in rounds, so that all meet the same state of the machine. In a round each call
+    repeats alone after a warm-up: the threads of one library spin for a while after a call and would
+    slow the next one.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -66,9 +65,9 @@ def samples_ms(
 
 
 def process(command: Sequence[str], repeats: int) -> tuple[float, float]:
-    """Median wall time in milliseconds and largest peak memory in MB of a whole process.
+    """Return the median wall time in ms and the largest peak memory in MB of a process.
 
-    Raises RuntimeError with its stderr where it fails.
+    Raises RuntimeError with the stderr of a process that fails.
     """
     times, peaks = [], []
     for _ in range(repeats):
@@ -83,7 +82,7 @@ def process(command: Sequence[str], repeats: int) -> tuple[float, float]:
 
 
 def machine() -> str:
-    """Return the processor, its vector units, and the number of its cores that this process may use."""
+    """Return the processor, its vector units and the number of usable cores."""
     facts = [host.cpu_name(), host.vector_units(), f"{host.cores()} cores"]
     return ", ".join(filter(None, facts))
 
@@ -91,14 +90,14 @@ def machine() -> str:
 def publish(
     report: dict[str, Any], render: Callable[[dict[str, Any]], str], out: Path | None
 ) -> None:
-    """Print a report, and write it to `out` as JSON where that is asked for."""
+    """Print a report, and write it as JSON to `out` unless that is None."""
     print(f"{headline(report)}\n\n{render(report)}", flush=True)
     if out is not None:
         storage.write(out, to_json(report, indent=2) + "\n")
 
 
 def headline(report: dict[str, Any]) -> str:
-    """What was measured, on which machine, by which versions."""
+    """Return the model, the machine and the versions of a report."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     model = f"{report['model']}; " if "model" in report else ""
     return f"{model}{report['machine']}; {versions}."

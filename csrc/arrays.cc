@@ -1,5 +1,6 @@
 #include "csrc/arrays.h"
 
+#include <dlpack/dlpack.h>
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -8,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "csrc/dlpack.h"
+#include "csrc/ops.h"
 
 namespace py = pybind11;
 
@@ -62,34 +63,37 @@ TensorView view_cuda(const py::dict& interface) {
 
 char kind_of(uint8_t code) {
   switch (code) {
-    case dlpack::kInt:
+    case kDLInt:
       return 'i';
-    case dlpack::kUInt:
+    case kDLUInt:
       return 'u';
-    case dlpack::kFloat:
+    case kDLFloat:
       return 'f';
-    case dlpack::kComplex:
+    case kDLComplex:
       return 'c';
-    case dlpack::kBool:
+    case kDLBool:
       return 'b';
     default:
-      return 'V';  // what NumPy calls a type that it does not know
+      return 'V';  // NumPy's kind for opaque data
   }
 }
 
-TensorView view_tensor(const dlpack::Tensor& tensor, bool writable) {
+bool is_cuda(int device_type) { return device_type == kDLCUDA || device_type == kDLCUDAManaged; }
+
+// Throws py::type_error with the end of a message that begins "[op] expected NAME".
+TensorView view_tensor(const DLTensor& tensor, bool writable) {
   TensorView view;
-  const auto type = tensor.device.type;
-  if (type == dlpack::kCuda || type == dlpack::kCudaManaged) {
+  const auto type = tensor.device.device_type;
+  if (is_cuda(type)) {
     view.device = Device::kCuda;
-  } else if (type != dlpack::kCpu && type != dlpack::kCudaHost) {
-    throw py::type_error("is on a device of another kind, DLPack's number " + std::to_string(type));
+  } else if (type != kDLCPU && type != kDLCUDAHost) {
+    throw py::type_error("in CPU or CUDA memory, got DLPack device type " + std::to_string(type));
   }
-  if (view.device == Device::kCuda && tensor.device.id != 0) {
-    throw py::type_error("is on GPU " + std::to_string(tensor.device.id) +
-                         ", and only the first is used: set CUDA_VISIBLE_DEVICES");
+  if (view.device == Device::kCuda && tensor.device.device_id != 0) {
+    throw py::type_error("on GPU 0, got GPU " + std::to_string(tensor.device.device_id) +
+                         ": choose a GPU with CUDA_VISIBLE_DEVICES");
   }
-  view.pinned = type == dlpack::kCudaHost;
+  view.pinned = type == kDLCUDAHost;
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   view.writable = writable;
   view.dtype = {tensor.dtype.lanes == 1 ? kind_of(tensor.dtype.code) : 'V', tensor.dtype.bits / 8};
@@ -104,37 +108,38 @@ TensorView view_tensor(const dlpack::Tensor& tensor, bool writable) {
 // https://data-apis.org/array-api/latest/API_specification/generated/array_api.array.__dlpack__.html
 py::object dlpack_capsule(const py::object& object, uintptr_t stream) {
   const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
-  py::dict how;
-  if (device.first == dlpack::kCuda || device.first == dlpack::kCudaManaged) {
-    how["stream"] = stream == 0 ? 1 : stream;  // 1 is the default stream there
+  py::dict arguments;
+  if (is_cuda(device.first)) {
+    arguments["stream"] = stream == 0 ? 1 : stream;  // DLPack numbers the default stream 1
   }
-  const py::object give = object.attr("__dlpack__");
+  const py::object produce = object.attr("__dlpack__");
   try {
-    return give(**how, py::arg("max_version") = py::make_tuple(dlpack::kMajor, 0));
+    return produce(**arguments, py::arg("max_version") = py::make_tuple(DLPACK_MAJOR_VERSION, 0));
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;
   }
-  return give(**how);  // of before its versions
+  return produce(**arguments);  // producer predates DLPack 1.0
 }
 
-// The capsule is not taken over: it is let go of with the view.
+// The capsule is not consumed: the view owns it, and its destructor calls the deleter.
 TensorView view_dlpack(const py::object& object, uintptr_t stream) {
   const py::object capsule = dlpack_capsule(object, stream);
   PyObject* const handle = capsule.ptr();
   TensorView view;
   if (PyCapsule_IsValid(handle, "dltensor_versioned")) {
-    const auto* managed =
-        static_cast<const dlpack::Versioned*>(PyCapsule_GetPointer(handle, "dltensor_versioned"));
-    if (managed->major != dlpack::kMajor) {
-      throw py::type_error("speaks version " + std::to_string(managed->major) + " of DLPack");
+    const auto* managed = static_cast<const DLManagedTensorVersioned*>(
+        PyCapsule_GetPointer(handle, "dltensor_versioned"));
+    if (managed->version.major != DLPACK_MAJOR_VERSION) {
+      throw py::type_error("of DLPack version " + std::to_string(DLPACK_MAJOR_VERSION) +
+                           ", got version " + std::to_string(managed->version.major));
     }
-    view = view_tensor(managed->tensor, (managed->flags & dlpack::kReadOnly) == 0);
+    view = view_tensor(managed->dl_tensor, (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) == 0);
   } else if (PyCapsule_IsValid(handle, "dltensor")) {
     const auto* managed =
-        static_cast<const dlpack::Managed*>(PyCapsule_GetPointer(handle, "dltensor"));
-    view = view_tensor(managed->tensor, true);
+        static_cast<const DLManagedTensor*>(PyCapsule_GetPointer(handle, "dltensor"));
+    view = view_tensor(managed->dl_tensor, true);
   } else {
-    throw py::type_error("gives no DLPack capsule");
+    throw py::type_error("to return a DLPack capsule from __dlpack__, got " + type_name(capsule));
   }
   view.owner = std::make_shared<py::object>(capsule);
   return view;
@@ -149,16 +154,16 @@ TensorView view_of(const char* op, const char* name, const py::object& object, u
   if (py::hasattr(object, "__cuda_array_interface__")) {
     return view_cuda(object.attr("__cuda_array_interface__").cast<py::dict>());
   }
-  const std::string called = "[" + std::string(op) + "] " + name;
+  const std::string expected = "[" + std::string(op) + "] expected " + name + " ";
   if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
     try {
       return view_dlpack(object, stream);
     } catch (const py::type_error& error) {
-      throw py::type_error(called + " " + error.what());
+      throw py::type_error(expected + error.what());
     }
   }
-  throw py::type_error("[" + std::string(op) + "] expected " + name +
-                       " to be a NumPy array, or to have __cuda_array_interface__ or __dlpack__, "
+  throw py::type_error(expected +
+                       "to be a NumPy array, or to have __cuda_array_interface__ or __dlpack__, "
                        "got " +
                        type_name(object));
 }

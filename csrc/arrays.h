@@ -9,16 +9,16 @@
 
 namespace edgeclip {
 
-// The memory of a Python array, without a copy: NumPy's, or a GPU's by __cuda_array_interface__ or
-// DLPack. By DLPack its producer is told the stream that will read it; with the older interface
-// what was queued elsewhere has to be done. Raises TypeError for anything else, naming `op` and
-// `name`.
+// Views the memory of a Python array without a copy: NumPy, __cuda_array_interface__ or DLPack.
+// A DLPack producer synchronizes with `stream`; with __cuda_array_interface__ the caller must have
+// synchronized earlier work on the array. Raises TypeError, naming `op` and `name`, for any other
+// object.
 TensorView view_of(const char* op, const char* name, const pybind11::object& object,
                    uintptr_t stream = 0);
 std::optional<TensorView> optional_view_of(const char* op, const char* name,
                                            const pybind11::object& object, uintptr_t stream = 0);
 
-// Memory, streams, graphs and events: see csrc/device.h.
+// Registers CudaError and the classes of csrc/device.h: memory, streams, graphs and events.
 void bind_device(pybind11::module_& m);
 
 }  // namespace edgeclip

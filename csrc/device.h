@@ -5,8 +5,8 @@
 #include <memory>
 #include <string>
 
-// What a CUDA pipeline is made of, each owned and let go of by one object. Where edgeclip was built
-// without CUDA, or there is no GPU, making one throws std::runtime_error.
+// Owners of CUDA resources; each destructor releases its resource. Constructors and functions throw
+// cuda::Error if CUDA fails, there is no GPU, or edgeclip was built without CUDA.
 namespace edgeclip::cuda {
 
 struct DeviceInfo {
@@ -16,13 +16,13 @@ struct DeviceInfo {
   int minor;
   int64_t memory;  // bytes
   int64_t free_memory;
-  int driver;  // the newest CUDA that the driver knows, as 13000
+  int driver;  // newest CUDA version the driver supports; 13000 is 13.0
 };
 
-// Of the current device.
+// Describes the current device.
 DeviceInfo device_info();
 
-// Device memory, or pinned memory of the host, which the GPU reads and writes where it is. Zero.
+// Zero-initialized device memory, or pinned host memory that the GPU reads and writes in place.
 class Memory {
  public:
   Memory(int64_t bytes, bool pinned);
@@ -40,7 +40,7 @@ class Memory {
   bool pinned_;
 };
 
-// What was queued on a stream while it was captured, to be queued again in one go.
+// An executable CUDA graph: captured work that one launch replays.
 class Graph {
  public:
   explicit Graph(void* executable) : executable_(executable) {}
@@ -62,7 +62,7 @@ class Stream {
   ~Stream();
 
   uintptr_t handle() const { return handle_; }
-  // Between these two the stream only takes notes of what this thread queues.
+  // Between begin_capture and end_capture, work queued by this thread is recorded, not run.
   void begin_capture() const;
   std::unique_ptr<Graph> end_capture() const;
   void abandon_capture() const noexcept;
@@ -71,7 +71,7 @@ class Stream {
   uintptr_t handle_ = 0;
 };
 
-// A point in a stream's work, for timing.
+// A CUDA event, for timing.
 class Event {
  public:
   Event();
@@ -80,17 +80,17 @@ class Event {
   ~Event();
 
   void record(uintptr_t stream) const;
-  // Waits for this one.
+  // Blocks until this event has happened.
   double milliseconds_since(const Event& earlier) const;
 
  private:
   void* event_ = nullptr;
 };
 
-// Waits for all that was queued on a stream.
+// Blocks until all work queued on the stream is done.
 void synchronize(uintptr_t stream);
 
-// Queues a copy between any two of device, pinned and other memory.
+// Queues a copy between any two addresses in device, pinned or pageable memory.
 void copy(void* to, const void* from, int64_t bytes, uintptr_t stream);
 
 }  // namespace edgeclip::cuda

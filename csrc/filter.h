@@ -8,14 +8,16 @@
 #include "csrc/math.h"
 #include "csrc/ops.h"
 
-// The weights of Pillow's 8-bit resampling, for both sides. A fused multiply-add would change the
-// last bit of a weight, and with it a pixel: what includes this is compiled without contraction.
+// Filter weights of Pillow's 8-bit resampling, for the CPU and the GPU. Compile every file that
+// includes this without floating-point contraction: a fused multiply-add would change the last bit
+// of a weight, and thus pixels.
 namespace edgeclip {
 
-inline constexpr int kPrecisionBits = 32 - 8 - 2;  // 8 of the pixel, 2 for the sums' overshoot
+inline constexpr int kPrecisionBits = 32 - 8 - 2;  // 8 bits of pixel, 2 for overshoot of the sums
 inline constexpr int32_t kHalf = 1 << (kPrecisionBits - 1);
 
-// One axis: `input` pixels are resized to `resized`, of which [first, first + count) are wanted.
+// One axis: `input` pixels are resized to `resized`; the output is their crop [first, first +
+// count).
 struct Axis {
   int64_t input;
   int64_t resized;
@@ -23,13 +25,13 @@ struct Axis {
   int64_t count;
 };
 
-// The input pixels [begin, begin + length) that one wanted pixel is made of.
+// Input pixels [begin, begin + length): the support of one output pixel.
 struct Window {
   int64_t begin;
   int64_t length;
 };
 
-// The filter of one axis, wide enough to be antialiased.
+// The filter of one axis, widened for antialiasing when downscaling.
 struct Resampling {
   Resampling(const Axis& axis, Interpolation interpolation)
       : cubic(interpolation == Interpolation::kBicubic),
@@ -66,7 +68,7 @@ EDGECLIP_HD inline double bilinear(double x) {
   return x < 1.0 ? 1.0 - x : 0.0;
 }
 
-// Of the i-th wanted pixel, in input pixels.
+// Returns the center of output pixel i, in input pixels.
 EDGECLIP_HD inline double filter_center(const Resampling& filter, int64_t i) {
   return (static_cast<double>(filter.first + i) + 0.5) * filter.scale;
 }
@@ -79,7 +81,7 @@ EDGECLIP_HD inline Window filter_window(const Resampling& filter, int64_t i) {
   return {clipped, (end < filter.input ? end : filter.input) - clipped};
 }
 
-// Of the input pixel x, before the weights of a window are divided by their sum.
+// Returns the weight of input pixel x before normalization by the sum over its window.
 EDGECLIP_HD inline double filter_weight(const Resampling& filter, double center, int64_t x) {
   const double distance = (static_cast<double>(x) - center + 0.5) * filter.inverse;
   return filter.cubic ? bicubic(distance) : bilinear(distance);

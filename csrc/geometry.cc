@@ -11,15 +11,15 @@ struct Size {
   int64_t width;
 };
 
-// Python's round(): to the nearest, halves to the even one.
+// Python's round(): to nearest, ties to even.
 int64_t round_half_even(double x) { return static_cast<int64_t>(std::nearbyint(x)); }
 
-// torchvision's Resize(size): the shorter edge becomes `size`, the longer one is truncated.
+// torchvision's Resize(size): the shorter edge becomes `size`; the longer edge is rounded down.
 int64_t longer_edge(int64_t size, int64_t longer, int64_t shorter) {
   return static_cast<int64_t>(static_cast<double>(size * longer) / static_cast<double>(shorter));
 }
 
-// The sizes to which open_clip's image_transform(is_train=False) resizes, before crop and padding.
+// Returns the size before crop and padding, as in open_clip's image_transform(is_train=False).
 Size resized(const Size& image, const Size& target, Resize resize) {
   if (resize == Resize::kSquash) return target;
   if (resize == Resize::kShortest && target.height == target.width) {
@@ -32,7 +32,7 @@ Size resized(const Size& image, const Size& target, Resize resize) {
   const double ratio_height = height / target.height, ratio_width = width / target.width;
   const double ratio = resize == Resize::kLongest ? std::max(ratio_height, ratio_width)
                                                   : std::min(ratio_height, ratio_width);
-  // The thinnest images would vanish (and Pillow refuses them): one pixel of them stays.
+  // At least one pixel, since Pillow rejects an empty image.
   return {std::max<int64_t>(round_half_even(height / ratio), 1),
           std::max<int64_t>(round_half_even(width / ratio), 1)};
 }
@@ -43,8 +43,8 @@ Placement place(int64_t input, int64_t resized, int64_t target) {
   return {{input, resized, first, target}, 0};
 }
 
-// This is Pillow's since version 13 (pull request 9549): vertically first where that shrinks the
-// height much more than the width.
+// The order of Pillow 13 and later (pull request 9549): vertical first if the height shrinks much
+// more than the width.
 bool vertically_first(const Size& image, const Size& scaled) {
   const int64_t shorter = image.height - scaled.height, narrower = image.width - scaled.width;
   return shorter > 0 && shorter > 2 * narrower;

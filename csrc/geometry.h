@@ -8,20 +8,20 @@
 
 namespace edgeclip {
 
-// An axis of the image and where the wanted pixels go: target[pad, pad + count).
+// An axis of the image; its output pixels go to target[pad, pad + count).
 struct Placement {
   Axis axis;
   int64_t pad;
 };
 
-// How an image is resized, cropped and padded to a target.
+// Resize, crop and padding of an image to its target size.
 struct Geometry {
   Placement rows;
   Placement columns;
-  bool vertically_first;  // each pass rounds to whole pixels, so their order shows
+  bool vertically_first;  // each pass rounds to whole pixels, so the order changes the result
 };
 
-// As open_clip's image_transform(is_train=False) and Pillow have it.
+// Follows open_clip's image_transform(is_train=False) for the sizes, and Pillow for the pass order.
 Geometry make_geometry(const TensorView& image, const TensorView& out, Resize resize);
 
 }  // namespace edgeclip

@@ -12,20 +12,20 @@
 
 namespace edgeclip {
 
-// Below this sine a float32 embedding does not determine the plane it spans with the null text
-// (rounding alone turns it by 1e-7), so there is no tangent to follow.
+// Smallest sine between an embedding and the null text at which purification moves the embedding.
+// Below it float32 rounding (a turn of 1e-7) blurs the plane of the two, so no tangent is defined.
 inline constexpr double kMinSine = 1e-5;
 
-// u_N = a u_0 + b t, for unit vectors u_0 and t.
+// Coefficients of the purified unit vector: u_N = a u_0 + b t, for unit vectors u_0 and t.
 struct PlaneRotation {
   double a = 1.0;
   double b = 0.0;
 };
 
-// CLIPure-Cos (Zhang et al., ICLR 2025, arXiv 2502.18176) without the embedding. Every step
-// u <- (u + eta w) / sqrt(1 + eta^2), with w the unit tangent at u towards the null text t, turns u
-// by atan(eta) within the plane of u_0 and t. There u is two numbers: its cosine to t, and its
-// signed sine, positive on the side where u_0 lies.
+// CLIPure-Cos (Zhang et al., ICLR 2025, arXiv 2502.18176), computed from the cosine of u_0 and t.
+// Each step u <- (u + eta w) / sqrt(1 + eta^2), with w the unit tangent at u towards the null text
+// t, rotates u by atan(eta) within the plane of u_0 and t. In that plane u has two coordinates: its
+// cosine to t, and its signed sine, positive on the side of u_0.
 EDGECLIP_HD inline PlaneRotation rotate_towards_null_text(double cosine, int64_t steps,
                                                           double step_size) {
   const double initial_sine = std::sqrt(std::fmax(0.0, (1.0 - cosine) * (1.0 + cosine)));

@@ -12,8 +12,20 @@ namespace {
 
 constexpr int64_t kAny = -1;
 
-[[noreturn]] void fail(const char* op, const std::string& what) {
-  throw std::invalid_argument("[" + std::string(op) + "] " + what);
+[[noreturn]] void fail(const char* op, const std::string& message) {
+  throw std::invalid_argument("[" + std::string(op) + "] " + message);
+}
+
+// Returns the enumerator whose name is at the same position in `names`.
+template <typename Enum, size_t kCount>
+Enum parse_enum(const char* option, const std::array<const char*, kCount>& names,
+                const std::string& name) {
+  std::string choices;
+  for (size_t i = 0; i < kCount; ++i) {
+    if (name == names[i]) return static_cast<Enum>(i);
+    choices += std::string(i == 0 ? "'" : i + 1 < kCount ? ", '" : " or '") + names[i] + "'";
+  }
+  fail("preprocess", "expected " + std::string(option) + " " + choices + ", got '" + name + "'");
 }
 
 std::string tuple(const std::vector<std::string>& items) {
@@ -28,7 +40,7 @@ std::string tuple(const std::vector<int64_t>& shape) {
   return tuple(items);
 }
 
-// As NumPy has it: an array without elements is contiguous, whatever its strides.
+// As in NumPy, an array without elements is contiguous whatever its strides.
 bool is_contiguous(const TensorView& view) {
   if (std::count(view.shape.begin(), view.shape.end(), 0) > 0) return true;
   int64_t expected = view.dtype.bytes;
@@ -43,7 +55,8 @@ bool is_aligned(const TensorView& view) {
   return reinterpret_cast<uintptr_t>(view.data) % static_cast<uintptr_t>(view.dtype.bytes) == 0;
 }
 
-// What an argument has to be. A size of kAny is shown by its name ("N") and matches everything.
+// Expected shape and dtype of an argument. A size of kAny matches any size; messages show its
+// letter.
 struct Expected {
   const char* name;
   std::vector<int64_t> shape;
@@ -60,11 +73,11 @@ struct Expected {
 };
 
 void check_shape(const char* op, const TensorView& view, const Expected& expected) {
-  bool fits = view.dtype == expected.dtype && view.shape.size() == expected.shape.size();
-  for (size_t i = 0; fits && i < view.shape.size(); ++i) {
-    fits = expected.shape[i] == kAny || expected.shape[i] == view.shape[i];
+  bool matches = view.dtype == expected.dtype && view.shape.size() == expected.shape.size();
+  for (size_t i = 0; matches && i < view.shape.size(); ++i) {
+    matches = expected.shape[i] == kAny || expected.shape[i] == view.shape[i];
   }
-  if (!fits) {
+  if (!matches) {
     fail(op,
          "expected " + expected.text() + ", got " + tuple(view.shape) + " " + view.dtype.name());
   }
@@ -77,7 +90,7 @@ void check_dense(const char* op, const TensorView& view, const Expected& expecte
     fail(op, "expected " + name + " to be C-contiguous, got strides " + tuple(view.strides) +
                  " for shape " + tuple(view.shape));
   }
-  if (!is_aligned(view)) fail(op, "expected " + name + " to be aligned to its elements");
+  if (!is_aligned(view)) fail(op, "expected " + name + " to be aligned to its element size");
 }
 
 void check_writable(const char* op, const TensorView& view, const char* name) {
@@ -92,13 +105,13 @@ void check_device(const char* op, const TensorView& view, const char* name, Devi
   }
 }
 
-// float16 is for the GPU only.
+// Returns the dtype to expect: float16 is supported on the GPU only.
 DType float_type(const TensorView& view) {
   return view.device == Device::kCuda && view.dtype == kFloat16 ? kFloat16 : kFloat32;
 }
 
 void check_output(const char* op, const TensorView& view, const Expected& expected, Device device) {
-  // Without the kernels there is a better message than that an output was not given.
+  // Without CUDA support, let the operation itself report that.
   if (device == Device::kCuda && !cuda::built()) return;
   check_device(op, view, expected.name, device);
   check_dense(op, view, expected);
@@ -128,7 +141,7 @@ void check_normalization(const PreprocessOptions& options) {
     }
   }
   for (float value : options.std) {
-    if (value == 0) fail(op, "expected std other than 0");
+    if (value == 0) fail(op, "expected nonzero std");
   }
 }
 
@@ -182,16 +195,11 @@ std::string DType::name() const {
 }
 
 Resize parse_resize(const std::string& name) {
-  if (name == "shortest") return Resize::kShortest;
-  if (name == "longest") return Resize::kLongest;
-  if (name == "squash") return Resize::kSquash;
-  fail("preprocess", "expected resize 'shortest', 'longest' or 'squash', got '" + name + "'");
+  return parse_enum<Resize>("resize", kResizeNames, name);
 }
 
 Interpolation parse_interpolation(const std::string& name) {
-  if (name == "bicubic") return Interpolation::kBicubic;
-  if (name == "bilinear") return Interpolation::kBilinear;
-  fail("preprocess", "expected interpolation 'bicubic' or 'bilinear', got '" + name + "'");
+  return parse_enum<Interpolation>("interpolation", kInterpolationNames, name);
 }
 
 void preprocess(const TensorView& image, const TensorView& out, const PreprocessOptions& options,
@@ -226,7 +234,7 @@ void purify_cos(const TensorView& embeddings, const TensorView& null_text, const
   cpu::purify_cos(embeddings, null_text, out, options);
 }
 
-// The gradients come from ONNX Runtime, in host memory, and so does this run there.
+// CPU only: the gradients come from ONNX Runtime in host memory.
 std::array<int64_t, 2> check_polar_step(const TensorView& embeddings, const TensorView& gradients,
                                         double step_size) {
   const char* op = "polar_step";

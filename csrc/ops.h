@@ -12,7 +12,7 @@ namespace edgeclip {
 
 enum class Device { kCpu, kCuda };
 
-// NumPy's kind character and the size of one element: float32 is {'f', 4}.
+// NumPy's kind character and item size: float32 is {'f', 4}.
 struct DType {
   char kind;
   int bytes;
@@ -29,7 +29,7 @@ inline constexpr DType kInt32{'i', 4};
 inline constexpr DType kFloat16{'f', 2};
 inline constexpr DType kFloat32{'f', 4};
 
-// Memory that somebody else has. Strides are in bytes and may be negative or zero.
+// Non-owning view of a tensor's memory. Strides are in bytes and may be negative or zero.
 struct TensorView {
   void* data = nullptr;
   DType dtype = kFloat32;
@@ -37,8 +37,8 @@ struct TensorView {
   std::vector<int64_t> strides;
   Device device = Device::kCpu;
   bool writable = false;
-  bool pinned = false;                    // the CPU's, but the GPU reads and writes it as well
-  std::shared_ptr<void> owner = nullptr;  // lets go of the memory with the view
+  bool pinned = false;                    // host memory that the GPU reads and writes too
+  std::shared_ptr<void> owner = nullptr;  // keeps a DLPack capsule alive as long as the view
 
   template <typename T>
   T* as() const {
@@ -49,7 +49,11 @@ struct TensorView {
 enum class Resize { kShortest, kLongest, kSquash };
 enum class Interpolation { kBicubic, kBilinear };
 
-// Throw std::invalid_argument for a name that is not known.
+// Names of the enumerators, in their order.
+inline constexpr std::array<const char*, 3> kResizeNames{"shortest", "longest", "squash"};
+inline constexpr std::array<const char*, 2> kInterpolationNames{"bicubic", "bilinear"};
+
+// Throw std::invalid_argument for an unknown name.
 Resize parse_resize(const std::string& name);
 Interpolation parse_interpolation(const std::string& name);
 
@@ -59,7 +63,7 @@ struct PreprocessOptions {
   Resize resize = Resize::kShortest;
   Interpolation interpolation = Interpolation::kBicubic;
   int64_t fill = 0;
-  int64_t threads = 0;  // 0: as many as the work deserves
+  int64_t threads = 0;  // 0: chosen from the amount of work
 };
 
 struct PurifyOptions {
@@ -94,13 +98,13 @@ struct ClassifySizes {
   int64_t top_k;
 };
 
-// Of CUDA tensors only: where the work is queued, without waiting for it, and scratch memory.
+// Options for CUDA tensors: the stream on which work is queued (not awaited), and scratch memory.
 struct CudaOptions {
   uintptr_t stream = 0;  // a cudaStream_t
   std::optional<TensorView> workspace;
 };
 
-// Every operation checks its arguments (std::invalid_argument) and then runs where its tensors are.
+// Each operation checks its arguments (std::invalid_argument), then runs on its tensors' device.
 void preprocess(const TensorView& image, const TensorView& out, const PreprocessOptions& options,
                 const CudaOptions& cuda = {});
 
@@ -113,15 +117,15 @@ void polar_step(const TensorView& embeddings, const TensorView& gradients, const
 void classify(const ClassifyInputs& inputs, const ClassifyOutputs& outputs,
               const ClassifyOptions& options, const CudaOptions& cuda = {});
 
-// The checks on their own, for callers that must know the sizes to allocate the outputs.
+// Checks without the operation, for callers that allocate the outputs; they return the sizes.
 std::array<int64_t, 2> check_purify_cos(const TensorView& embeddings, const TensorView& null_text,
                                         const PurifyOptions& options);
 std::array<int64_t, 2> check_polar_step(const TensorView& embeddings, const TensorView& gradients,
                                         double step_size);
 ClassifySizes check_classify(const ClassifyInputs& inputs, const ClassifyOptions& options);
 
-// How many bytes of workspace the CUDA operations need. For `preprocess` the tensors' shapes are
-// enough.
+// Return the bytes of workspace that a CUDA operation needs. `preprocess_workspace` never accesses
+// the memory of its tensors.
 int64_t preprocess_workspace(const TensorView& image, const TensorView& out,
                              const PreprocessOptions& options);
 int64_t classify_workspace(int64_t samples, int64_t classes);

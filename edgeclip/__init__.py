@@ -2,13 +2,13 @@
 
 import os
 
-# ONNX Runtime reads it when it is imported, which happens after this in all of edgeclip.
+# ONNX Runtime reads the variable on import, and edgeclip imports it later than this.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 try:
     from edgeclip._core import __version__
 except ImportError as err:
-    if "_core" not in str(err):
+    if err.name != "edgeclip._core":
         raise
     raise ImportError(
         "edgeclip's compiled core is missing: in a checkout, run `make build` "

@@ -1,4 +1,4 @@
-"""`python -m edgeclip` is the command `edgeclip`."""
+"""Entry point of `python -m edgeclip`, the same as the command `edgeclip`."""
 
 import sys
 

@@ -1,5 +1,5 @@
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar, overload
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,13 @@ _Probabilities = TypeVar("_Probabilities", bound=_CudaArray)
 _Logits = TypeVar("_Logits", bound=_CudaArray)
 
 __version__: str
+# Smallest sine between an embedding and the null text at which purification moves the embedding.
+MIN_SINE: Final[float]
+# Values of `resize` and `interpolation`.
+RESIZES: Final[tuple[str, ...]]
+INTERPOLATIONS: Final[tuple[str, ...]]
+
+class CudaError(RuntimeError): ...
 
 @overload
 def preprocess(

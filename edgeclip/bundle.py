@@ -1,7 +1,8 @@
-"""The bundle: a directory that holds everything a device needs, and nothing that is ever unpickled.
+"""The bundle: a directory with everything a device needs, and no pickles.
 
-manifest.json                     what the model is, how to feed it, and every file's sha256
-image_encoder.<precision>.onnx    pixels (N, 3, H, W) float32 -> embedding (N, D) [, tokens]
+manifest.json                     description of the model, its input, and the sha256 of every file
+image_encoder.<precision>.onnx    pixels (N, 3, H, W) float32 -> embedding (N, D)
+image_tokens.<precision>.onnx     ViTs only: pixels -> tokens (N, T, D), with the encoder's weights
 text_encoder.<precision>.onnx     ids (N, L) int64 -> embedding (N, D)
 tokenizer.json                    for the tokenizers library
 embeddings.safetensors            null_text (D,): the unit embedding of "no class in particular"
@@ -38,10 +39,10 @@ GOLDEN = "golden.npz"
 
 
 class Bundle:
-    """A bundle that was opened. Every file is checked against its sha256 when it is first used.
+    """An open bundle. Every file is checked against its sha256 on first use.
 
-    Raises BundleError where the directory is no bundle, a file is missing or altered, or the
-    schema version is not known.
+    Raises BundleError if the directory is not a bundle, a file is missing or altered, or the schema
+    version is unknown.
     """
 
     def __init__(self, path: str | PathLike[str] | None = None) -> None:
@@ -60,27 +61,26 @@ class Bundle:
             self.manifest = Manifest.from_json(text)
         except BundleError as err:
             raise BundleError(f"{manifest}: {err}") from err
-        for name in self._needed():
+        for name in self._required_files():
             if name not in self.manifest.files:
                 raise BundleError(f"{manifest}: no sha256 for {name}")
         for name in self.manifest.files:
             if not (self.path / name).is_file():
                 raise BundleError(f"{self.path / name} is missing: copy the bundle again")
-        self.digest = hashlib.sha256(raw).hexdigest()  # of the manifest, and so of every file
+        self.digest = hashlib.sha256(raw).hexdigest()  # covers every file, by its sha256
         self._checked: set[str] = set()
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r})"
 
-    def _needed(self) -> list[str]:
-        variants = self.manifest.precisions.values()
-        encoders = [name for v in variants for name in (v.image_encoder, v.text_encoder)]
+    def _required_files(self) -> list[str]:
+        graphs = [name for v in self.manifest.precisions.values() for name in v.graphs()]
         prior = self.manifest.prior
-        return [*encoders, TOKENIZER, EMBEDDINGS, GOLDEN, *([prior.file] if prior else [])]
+        return [*graphs, TOKENIZER, EMBEDDINGS, GOLDEN, *([prior.file] if prior else [])]
 
     def file(self, name: str) -> Path:
-        """The path of one of the bundle's files, once its contents are known to be intact."""
+        """Return the path of a file after checking its sha256. Raises BundleError."""
         path = self.path / name
         with self._lock:
             if name not in self._checked:
@@ -90,10 +90,10 @@ class Bundle:
 
     def _check(self, name: str, path: Path) -> None:
         try:
-            found = sha256(path)
+            digest = sha256(path)
         except OSError as err:
             raise BundleError(f"{path} cannot be read: {err.strerror}") from err
-        if found != self.manifest.files[name]:
+        if digest != self.manifest.files[name]:
             raise BundleError(
                 f"{path} was altered: its sha256 is not the manifest's; copy it again"
             )
@@ -103,33 +103,39 @@ class Bundle:
         return [self.path / name for name in (MANIFEST, *self.manifest.files)]
 
     def encoder(self, kind: str, precision: str) -> Path:
-        """The ONNX file of the `image_encoder` or `text_encoder`."""
-        return self.graph(getattr(self.manifest.precisions[precision], kind))
+        """Return the ONNX file of the `image_encoder`, `image_tokens` or `text_encoder`."""
+        variant = self.manifest.precisions[precision]
+        owner = variant.image_encoder if kind == "image_tokens" else None
+        return self.graph(getattr(variant, kind), owner)
 
-    def graph(self, name: str) -> Path:
-        """An ONNX file, with its external data checked: FILE.data of the bundle, and no other file."""
-        path, data = self.file(name), f"{name}.data"
+    def graph(self, name: str, owner: str | None = None) -> Path:
+        """Return an ONNX file after checking it and its external data, OWNER.data of the bundle.
+
+        owner: the graph that owns the weights; None: the graph itself. Raises BundleError, also if the
+        file refers to any other file.
+        """
+        path, data = self.file(name), f"{owner or name}.data"
         try:
-            found = locations(path)
+            external = locations(path)
         except (OSError, ValueError) as err:
-            raise BundleError(f"{path} is no ONNX file: {err}") from err
-        if found - {data} or (found and data not in self.manifest.files):
+            raise BundleError(f"{path} is not an ONNX file: {err}") from err
+        if external - {data} or (external and data not in self.manifest.files):
             raise BundleError(
-                f"{path} has weights in {', '.join(sorted(found))}: a bundle has them in {data}, "
+                f"{path} has weights in {', '.join(sorted(external))}: a bundle has them in {data}, "
                 "with its sha256; export it again"
             )
-        if found:
+        if external:
             self.file(data)
         return path
 
     def verify(self) -> None:
-        """Check every file. Raises BundleError that names the first one that is not intact."""
+        """Check every file. Raises BundleError for the first that is missing or altered."""
         for name in self.manifest.files:
             self.file(name)
 
     @cached_property
     def null_text(self) -> NDArray[np.float32]:
-        """The unit null-text embedding, float32 (D,)."""
+        """Unit null-text embedding, float32 (D,)."""
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
@@ -144,7 +150,7 @@ class Bundle:
         return vector
 
     def golden(self) -> dict[str, NDArray[Any]]:
-        """The golden input and outputs, by name: see edgeclip.backends.golden_values."""
+        """Return the golden input and outputs by name; see `edgeclip.backends.golden_values`."""
         path = self.file(GOLDEN)
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:

@@ -1,16 +1,16 @@
-"""What can go wrong outside the caller's code. Wrong arguments are ValueError and TypeError."""
+"""Errors of files, devices and input. Wrong arguments raise ValueError and TypeError."""
 
 
 class EdgeclipError(Exception):
-    """Base class; its message is one line that says what to do."""
+    """Base class of all errors; the message is one line that says what to do."""
 
 
 class BundleError(EdgeclipError):
-    """A bundle that is missing, incomplete, altered, or of another schema version."""
+    """A bundle that is missing, incomplete, altered, or of an unknown schema version."""
 
 
 class ImageError(EdgeclipError):
-    """An image that cannot be read, or that is larger than the limit."""
+    """An image that cannot be read, or exceeds the size limit."""
 
 
 class LabelError(EdgeclipError, ValueError):

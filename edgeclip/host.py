@@ -1,7 +1,8 @@
 """Facts about this machine: usable cores, processor, GPU, and a Jetson's power mode and temperature.
 
-They are read from Linux's files, or asked of NVIDIA's own tools where these are installed; a fact that
-cannot be had is left out. `root` stands for `/` in the tests.
+They come from Linux's files and, if installed, NVIDIA's tools; an unknown fact is left out. The files
+are read directly: psutil has neither the quotas of control groups nor instruction sets nor boards.
+`root` replaces `/` in tests.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path("/")
-# Instruction sets that decide which kernels ONNX Runtime and the core run, as /proc/cpuinfo spells them.
+# Instruction sets that select kernels of ONNX Runtime and the core, as spelled in /proc/cpuinfo.
 INSTRUCTIONS = (
     "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx_vnni_int8",
     "avx512_bf16", "amx_int8", "amx_bf16",
     "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2",
 )  # fmt: skip
 VNNI = {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
-PATIENCE = 10  # seconds for a tool to answer
-BUSY = 0.5  # the load for each core from which a measurement is in doubt
+TOOL_TIMEOUT = 10  # seconds
+BUSY = 0.5  # load per core above which a measurement is in doubt
 
 
 def cores(root: Path = ROOT) -> int:
-    """Return how many threads this process can keep running: the least of affinity and CPU quota.
+    """Return how many threads this process can keep running: the minimum of affinity and CPU quota.
 
-    A quota (cgroup v1 or v2, as containers set it) of a fraction of a core counts as one core, and
-    a fraction above a whole number is dropped: threads that spin would spend it waiting.
+    A quota (cgroup v1 or v2, as containers set it) is rounded down, to at least one core: spinning
+    threads would waste a fraction of a core.
     """
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
@@ -49,7 +50,7 @@ def _quotas(root: Path) -> list[float]:
         mounts = [controllers, "cpu"] if controllers else ["", "unified"]
         for mount in dict.fromkeys(mounts):
             top = root / "sys/fs/cgroup" / mount
-            # In a container the path may be the host's, of which only the top can be seen.
+            # In a container the path may be the host's, and only the top folder exists here.
             for folder in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
                 quotas += _quota(folder)
                 if folder == top:
@@ -58,7 +59,7 @@ def _quotas(root: Path) -> list[float]:
 
 
 def _quota(folder: Path) -> list[float]:
-    """Return the CPU quota that a control group sets, in cores, if it sets one."""
+    """Return the CPU quota of a control group, in cores; empty if it has none."""
     if limit := _read(folder / "cpu.max"):
         quota, _, period = limit.partition(" ")
     else:
@@ -70,9 +71,9 @@ def _quota(folder: Path) -> list[float]:
 
 
 def processor(root: Path = ROOT) -> str:
-    """Return the architecture, the processor's name and its instruction sets, in one line.
+    """Return the architecture, the processor's name and its instruction sets in one line.
 
-    Two machines with equal lines run the same kernels.
+    Machines with equal lines run the same kernels.
     """
     return " ".join([platform.machine(), cpu_name(root), *instructions(root)])
 
@@ -85,72 +86,72 @@ def cpu_name(root: Path = ROOT) -> str:
 
 
 def instructions(root: Path = ROOT) -> list[str]:
-    """Return those of INSTRUCTIONS that the processor has."""
+    """Return the processor's instruction sets, in the order of INSTRUCTIONS."""
     info = root / "proc/cpuinfo"
     known = set((_entry(info, "flags") or _entry(info, "Features")).split())
     return [name for name in INSTRUCTIONS if name in known]
 
 
 def vector_units(root: Path = ROOT) -> str:
-    """Describe what speeds integer products up on x86-64, such as "AVX2, no VNNI"; "" elsewhere."""
+    """Name the x86-64 instructions for integer products, such as "AVX2, no VNNI"; "" elsewhere."""
     known = set(instructions(root))
     width = "AVX-512" if "avx512f" in known else "AVX2" if "avx2" in known else ""
     return width and f"{width}, {'VNNI' if known & VNNI else 'no VNNI'}"
 
 
 def describe(root: Path = ROOT) -> dict[str, Any]:
-    """Return the facts known here, in words; megabytes, megahertz and degrees Celsius."""
+    """Return all known facts by name; units are megabytes, megahertz and degrees Celsius."""
     facts = {
         "board": _read(root / "proc/device-tree/model").rstrip("\0"),
         "cpu": cpu_name(root),
         "instructions": vector_units(root),
         "cores": cores(root),
-        "memory MB": _megabytes(_entry(root / "proc/meminfo", "MemTotal")),
+        "memory_mb": _megabytes(_entry(root / "proc/meminfo", "MemTotal")),
         "system": f"{platform.platform()}, Python {platform.python_version()}",
         "gpu": gpu(),
-        "power mode": " ".join(_said(["nvpmodel", "-q"]).split()),
-        "gpu clock MHz": _gpu_clock(root),
+        "power_mode": " ".join(_tool_output(["nvpmodel", "-q"]).split()),
+        "gpu_clock_mhz": _gpu_clock(root),
         "temperature": temperature(root),
     }
     return {key: value for key, value in facts.items() if value not in ("", None)}
 
 
 def memory_mb(root: Path = ROOT) -> dict[str, int]:
-    """What this process has in memory, `resident`, and the most that it had, `peak`."""
+    """Return the `resident` and `peak` memory of this process, in megabytes."""
     status = root / "proc/self/status"
-    found = {
+    sizes = {
         name: _megabytes(_entry(status, key))
         for name, key in (("resident", "VmRSS"), ("peak", "VmHWM"))
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def trim_memory() -> None:
-    """Return freed memory to the system, which glibc keeps; nothing with another C library."""
+    """Return freed memory to the system, which glibc keeps; does nothing with another C library."""
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def gpu() -> str:
-    """Return the first GPU's name and its driver's version, "" where nvidia-smi does not know one."""
+    """Return the first GPU's name and driver version; "" if nvidia-smi finds none."""
     return _nvidia_smi("name,driver_version")
 
 
 def gpu_memory_mb() -> float | None:
-    """What all processes together use of the first GPU. None on a Jetson: its memory is the CPU's."""
+    """Return the first GPU's memory used by all processes; None on a Jetson, which shares the CPU's."""
     used = _nvidia_smi("memory.used")
     return float(used.split()[0]) if used[:1].isdecimal() else None
 
 
 def temperature(root: Path = ROOT) -> float | None:
-    """Of the hottest zone."""
-    found = [_degrees(zone / "temp") for zone in _zones(root)]
-    return max((value for value in found if value is not None), default=None)
+    """Return the temperature of the hottest zone, in degrees Celsius; None if unknown."""
+    temperatures = [_degrees(zone / "temp") for zone in _zones(root)]
+    return max((degrees for degrees in temperatures if degrees is not None), default=None)
 
 
 def hot(root: Path = ROOT) -> list[str]:
-    """The zones that are so hot that the machine slows itself down, each as a warning."""
-    found = []
+    """Return a warning for each zone that is hot enough for the machine to slow down."""
+    warnings = []
     for zone in _zones(root):
         now = _degrees(zone / "temp")
         trips = [
@@ -161,12 +162,12 @@ def hot(root: Path = ROOT) -> list[str]:
         ]
         if now is not None and trips and now >= min(trips):
             name = _read(zone / "type")
-            found.append(f"{name} is at {now:g} degrees, and slows down from {min(trips):g}")
-    return found
+            warnings.append(f"{name} is at {now:g} degrees, and slows down from {min(trips):g}")
+    return warnings
 
 
 def busy(root: Path = ROOT) -> list[str]:
-    """A warning where other work takes the time that is to be measured."""
+    """Return a warning if other work would slow a measurement down."""
     load = _read(root / "proc/loadavg").split()
     if load and float(load[0]) > BUSY * cores(root):
         return [f"the load is {load[0]} on {cores(root)} cores: other work slows this down"]
@@ -174,7 +175,7 @@ def busy(root: Path = ROOT) -> list[str]:
 
 
 def _gpu_clock(root: Path) -> str:
-    """As `jetson_clocks` locks it, with the range where it does not. A Jetson's only."""
+    """Return the clock of a Jetson's GPU: locked (by jetson_clocks), or with its range."""
     for folder in sorted(root.glob("sys/class/devfreq/*")):
         if "gpu" in folder.name or folder.name.endswith((".gv11b", ".ga10b")):
             hertz = [_read(folder / f"{name}_freq") for name in ("min", "cur", "max")]
@@ -196,12 +197,12 @@ def _degrees(path: Path) -> float | None:
 def _read(path: Path) -> str:
     try:
         return path.read_text(errors="replace").strip()
-    except OSError:  # some zones of a Jetson refuse to be read
+    except OSError:  # a missing file, or an unreadable zone of a Jetson
         return ""
 
 
 def _entry(path: Path, name: str) -> str:
-    """Return the value of the first line `name: value`, reading no further: cpuinfo may be long."""
+    """Return the value of the first line `name: value`. Reads no further: cpuinfo may be long."""
     try:
         with open(path, errors="replace") as lines:
             for line in lines:
@@ -218,13 +219,15 @@ def _megabytes(text: str) -> int | None:
 
 
 def _nvidia_smi(fields: str) -> str:
-    lines = _said(["nvidia-smi", "-i", "0", f"--query-gpu={fields}", "--format=csv,noheader"])
+    lines = _tool_output(
+        ["nvidia-smi", "-i", "0", f"--query-gpu={fields}", "--format=csv,noheader"]
+    )
     return lines.partition("\n")[0].strip()
 
 
-def _said(command: list[str]) -> str:
+def _tool_output(command: list[str]) -> str:
     """Return a tool's stdout, or "" if the tool is missing, fails or times out."""
-    import shutil  # with subprocess 10 ms, which the start of a classification does not have
+    import shutil  # here: with subprocess it takes 10 ms, which would delay every start
     import subprocess
 
     if shutil.which(command[0]) is None:
@@ -235,7 +238,7 @@ def _said(command: list[str]) -> str:
             check=True,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=TOOL_TIMEOUT,
             env=os.environ | {"LC_ALL": "C"},
         )
     except (OSError, subprocess.SubprocessError):

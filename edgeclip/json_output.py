@@ -1,4 +1,4 @@
-"""JSON that any parser reads: UTF-8 whatever the locale, and no NaN."""
+"""JSON output for any parser: UTF-8 in every locale, and no NaN."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, TextIO
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Return a value as JSON, readable text that UTF-8 can encode.
+    """Return a value as JSON text that UTF-8 can encode.
 
-    A number that is not finite becomes null. What was no valid text, such as the byte 0xff in a
-    file's name, becomes the escape of the surrogate that Python holds it as, such as `\\udcff`.
+    A number that is not finite becomes null. An undecodable byte, such as 0xff in a file name,
+    becomes the escape of Python's surrogate for it, such as `\\udcff`.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
@@ -23,6 +23,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 
 def _finite(value: Any) -> Any:
+    """Replace numbers that are not finite by None."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -31,12 +32,12 @@ def _finite(value: Any) -> Any:
 
 
 def show_json(value: Any, indent: int | None = None, out: TextIO | None = None) -> None:
-    """Print a value as JSON, by default on stdout; other programs see it at once."""
+    """Print a value as JSON and flush, by default on stdout."""
     print(to_json(value, indent), file=as_utf8(out or sys.stdout), flush=True)
 
 
 def as_utf8(stream: TextIO) -> TextIO:
-    """Return the stream, set to UTF-8: what a machine reads does not depend on the locale."""
+    """Set a stream to UTF-8, whatever the locale, and return it."""
     if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     return stream

@@ -1,4 +1,4 @@
-"""Labels in plain words: label files, prompt templates, and their text embeddings."""
+"""Labels: label files, prompt templates, and sets of labels with their text embeddings."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from edgeclip.errors import LabelError
 
 STDIN = "-"
 LINE_END = re.compile("\r\n|\r|\n")
-MARK = re.compile(r"(?<!\\)(\\*)([#|])")  # with the backslashes in front of it
-CONTROL = re.compile(r"[\x00-\x08\n-\x1f\x7f-\x9f]")  # all control characters but the tab
+MARK = re.compile(r"(?<!\\)(\\*)([#|])")  # with the backslashes before it
+CONTROL = re.compile(r"[\x00-\x08\n-\x1f\x7f-\x9f]")  # all control characters except the tab
 
 
 @dataclass(frozen=True)
 class Label:
-    """A class: its name, and prompts of its own, which replace the templates.
+    """A class name, with optional prompts that replace the templates.
 
-    In its own prompts, as in a template, `{}` stands for the name.
+    `{}` in a prompt stands for the name, as in a template.
     """
 
     name: str
     prompts: tuple[str, ...] = ()
 
     def worded(self, templates: Sequence[str]) -> list[str]:
-        """Return the prompts whose mean embedding stands for this class."""
+        """Return the prompts of this class, whose mean is its embedding."""
         return [text.replace("{}", self.name) for text in self.prompts or templates]
 
 
 @dataclass(frozen=True, eq=False)
 class LabelSet:
-    """Labels with their text embeddings, ready to classify with, on the bundle that made them."""
+    """Labels with their text embeddings, for the bundle that made them."""
 
     names: tuple[str, ...]
     embeddings: NDArray[np.float32]  # (K, D), unit rows
@@ -56,6 +56,19 @@ class LabelSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    @classmethod
+    def random(
+        cls, count: int, null_text: NDArray[np.float32], encoder: str = "", *, seed: int = 0
+    ) -> LabelSet:
+        """Return `count` random unit embeddings as labels, for measurements and checks.
+
+        null_text: the bundle's, float32 (D,). encoder: Runtime.text_identity, for use with a Runtime.
+        """
+        shape = count, len(null_text)
+        rows = np.random.default_rng(seed).standard_normal(shape, np.float32)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        return cls(tuple(f"class {i}" for i in range(count)), rows, rows @ null_text, encoder)
+
 
 Labels = LabelSet | Sequence[str | Label]
 
@@ -63,11 +76,11 @@ Labels = LabelSet | Sequence[str | Label]
 def read_labels(path: str | PathLike[str]) -> list[Label]:
     """Read a label file, or standard input for `-`: one class per line.
 
-    `class | prompt one | prompt two` gives a class prompts of its own, where `{}` stands for its
-    name. Blank lines and comment lines, which start with `#`, are ignored. A backslash in front of
-    a `#` or `|` makes it an ordinary character; two stand for one backslash there.
-    Raises LabelError, with the line's number, for a name that is empty, no plain text or a
-    duplicate, and for a file that cannot be read or holds no label.
+    `class | prompt one | prompt two` replaces the templates for a class; `{}` stands for its name.
+    Blank lines and comment lines, which start with `#`, are ignored. A backslash before a `#` or `|`
+    makes it an ordinary character; two backslashes there stand for one.
+    Raises LabelError, with the line number, for a name that is empty, invalid text or a duplicate,
+    and for a file that is unreadable or has no label.
     """
     labels: dict[str, tuple[Label, int]] = {}
     for number, line in _entries(path):
@@ -88,9 +101,9 @@ def read_labels(path: str | PathLike[str]) -> list[Label]:
 
 
 def check_labels(names: Iterable[str | Label]) -> list[Label]:
-    """Make Labels of names.
+    """Convert names to Labels.
 
-    Raises LabelError for no names, and for one that is empty, no plain text or a duplicate.
+    Raises LabelError for no names, and for a name that is empty, invalid text or a duplicate.
     """
     if isinstance(names, str):
         raise TypeError("labels must be a list of names; for a label file use edgeclip.read_labels")
@@ -105,13 +118,13 @@ def check_labels(names: Iterable[str | Label]) -> list[Label]:
     return labels
 
 
-def _check_label(given: str | Label) -> Label:
-    label = given if isinstance(given, Label) else Label(given)
+def _check_label(item: str | Label) -> Label:
+    label = item if isinstance(item, Label) else Label(item)
     if isinstance(label.prompts, str):
         raise TypeError(f"the prompts of a label must be a tuple of texts, got {label.prompts!r}")
     texts = (label.name, *label.prompts)
     if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"labels must be names or Label objects, got {given!r}")
+        raise TypeError(f"labels must be names or Label objects, got {item!r}")
     name, *prompts = (text.strip() for text in texts)
     if not (name and all(prompts)):
         raise LabelError("a label, or one of its prompts, is empty")
@@ -122,11 +135,11 @@ def _check_label(given: str | Label) -> Label:
 
 
 def read_templates(arguments: Iterable[str]) -> list[str]:
-    """Collect templates from arguments: each a template, a file of them, or `-` for standard input.
+    """Collect templates from arguments: each a template, a template file, or `-` for standard input.
 
-    A file has one template per line; blank lines, comments and backslashes are as in a label file.
-    Raises LabelError for an argument that has no `{}` and is no file, and for a file without
-    templates.
+    A file has one template per line, with the blank lines, comments and backslashes of a label file.
+    Raises LabelError for an argument that neither contains `{}` nor is a file, and for a file
+    without templates.
     """
     templates: list[str] = []
     for argument in arguments:
@@ -143,7 +156,7 @@ def read_templates(arguments: Iterable[str]) -> list[str]:
 
 
 def check_templates(templates: Iterable[str], where: str = "templates") -> list[str]:
-    """Raise LabelError for no template, and for one without `{}` or that is no plain text."""
+    """Return the templates as a list. Raises LabelError for none, or one without `{}` or invalid."""
     if isinstance(templates, str):
         raise TypeError(f"{where} must be a list of templates, got {templates!r}")
     templates = list(templates)
@@ -157,10 +170,10 @@ def check_templates(templates: Iterable[str], where: str = "templates") -> list[
 
 
 def read_lines(path: str | PathLike[str]) -> list[str]:
-    """Return the lines of a UTF-8 text file that people write, without their ends.
+    """Return the lines of a UTF-8 text file, without their ends; `-` is standard input.
 
-    `-` is standard input. Lines end with \\n, \\r\\n or \\r alone: str.splitlines would also split
-    at characters that belong to a text. A byte order mark is dropped. Raises LabelError.
+    Lines end with \\n, \\r\\n or \\r alone: str.splitlines would also split at characters that
+    belong to a text. A byte order mark is dropped. Raises LabelError.
     """
     try:
         if os.fspath(path) == STDIN:
@@ -177,14 +190,14 @@ def read_lines(path: str | PathLike[str]) -> list[str]:
 
 
 def _entries(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Yield the lines, with their numbers, that are neither blank nor a comment."""
+    """Yield number and text of the lines that are neither blank nor comments."""
     for number, line in enumerate(map(str.strip, read_lines(path)), 1):
         if line and not line.startswith("#"):
             yield number, line
 
 
 def _fields(line: str) -> list[str]:
-    """Split a line at each `|` that no backslash escapes, and remove the backslashes of escapes."""
+    """Split a line at each unescaped `|`, and unescape its fields."""
     fields, end = [""], 0
     for match in MARK.finditer(line):
         backslashes, mark = match.groups()
@@ -199,19 +212,20 @@ def _fields(line: str) -> list[str]:
 
 
 def _place(path: str | PathLike[str]) -> str:
+    """Return the name of a file in errors."""
     return "stdin" if os.fspath(path) == STDIN else str(path)
 
 
-def _check_text(what: str, text: str) -> None:
-    """Raise LabelError for bytes that are no text, and for control characters but the tab.
+def _check_text(kind: str, text: str) -> None:
+    """Raise LabelError for undecodable bytes, and for control characters except the tab.
 
     Control characters break tables, lists of names and terminals.
     """
     try:
         text.encode()
-    except UnicodeEncodeError as err:  # what the command line held in another encoding
-        raise LabelError(f"{what} {text!r} is not valid text; write it in UTF-8") from err
-    if found := CONTROL.search(text):
+    except UnicodeEncodeError as err:  # a command line in another encoding
+        raise LabelError(f"{kind} {text!r} is not valid text; write it in UTF-8") from err
+    if control := CONTROL.search(text):
         raise LabelError(
-            f"{what} {text!r} has the control character U+{ord(found[0]):04X}; remove it"
+            f"{kind} {text!r} has the control character U+{ord(control[0]):04X}; remove it"
         )

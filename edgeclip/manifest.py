@@ -1,6 +1,9 @@
-"""manifest.json: what a bundle's model is, how to feed it, and every file's sha256.
+"""Schema of manifest.json: a bundle's model, its inputs and outputs, and the sha256 of every file.
 
-The manifest is the one file of a bundle that no hash protects, so each entry is checked.
+No hash protects the manifest itself, so every entry is checked.
+
+Schema 2 has a graph of its own for the patch tokens: `image_tokens` of each precision. In schema 1 the
+image encoder has two outputs, `embedding` and `tokens`. Both schemas are read; schema 2 is written.
 """
 
 from __future__ import annotations
@@ -14,23 +17,22 @@ from pathlib import PurePath
 from typing import Any
 
 from edgeclip import purify
+from edgeclip._core import INTERPOLATIONS, RESIZES
 from edgeclip.errors import BundleError
 from edgeclip.labels import check_templates
+from edgeclip.precisions import PRECISIONS
 from edgeclip.purify import Purifier
 
-SCHEMA_VERSION = 1
-# Of encoders; int8-qdq, for TensorRT, says explicitly where int8 begins and ends (Q/DQ).
-PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq")
-RESIZES = ("shortest", "longest", "squash")  # as open_clip means them
-INTERPOLATIONS = ("bicubic", "bilinear")
-CLEANINGS = ("whitespace", "lower", "canonicalize")  # of texts, before the tokenizer
+SCHEMA_VERSION = 2
+CLEANINGS = ("whitespace", "lower", "canonicalize")  # text cleaning before the tokenizer
 PRIOR_GRADIENTS = ("exact", "forward")
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
+LARGEST_INTEGER = 1 << 63  # JSON integers have no limit; larger ones do not convert to float
 
 
-def _check(condition: bool, what: str, value: object) -> None:
+def _check(condition: bool, requirement: str, value: object) -> None:
     if not condition:
-        raise ValueError(f"{what}, got {value!r}")
+        raise ValueError(f"{requirement}, got {value!r}")
 
 
 def _whole(value: object, low: int, high: int) -> bool:
@@ -38,7 +40,9 @@ def _whole(value: object, low: int, high: int) -> bool:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < LARGEST_INTEGER
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _texts(value: object) -> bool:
@@ -55,14 +59,14 @@ def _table(value: object, kind: type | tuple[type, ...]) -> bool:
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How an image becomes the encoder's input."""
+    """Preprocessing of an image to the encoder's input."""
 
     size: tuple[int, int]  # height, width in pixels
     mean: tuple[float, float, float]  # of pixels in [0, 1]
     std: tuple[float, float, float]
-    resize: str = "shortest"  # shortest, longest or squash, as open_clip means them
+    resize: str = "shortest"  # shortest, longest or squash, as defined by open_clip
     interpolation: str = "bicubic"  # or bilinear
-    fill: int = 0  # border of resize "longest", 0..255
+    fill: int = 0  # border value for resize "longest", 0 to 255
 
     def __post_init__(self) -> None:
         _check(_pair(self.size, 1, 8192), "image size must be height, width in pixels", self.size)
@@ -78,11 +82,11 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """How a prompt becomes the text encoder's input."""
+    """Preprocessing of a prompt to the text encoder's input."""
 
     context_length: int
     clean: str  # lower, whitespace or canonicalize: see edgeclip.text.tokenizer
-    dynamic_length: bool  # ids may be cut at the longest prompt of the batch
+    dynamic_length: bool  # whether ids may be cut at the longest prompt of the batch
     pad_id: int = 0
 
     def __post_init__(self) -> None:
@@ -96,7 +100,7 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class TokenSpec:
-    """The image encoder's `tokens` output (N, prefix + rows * columns, D)."""
+    """Layout of the image tokens (N, prefix + rows * columns, D)."""
 
     grid: tuple[int, int]  # rows, columns of patches
     prefix: int  # class and register tokens before the patches
@@ -108,29 +112,36 @@ class TokenSpec:
 
 @dataclass(frozen=True)
 class Variant:
-    """One precision: its two encoders, and how far they are from the source model."""
+    """Graphs of one precision, and their differences from the source model."""
 
     image_encoder: str
     text_encoder: str
+    # Graph of the tokens, with its weights in the external data of image_encoder; None: no tokens.
+    image_tokens: str | None = None
     parity: Mapping[str, float] = field(default_factory=dict)
-    cpu_ms: float | None = None  # of one image, on the machine that exported; None: not measured
+    cpu_ms: float | None = None  # time of one image on the exporting machine; None: not measured
 
     def __post_init__(self) -> None:
-        for name in (self.image_encoder, self.text_encoder):
+        for name in self.graphs():
             _check(isinstance(name, str), "an encoder must be the name of a file", name)
         _check(_table(self.parity, (int, float)), "parity must be numbers by name", self.parity)
         good = self.cpu_ms is None or (_number(self.cpu_ms) and self.cpu_ms > 0)
         _check(good, "cpu_ms must be a number above 0", self.cpu_ms)
 
+    def graphs(self) -> list[str]:
+        """Return the names of all ONNX files."""
+        tokens = [] if self.image_tokens is None else [self.image_tokens]
+        return [self.image_encoder, self.text_encoder, *tokens]
+
 
 @dataclass(frozen=True)
 class PriorSpec:
-    """The diffusion prior's step, prior.onnx: see edgeclip.backends.prior."""
+    """One step of the diffusion prior, prior.onnx: see edgeclip.backends.prior."""
 
     file: str
     weights_sha256: str
-    timesteps: int  # of its noise schedule
-    gradient: str  # exact, or forward: without what the prediction itself depends on
+    timesteps: int  # length of the noise schedule
+    gradient: str  # exact, or forward: without the gradient of the prediction itself
     parity: Mapping[str, float] = field(default_factory=dict)  # differences from PyTorch
 
     def __post_init__(self) -> None:
@@ -146,19 +157,19 @@ class PriorSpec:
 
 @dataclass(frozen=True)
 class Robustness:
-    """One measurement under attack: of the model in PyTorch, white box, by python -m train.evaluate."""
+    """One white-box measurement of the PyTorch model under attack, by python -m train.evaluate."""
 
     data: str
     samples: int
     norm: str  # linf or l2
-    eps: float  # largest perturbation, of pixels in [0, 1]
+    eps: float  # largest perturbation, in units of [0, 1]
     attacks: tuple[str, ...]
     steps: int
     restarts: int
     seed: int
     purification: str
     clean_accuracy: float
-    worst_case_accuracy: float  # right under every one of the attacks
+    worst_case_accuracy: float  # accuracy over the worst case of all attacks
 
     def __post_init__(self) -> None:
         for name in ("data", "norm", "purification"):
@@ -175,7 +186,7 @@ class Robustness:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of manifest.json."""
+    """Contents of manifest.json."""
 
     description: str
     source: Mapping[str, str]  # model, pretrained, weights_sha256
@@ -183,14 +194,14 @@ class Manifest:
     image: ImageSpec
     text: TextSpec
     tokens: TokenSpec | None
-    logit_scale: float  # multiplies cosines: already exponentiated
+    logit_scale: float  # factor of cosines, already exponentiated
     logit_bias: float
     templates: tuple[str, ...]
     null_templates: tuple[str, ...]
     purification: Purifier
     precisions: Mapping[str, Variant]
     robustness: tuple[Robustness, ...] = ()  # empty: not measured
-    prior: PriorSpec | None = None  # of CLIPure-Diff
+    prior: PriorSpec | None = None  # for CLIPure-Diff
     files: Mapping[str, str] = field(default_factory=dict)  # name -> sha256
     schema_version: int = SCHEMA_VERSION
 
@@ -206,33 +217,43 @@ class Manifest:
             check_templates(value, name)
         _check(bool(self.precisions), "precisions must name one at least", self.precisions)
         for name in self.precisions:
-            _check(name in PRECISIONS, f"precision must be one of {PRECISIONS}", name)
+            _check(name in PRECISIONS, f"precision must be one of {tuple(PRECISIONS)}", name)
+        if self.tokens is not None:
+            for name, variant in self.precisions.items():
+                named = variant.image_tokens is not None
+                _check(named, f"precision {name} must name its image_tokens", variant.image_tokens)
         _check(_table(self.files, str), "files must be sha256 by name", self.files)
         timesteps = None if self.prior is None else self.prior.timesteps
         purify.check_prior(self.purification, timesteps)
-        for name in self.files:  # a bundle never reaches outside its directory
+        for name in self.files:  # no path leaves the bundle's directory
             _check(PurePath(name).name == name, "files must have plain file names", name)
 
     def to_json(self) -> str:
+        """Return the manifest as JSON of schema 2."""
         entries = dataclasses.asdict(self) | {"purification": purify.to_dict(self.purification)}
         return json.dumps(entries, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Raises BundleError, saying which entry is wrong; entries that are not known are ignored."""
+        """Read a manifest of schema 1 or 2; unknown entries are ignored.
+
+        Raises BundleError, which names the wrong entry.
+        """
         try:
             data = json.loads(text)
-        except ValueError as err:
+        except (ValueError, RecursionError) as err:
             raise BundleError(f"not valid JSON: {err}") from err
         if not isinstance(data, dict):
             raise BundleError("expected a JSON object")
         version = data.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if not _whole(version, 1, SCHEMA_VERSION):
             raise BundleError(
-                f"schema version {version} is not supported, this edgeclip reads version "
+                f"schema version {version} is not supported, this edgeclip reads versions 1 to "
                 f"{SCHEMA_VERSION}: update edgeclip, or export the bundle again"
             )
         try:
+            if version == 1:
+                data = _upgrade(data)
             nested: dict[str, Any] = {
                 "image": _record(ImageSpec, data["image"]),
                 "text": _record(TextSpec, data["text"]),
@@ -245,13 +266,21 @@ class Manifest:
             manifest: Manifest = _record(cls, data | nested)
         except KeyError as err:
             raise BundleError(f"entry {err} is missing") from err
-        except (AttributeError, TypeError, ValueError) as err:
+        except (AttributeError, OverflowError, RecursionError, TypeError, ValueError) as err:
             raise BundleError(f"an entry is malformed: {err}") from err
         return manifest
 
 
+def _upgrade(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of schema 1 as those of schema 2: the image encoder itself has the tokens."""
+    precisions = data["precisions"]
+    if data["tokens"] is not None:
+        precisions = {k: v | {"image_tokens": v["image_encoder"]} for k, v in precisions.items()}
+    return data | {"precisions": precisions, "schema_version": SCHEMA_VERSION}
+
+
 def _record(cls: type[Any], data: Mapping[str, Any]) -> Any:
-    """A dataclass from a JSON object; lists become tuples."""
+    """Build a dataclass from a JSON object; lists become tuples."""
     values = {}
     for entry in dataclasses.fields(cls):
         if entry.name in data:

@@ -1,8 +1,8 @@
 """Threads that read and prepare images while the encoder is busy.
 
-A source of images is read by one thread of its own, always the same one, so that a generator may
-keep what belongs to a thread, such as a database cursor. A thread that waits inside a source cannot
-be interrupted: closing waits GRACE for it, and it ends when the source gives its next image.
+One thread reads the source from start to end, so that a generator may keep what belongs to a
+thread, such as a database cursor. A thread that waits inside a source cannot be interrupted: closing
+waits GRACE seconds for it, and it ends when the source yields its next image.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from edgeclip.errors import ImageError
 from edgeclip.images.decoding import ImageSource
 
 Batch: TypeAlias = NDArray[Any]
+Batches: TypeAlias = Generator[tuple[Batch, list[ImageError | None]], None, None]
 Prepare: TypeAlias = Callable[[Batch, ImageSource], None]
 
 BUFFERS = 2  # one in the encoder, one being filled: the slower side never waits for the other
@@ -33,17 +34,17 @@ def batches(
     shape: Sequence[int],
     workers: int,
     dtype: DTypeLike = np.float32,
-) -> Generator[tuple[Batch, list[ImageError | None]], None, None]:
-    """Batches of prepared images in order, and for each image that went in its error or None.
+) -> Batches:
+    """Yield batches of prepared images in order, with an error or None for each image.
 
-    prepare fills one row of a batch, an array of `shape`, in one of `workers` threads; where it raises
-    ImageError the row is left out. A batch is overwritten once the next one is asked for.
-    An iterator is asked for another image only once an array or PIL image that it gave is prepared:
-    it may then write over it, or close it. Paths and bytes are prepared side by side.
-    What the source raises, or prepare other than ImageError, is raised after the images before it.
+    prepare: fills one row of a batch, an array of `shape`, in one of `workers` threads. A row is left
+    out if prepare raises ImageError. A batch is overwritten once the next one is requested.
+    An iterator is asked for another image only after its last array or PIL image is prepared: it may
+    then overwrite or close that image. Paths and bytes are prepared in parallel.
+    An exception of the source, or another one of prepare, is raised after the images before it.
     """
     source = iter(images)
-    lasting = isinstance(images, (Sequence, np.ndarray))
+    is_stable = isinstance(images, (Sequence, np.ndarray))
     free: SimpleQueue[Batch | None] = SimpleQueue()
     for _ in range(BUFFERS):
         free.put(np.empty(shape, dtype))
@@ -57,9 +58,9 @@ def batches(
             try:
                 for row, image in zip(buffer, source, strict=False):
                     futures.append(pool.submit(prepare, row, image))
-                    if not (lasting or isinstance(image, (str, PathLike, bytes))):
-                        futures[-1].exception()  # waits; raised in its place
-            except BaseException as err:  # noqa: BLE001  (raised where the images are asked for)
+                    if not (is_stable or isinstance(image, (str, PathLike, bytes))):
+                        futures[-1].exception()  # waits; raised later, in the image's turn
+            except BaseException as err:  # noqa: BLE001  (raised in the consumer's thread)
                 end = err
             if futures:
                 filled.put((buffer, futures))
@@ -69,21 +70,25 @@ def batches(
 
     reader = _start(read)
     try:
-        while (got := filled.get()) is not None:
-            if isinstance(got, BaseException):
-                raise got
-            yield from _settled(*got)
-            free.put(got[0])
+        while (item := filled.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            buffer, futures = item
+            yield from _finish(buffer, futures)
+            free.put(buffer)
     finally:
         free.put(None)
         pool.shutdown(cancel_futures=True)
         reader.join(GRACE)
 
 
-def _settled(
+def _finish(
     buffer: Batch, futures: Sequence[Future[None]]
 ) -> Iterator[tuple[Batch, list[ImageError | None]]]:
-    """The batch, up to the first image that raised something else, which is then raised."""
+    """Yield the rows before the first fatal error, then raise that error.
+
+    Every error but an ImageError is fatal.
+    """
     errors: list[ImageError | None] = []
     fatal: BaseException | None = None
     for future in futures:
@@ -102,36 +107,36 @@ def _settled(
 def newest(
     frames: Iterable[ImageSource],
 ) -> Generator[tuple[int, ImageSource], None, None]:
-    """The newest of the frames whenever one is asked for, with its position among all of them.
+    """Yield the newest frame on each request, with its position among all frames.
 
-    Frames are read as fast as they come, and the older ones are dropped, but never the last.
-    Arrays and other buffers are copied, since a camera may write its next frame over them.
-    What the source raises is raised after the frame before it.
+    Frames are read as fast as they come. Older ones are dropped, but never the last one. Arrays and
+    other buffers are copied, since a camera may overwrite them.
+    An exception of the source is raised after the frame before it.
     """
     source = iter(frames)
-    newest_frame = _Newest()
+    slot = _FrameSlot()
 
     def read() -> None:
         try:
             for index, frame in enumerate(source):
-                if newest_frame.closed:
+                if slot.closed:
                     return
-                newest_frame.put((index, _own(frame)))
-            newest_frame.end(None)
-        except BaseException as err:  # noqa: BLE001  (raised where the frames are asked for)
-            newest_frame.end(err)
+                slot.put((index, _copy_buffer(frame)))
+            slot.end(None)
+        except BaseException as err:  # noqa: BLE001  (raised in the consumer's thread)
+            slot.end(err)
 
     reader = _start(read)
     try:
-        while (got := newest_frame.take()) is not None:
-            yield got
+        while (item := slot.take()) is not None:
+            yield item
     finally:
-        newest_frame.closed = True
+        slot.closed = True
         reader.join(GRACE)
 
 
-class _Newest:
-    """A place for one frame: what is put replaces what was not taken."""
+class _FrameSlot:
+    """A queue of length one: a new frame replaces one that was not taken."""
 
     def __init__(self) -> None:
         self.closed = False
@@ -151,7 +156,7 @@ class _Newest:
             self._changed.notify()
 
     def take(self) -> tuple[int, ImageSource] | None:
-        """Waits for a frame; None once there is no other. Raises the error it ended with."""
+        """Wait for a frame; return None after the last one. Raises the error of `end`."""
         with self._changed:
             self._changed.wait_for(lambda: self._frame is not None or self._ended)
             frame, self._frame = self._frame, None
@@ -160,14 +165,14 @@ class _Newest:
             return frame
 
 
-def _own(frame: ImageSource) -> ImageSource:
+def _copy_buffer(frame: ImageSource) -> ImageSource:
     if isinstance(frame, np.ndarray):
         return np.array(frame)
     return bytes(frame) if isinstance(frame, (bytearray, memoryview)) else frame
 
 
 def _start(read: Callable[[], None]) -> threading.Thread:
-    """A thread that the end of the program does not wait for: it may hang in a source."""
+    """Start a daemon thread: it may block in a source, and must not delay the program's exit."""
     reader = threading.Thread(target=read, name="edgeclip-read", daemon=True)
     reader.start()
     return reader

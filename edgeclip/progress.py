@@ -1,4 +1,4 @@
-"""Progress of long work, shown on stderr."""
+"""Progress bars and lines on stderr."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 Progress = Callable[[int, int], object]
-SAY_EVERY = 10.0  # seconds, where there is no terminal to draw a bar on
+LINE_INTERVAL = 10.0  # seconds between lines if stderr is not a terminal
 
 
 def show_progress(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
-    """The items, with a bar on stderr where a person watches and the answers go elsewhere."""
+    """Yield the items, with a bar if stderr is a terminal and stdout is not."""
     if total < 2 or not sys.stderr.isatty() or sys.stdout.isatty():
         return iter(items)
     from tqdm import tqdm
@@ -24,10 +24,10 @@ def show_progress(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
 
 
 def text_progress() -> Callable[[int, int], None] | None:
-    """A bar on stderr for the encoding of labels, where a person watches."""
+    """Return a callback that draws the encoding of labels; None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         return None
-    bars: list[Any] = []  # one, once there is something to encode
+    bars: list[Any] = []  # created by the first call: cached labels need no bar
 
     def update(done: int, total: int) -> None:
         if not bars:
@@ -46,28 +46,30 @@ def text_progress() -> Callable[[int, int], None] | None:
 
 @contextmanager
 def phase_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """For work in phases that takes minutes: called with a phase, steps done and steps in all, from
-    any thread. A bar on stderr where a person watches, and now and then a line elsewhere."""
+    """Yield a callback for work in phases, which takes the phase, its finished steps and their total.
+
+    Any thread may call it. It draws a bar on a terminal, else prints a line every LINE_INTERVAL.
+    """
     from tqdm import tqdm
 
     bar: Any = tqdm(unit="step", delay=1, leave=False) if sys.stderr.isatty() else None
-    began = said = time.monotonic()
+    start = printed = time.monotonic()
     lock = threading.Lock()
 
-    def tell(phase: str, done: int, total: int) -> None:
-        nonlocal said
+    def update(phase: str, done: int, total: int) -> None:
+        nonlocal printed
         with lock:
             if bar is not None:
                 bar.set_description(phase.rpartition(" > ")[2], refresh=False)
                 bar.total, bar.n = total, done
                 bar.refresh()
-            elif time.monotonic() - said >= SAY_EVERY:
-                said = time.monotonic()
-                line = f"{phase}: {done} of {total}, after {said - began:.0f} s"
+            elif time.monotonic() - printed >= LINE_INTERVAL:
+                printed = time.monotonic()
+                line = f"{phase}: {done} of {total}, after {printed - start:.0f} s"
                 print(line, file=sys.stderr, flush=True)
 
     try:
-        yield tell
+        yield update
     finally:
         if bar is not None:
             bar.close()

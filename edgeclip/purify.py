@@ -1,6 +1,6 @@
-"""What a purification is: its parameters, their validation, and the numbers it draws.
+"""Settings of purification: parameters, validation and random draws. The arithmetic is in `_core`.
 
-The arithmetic is in `_core`. How much it protects has to be measured; its name promises nothing.
+The protection of a setting has to be measured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgeclip.errors import BundleError
 
-MAX_STEPS = 10_000  # far beyond any use, and of CLIPure-Cos still answered at once
+MAX_STEPS = 10_000  # far beyond any use; CLIPure-Cos still answers at once
 NO_PRIOR = (
     "purify 'diff' needs a bundle with a diffusion prior, and this one has none: "
     "export it with --prior"
@@ -46,12 +46,12 @@ class CosPurifier:
 
 @dataclass(frozen=True)
 class DiffPurifier:
-    """CLIPure-Diff: `steps` steps of size step_size up the likelihood that a diffusion prior gives.
+    """CLIPure-Diff: `steps` steps of size step_size up the likelihood under a diffusion prior.
 
-    Each step draws one of `timesteps` (the first and the last one) and noise, and goes along the
-    gradient of the prior's loss, by its direction alone (CLIPure, section 4). What is drawn depends
-    on `seed` and on nothing else: the same for all images, in any batch. The defaults are the
-    published setting. Raises ValueError for numbers that make no sense.
+    Each step draws a timestep from `timesteps` (first and last) and noise, and follows the direction
+    of the gradient of the prior's loss (CLIPure, section 4). The draws depend on `seed` alone: they
+    are equal for all images, in any batch. The defaults are the published setting.
+    Raises ValueError for a number out of range.
     """
 
     steps: int = 10
@@ -73,8 +73,8 @@ class DiffPurifier:
         return text + " t {}-{} seed {}".format(*self.timesteps, self.seed)
 
     def draws(self, dim: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The timestep (steps,) and the noise (steps, dim) of each step."""
-        # NumPy promises the same numbers in every version for this generator alone.
+        """Draw the timestep (steps,) and the noise (steps, dim) of each step."""
+        # NumPy guarantees the same numbers in every version for this generator only.
         random = np.random.RandomState(self.seed)
         first, last = self.timesteps
         times = random.randint(first, last + 1, size=self.steps)
@@ -94,10 +94,10 @@ def _check(purifier: CosPurifier | DiffPurifier) -> None:
 
 
 def resolve(purify: str | Purifier, recommended: Purifier) -> Purifier:
-    """The purifier that an option names: auto (the bundle's own), none, cos, diff, or a purifier.
+    """Return the purifier for an option: auto, none, cos, diff, or a purifier itself.
 
-    cos and diff are the bundle's own where it recommends one of that kind, and else as published.
-    Raises ValueError for any other name.
+    auto: the one that the bundle recommends. cos and diff: the same if it is of that kind, else the
+    published setting. Raises ValueError for any other name.
     """
     if not isinstance(purify, str):
         return purify
@@ -112,7 +112,7 @@ def resolve(purify: str | Purifier, recommended: Purifier) -> Purifier:
 
 
 def to_dict(purifier: Purifier) -> dict[str, Any] | None:
-    """As JSON has it: `method` tells the kind, and is left out of CLIPure-Cos's."""
+    """Return the JSON object of a purifier: `method` is its kind, omitted for CLIPure-Cos."""
     if purifier is None:
         return None
     method = {"method": "diff"} if isinstance(purifier, DiffPurifier) else {}
@@ -120,7 +120,7 @@ def to_dict(purifier: Purifier) -> dict[str, Any] | None:
 
 
 def from_dict(data: Mapping[str, Any] | None) -> Purifier:
-    """Raises ValueError, TypeError or KeyError for what `to_dict` does not write."""
+    """Return the purifier of a JSON object. Raises ValueError, TypeError or KeyError if malformed."""
     if data is None:
         return None
     steps, step_size = data["steps"], float(data["step_size"])
@@ -133,7 +133,7 @@ def from_dict(data: Mapping[str, Any] | None) -> Purifier:
 
 
 def check_prior(purifier: Purifier, timesteps: int | None) -> None:
-    """Raises BundleError where a purifier needs a prior with other timesteps; None: there is none."""
+    """Raise BundleError if a purifier needs a prior with more timesteps; None: without a prior."""
     if not isinstance(purifier, DiffPurifier):
         return
     if timesteps is None:

@@ -3,68 +3,60 @@
 from __future__ import annotations
 
 import functools
-import logging
-import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from os import PathLike
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeclip import _core
-from edgeclip.backends.base import unit
-from edgeclip.backends.prior import Prior
+from edgeclip.backends.host_pipeline import HostPipeline
 from edgeclip.backends.select import open_image_side
-from edgeclip.bundle import EMBEDDED, Bundle
-from edgeclip.errors import BundleError, ImageError
+from edgeclip.bundle import Bundle
+from edgeclip.errors import BundleError, DeviceError, ImageError
 from edgeclip.host import cores
-from edgeclip.images.decoding import CudaFrame, ImageSource, decode, is_on_gpu
+from edgeclip.images.decoding import ImageSource
 from edgeclip.labels import Label, Labels, LabelSet
-from edgeclip.prediction import FrameAnswer, Prediction
-from edgeclip.prefetch import batches, newest
+from edgeclip.prediction import FrameAnswer, Prediction, score_table, to_predictions
+from edgeclip.prefetch import Batches, newest
+from edgeclip.preprocessor import Preprocessor
 from edgeclip.progress import Progress
-from edgeclip.purify import (
-    NO_PRIOR,
-    CosPurifier,
-    DiffPurifier,
-    Purifier,
-    check_prior,
-    resolve,
-)
+from edgeclip.purify import CosPurifier, DiffPurifier, Purifier, resolve
 from edgeclip.text.tower import TextTower
 
 if TYPE_CHECKING:
-    from edgeclip.backends.cuda_pipeline import GpuPipeline
     from edgeclip.explain import Explanation
 
-logger = logging.getLogger(__name__)
+Items = TypeVar("Items", Sequence[ImageSource], NDArray[np.float32])
 
-SINGLE = (str, bytes, bytearray, memoryview)  # sequences in Python, one thing here
+SINGLE = (str, bytes, bytearray, memoryview)  # one image or text, although Python's sequences
 MAX_BATCH = 4096
 MAX_THREADS = 1024
 DECODINGS = ("fast", "exact")
 
 
 class Runtime:
-    """A bundle, loaded and ready to classify. One may be shared by threads, and pickled.
+    """A loaded bundle that classifies images. Threads may share it, and it can be pickled.
 
-    In a process that unpickled it, or that was forked, it opens the bundle's files again.
+    A process that unpickled or inherited it (fork) opens the bundle's files again.
 
     bundle: a directory, a Bundle, or None for the embedded demonstration bundle.
-    device: auto (the best that works: a TensorRT engine that `edgeclip build` made, else CUDA, else
-    the CPU), cpu, cuda or tensorrt. precision: fp32, fp16, int8, int8-qdq where the bundle has it; auto for
-    the fastest on this machine of those that were verified against the model's answers (export --data)
-    and give the bundle's golden outputs here. A first start tries them, and caches the result.
+    device: cpu, cuda, tensorrt, or auto for the best that works: a TensorRT engine made by
+    `edgeclip build`, else CUDA, else the CPU.
+    precision: fp32, fp16, int8 or int8-qdq if the bundle has it, or auto: the fastest on this machine
+    of those that were verified against the model's answers (export --data) and give the bundle's
+    golden outputs here. The first start measures them and caches the result.
     purify: auto (what the bundle recommends), none, cos, diff, a CosPurifier or a DiffPurifier.
-    labels: what `classify` uses where it is given none.
+    labels: default labels of `classify`.
     decode: fast (large JPEGs at a reduced scale, see `edgeclip.images.decoding.decode`) or exact.
-    batch_size: images in one run of the encoder. threads: inside one run, and beside it to prepare
-    images; None for as many as affinity and CPU quota allow.
+    batch_size: images in one run of the encoder.
+    threads: for one run of the encoder, and as many more to prepare images; None for as many as
+    affinity and CPU quota allow.
 
-    Raises BundleError, DeviceError, LabelError; ValueError for an option that is not known;
-    EdgeclipError where EDGECLIP_CACHE_SIZE is no size.
+    Raises BundleError, DeviceError and LabelError; ValueError for an unknown option; EdgeclipError if
+    EDGECLIP_CACHE_SIZE is not a size.
     """
 
     def __init__(
@@ -85,12 +77,6 @@ class Runtime:
         if threads is not None:
             check_count("threads", threads, MAX_THREADS)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-        if self.bundle.path == EMBEDDED:
-            logger.warning(
-                "note: this is the embedded demonstration bundle (%s); for anything else, "
-                "export a model: python -m export ViT-B-32 --pretrained openai -o vit-b-32",
-                self.bundle.manifest.description,
-            )
         self._arguments: dict[str, Any] = {
             "bundle": self.bundle.path.resolve(),
             "device": device,
@@ -101,33 +87,38 @@ class Runtime:
             "batch_size": batch_size,
             "threads": threads,
         }
+        manifest = self.bundle.manifest
         self.batch_size = batch_size
-        self.purifier = resolve(purify, self.bundle.manifest.purification)
+        self.purifier = resolve(purify, manifest.purification)
         usable = cores()
         _core.set_usable_cores(usable)
         self._threads = threads or usable
-        self._preprocess_threads = (
-            threads or 0
-        )  # 0: as many of the usable cores as the work deserves
-        self._fast_for = self.bundle.manifest.image if decode == "fast" else None
-        manifest = self.bundle.manifest
+        self._preprocessor = Preprocessor(manifest.image, exact=decode == "exact", threads=threads)
         side = open_image_side(
             self.bundle, device, precision, batch_size=batch_size, threads=self._threads
         )
         self._image_encoder, self.device, self.precision = side.encoder, side.device, side.precision
-        if self.device != "tensorrt":  # so that a worker chooses alike
+        if self.device != "tensorrt":  # so that a worker process chooses the same
             self._arguments |= {"device": self.device, "precision": self.precision}
-        # Where the GPU does all of `classify`. A prior is run by ONNX Runtime, through the host.
+        # None: the host preprocesses and classifies. ONNX Runtime runs a prior through the host.
         self.gpu = None if isinstance(self.purifier, DiffPurifier) else side.gpu
-        spec = manifest.prior
-        check_prior(self.purifier, None if spec is None else spec.timesteps)
-        self._prior_lock = threading.Lock()
-        self._prior: Prior | None = None
         self.onnx_device, self.text_precision = side.onnx_device, side.text_precision
+        self._host = HostPipeline(
+            self.bundle,
+            side.encoder,
+            self.purifier,
+            precision=self.precision,
+            onnx_device=side.onnx_device,
+            threads=self._threads,
+        )
         self._text = TextTower(
             self.bundle, side.text_precision, device=side.onnx_device, threads=self._threads
         )
         self._default_labels = None if labels is None else self.labels(labels)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the arguments, with which another process opens the bundle again."""
+        return functools.partial(type(self), **self._arguments), ()
 
     @overload
     def classify(  # type: ignore[overload-overlap]  # a str is one image, not a sequence of them
@@ -144,53 +135,51 @@ class Runtime:
         *,
         top_k: int = 5,
     ) -> list[Prediction] | list[list[Prediction]]:
-        """The `top_k` most probable labels of an image, the most probable first.
+        """Return the `top_k` most probable labels of images, the most probable first.
 
-        images: a path, the bytes of a file, a PIL image or a uint8 RGB array (H, W, 3) gives a list
-        of predictions; a list of these gives a list of lists. Where edgeclip has its CUDA kernels,
-        the array may be on the GPU (PyTorch, CuPy).
-        labels: names, or a LabelSet from `labels()`; None for the Runtime's own. Scores compare
-        labels: one label alone always scores 1, so add others, such as "something else".
-        Raises ImageError for an image that cannot be read, ValueError for arguments.
+        images: one image gives a list of predictions, a list of images a list of lists. An image is
+        a path, the bytes of a file, a PIL image or a uint8 RGB array (H, W, 3). If edgeclip has its
+        CUDA kernels, the array may be on the GPU (PyTorch, CuPy).
+        labels: names, or a LabelSet from `labels()`; None for the Runtime's default. Scores compare
+        labels: a single label always scores 1, so add others, such as "something else".
+        Raises ImageError for an image that cannot be read, and ValueError for arguments.
         """
         check_count("top_k", top_k)
         label_set = self._label_set(labels)
-        many, single = _as_list(images)
+        sequence, is_single = _as_list(images)
         answers: list[list[Prediction]] = []
-        for chunk in _chunks(many, self.batch_size):
-            answers += self._classify(self._prepare(chunk), label_set, top_k)
-        return answers[0] if single else answers
+        for chunk in _chunks(sequence, self.batch_size):
+            answers += self._predict(self._prepare(chunk), label_set, top_k)
+        return answers[0] if is_single else answers
 
     def classify_each(
         self, images: Iterable[ImageSource], labels: Labels | None = None, *, top_k: int = 5
     ) -> Iterator[list[Prediction] | ImageError]:
-        """Answers for any number of images, in order, in bounded memory.
+        """Yield the answers for any number of images, in order, in bounded memory.
 
-        An image that cannot be read gives its ImageError, and the others their predictions.
-        Threads read and prepare the next batch while the encoder runs. One of them reads `images`,
-        never further than that batch. They end with the generator. An array on the GPU has to stay
-        as it is until its answer.
-        What `images` raises is raised after the answers before it.
+        An image that cannot be read yields its ImageError; the others yield their predictions.
+        Threads read and prepare the next batch while the encoder runs, and end with the generator.
+        One of them reads `images`, never beyond that batch. An array on the GPU must not change
+        before its answer. An exception of `images` is raised after the answers before it.
         """
         check_count("top_k", top_k)
         label_set = self._label_set(labels)
-        with closing(self._batches(images, self.gpu)) as prepared:
+        with closing(self._batches(images, as_frames=self.gpu is not None)) as prepared:
             for batch, errors in prepared:
-                answers = iter(self._classify(batch, label_set, top_k) if len(batch) else [])
+                answers = iter(self._predict(batch, label_set, top_k) if len(batch) else [])
                 yield from (error or next(answers) for error in errors)
 
     def stream(
         self, frames: Iterable[ImageSource], labels: Labels | None = None, *, top_k: int = 5
     ) -> Iterator[FrameAnswer]:
-        """Answers about the newest frame of a camera, each as soon as it is there.
+        """Yield answers for the newest frame of a camera, each as soon as it is ready.
 
-        frames: for example what a generator reads from a camera. It is read by a thread as fast as
-        it gives frames; while the encoder is busy the newest one waits and the older ones are
-        dropped, so nothing piles up. The last frame is always answered. For every frame of a
-        recording, use `classify_each`. Arrays are copied, but on
-        the GPU: a camera may write over its own.
-        What frames raises is raised after the answers before it. Closing the generator stops
-        reading at the next frame.
+        frames: for example a generator that reads a camera. A thread reads it as fast as it yields.
+        While the encoder is busy, the newest frame waits and older ones are dropped. The last frame
+        is always answered. Use `classify_each` for every frame of a recording. Arrays are copied,
+        except on the GPU, so that a camera may overwrite its buffer.
+        An exception of `frames` is raised after the answers before it. Closing the generator stops
+        the reading at the next frame.
         """
         check_count("top_k", top_k)
         label_set = self._label_set(labels)
@@ -207,38 +196,57 @@ class Runtime:
     def classify_pixels(
         self, pixels: NDArray[np.float32], labels: Labels | None = None, *, top_k: int = 5
     ) -> list[list[Prediction]]:
-        """`classify` for what `preprocess` gives, float32 (N, 3, H, W): one list for each row."""
+        """Classify the output of `preprocess`, float32 (N, 3, H, W): one list for each row."""
         check_count("top_k", top_k)
         label_set = self._label_set(labels)
         answers: list[list[Prediction]] = []
-        for start in range(0, len(pixels), self.batch_size):
-            answers += self._classify(pixels[start : start + self.batch_size], label_set, top_k)
+        for chunk in _chunks(pixels, self.batch_size):
+            answers += self._predict(chunk, label_set, top_k)
         return answers
 
-    def embed_images(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
-        """Unit embeddings of images, float32 (N, D), purified where the Runtime purifies.
+    def scores(
+        self, images: ImageSource | Sequence[ImageSource], labels: Labels | None = None
+    ) -> NDArray[np.float32]:
+        """Return the score of every label, float32 (N, K), in the order of the labels.
 
-        Takes what `classify` takes; one image gives one row.
+        Takes the images and labels of `classify`, and gives its scores; one image gives one row.
         """
-        many, _ = _as_list(images)
-        rows = [self._embed(self.preprocess(chunk)) for chunk in _chunks(many, self.batch_size)]
+        label_set = self._label_set(labels)
+        sequence, _ = _as_list(images)
+        chunks = _chunks(sequence, self.batch_size)
+        return self._score_tables((self._prepare(chunk) for chunk in chunks), label_set)
+
+    def pixel_scores(
+        self, pixels: NDArray[np.float32], labels: Labels | None = None
+    ) -> NDArray[np.float32]:
+        """Return `scores` for the output of `preprocess`, float32 (N, 3, H, W)."""
+        return self._score_tables(_chunks(pixels, self.batch_size), self._label_set(labels))
+
+    def embed_images(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
+        """Return unit embeddings of images, float32 (N, D), purified if the Runtime purifies.
+
+        Takes the images of `classify`; one image gives one row.
+        """
+        sequence, _ = _as_list(images)
+        chunks = _chunks(sequence, self.batch_size)
+        rows = [self._host.embed(self.preprocess(chunk)) for chunk in chunks]
         return np.concatenate([np.empty((0, self.bundle.manifest.embed_dim), np.float32), *rows])
 
     def embed_each(
         self, images: Iterable[ImageSource]
     ) -> Iterator[NDArray[np.float32] | ImageError]:
-        """Unit embeddings (D,) of any number of images, in order; see `classify_each`."""
-        with closing(self._batches(images)) as prepared:
+        """Yield unit embeddings (D,) of any number of images, in order; see `classify_each`."""
+        with closing(self._batches(images, as_frames=False)) as prepared:
             for batch, errors in prepared:
-                rows = iter(self._embed(batch) if len(batch) else batch)
+                rows = iter(self._host.embed(batch) if len(batch) else batch)
                 yield from (next(rows) if error is None else error for error in errors)
 
     def embed_texts(
         self, texts: Sequence[str], *, progress: Progress | None = None
     ) -> NDArray[np.float32]:
-        """Unit embeddings of texts, float32 (N, D), as they are: no template is added.
+        """Return unit embeddings of texts, float32 (N, D); no template is added.
 
-        progress is called with the number of texts done so far and their total.
+        progress: called with the number of encoded texts and their total.
         """
         _refuse_single("embed_texts", texts)
         return self._text.embed(texts, progress)
@@ -246,10 +254,10 @@ class Runtime:
     def explain(
         self, image: ImageSource, label: str | Label, *, templates: Sequence[str] | None = None
     ) -> Explanation:
-        """Where one image speaks for one label: attention in [0, 1] over what the encoder sees.
+        """Return the attention of an image to a label, in [0, 1] over the encoder's input.
 
-        templates: as for `labels`. `edgeclip.explain.render` makes a picture of it.
-        Raises BundleError where the image encoder gives no tokens, ImageError, LabelError.
+        templates: as for `labels`. `edgeclip.explain.render` draws the result.
+        Raises BundleError if the image encoder has no token output; ImageError and LabelError.
         """
         # Imported here: it loads Pillow's fonts, which nothing else needs.
         from edgeclip.explain import Explanation, as_picture, attention_map
@@ -260,14 +268,16 @@ class Runtime:
             raise BundleError(
                 f"{self.bundle.path}: this bundle's image encoder has no patch tokens: export a ViT"
             )
+        if self.device == "tensorrt":
+            raise DeviceError("a TensorRT engine gives embeddings only: explain with --device cpu")
         pixels = self.preprocess([image])
         labels = self.labels([label], templates)
-        tokens = self._image_encoder.tokens(pixels)[0]
+        tokens = self._host.tokens(pixels)[0]
         expected = spec.prefix + spec.grid[0] * spec.grid[1], manifest.embed_dim
         if tokens.shape != expected:
             raise BundleError(
-                f"{self.bundle.path}: the image encoder gives tokens {tokens.shape}, "
-                f"which is not what the manifest says, {expected}"
+                f"{self.bundle.path}: the image encoder returns tokens {tokens.shape}, "
+                f"which is not what the manifest says, {expected}: export the bundle again"
             )
         (text,) = labels.embeddings
         return Explanation(
@@ -284,138 +294,74 @@ class Runtime:
         *,
         progress: Progress | None = None,
     ) -> LabelSet:
-        """The text embeddings of labels, each the mean over `templates` (None: the bundle's).
+        """Return the text embeddings of labels, each the mean over `templates`.
 
-        Each is encoded once, then cached on disk; see `embed_texts` for progress. What encodes
-        them is loaded for it and let go afterwards: where new labels come often, keep it with
-        `load_text`. Labels whose prompts are longer than the model reads are logged.
-        Raises LabelError, also for two labels that are the same tokens to the model.
+        templates: None for the bundle's. progress: see `embed_texts`.
+        Each label is encoded once, then cached on disk. The text encoder is loaded for it and
+        released afterwards; keep it with `load_text` if new labels come often. Labels whose prompts
+        exceed the context length are logged.
+        Raises LabelError, also for two labels with equal tokens.
         """
         return self._text.labels(names, templates, progress)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the arguments, by which another process opens the bundle again."""
-        return functools.partial(type(self), **self._arguments), ()
+    def text_identity(self) -> str:
+        """Return the identity of the text encoder: its files and its tokenization.
+
+        A LabelSet may be used with every Runtime of the same identity, on any device.
+        """
+        return self._text.identity
 
     def load_text(self) -> None:
-        """Keep the tokenizer and the text encoder in memory, as `embed_texts` and `tokenize` do."""
+        """Keep the tokenizer and text encoder in memory, as `embed_texts` and `tokenize` do."""
         self._text.load()
 
     def release_text(self) -> None:
-        """Let go of the tokenizer and the text encoder; they are loaded again when needed."""
+        """Release the tokenizer and text encoder; they are reloaded on demand."""
         self._text.release()
 
     def preprocess(self, images: Sequence[ImageSource]) -> NDArray[np.float32]:
-        """Images as the encoder's input, float32 (N, 3, H, W), resized and normalised."""
+        """Resize and normalise images to the encoder's input, float32 (N, 3, H, W)."""
         _refuse_single("preprocess", images)
-        spec = self.bundle.manifest.image
-        batch = np.empty((len(images), 3, *spec.size), np.float32)
-        for image, out in zip(images, batch, strict=True):
-            self._preprocess_into(out, image)
-        return batch
+        return self._preprocessor.pixels(images)
 
     def encode(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Unit embeddings (N, D) of what `preprocess` gives, before any purification."""
-        return unit(self._image_encoder.embed(pixels))
+        """Return unit embeddings (N, D) of the output of `preprocess`, before any purification."""
+        return self._host.encode(pixels)
 
     def tokenize(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """Token ids (N, L) of texts, padded to the longest (or to the context length)."""
+        """Return token ids (N, L) of texts, padded to the longest (or to the context length)."""
         _refuse_single("tokenize", texts)
         return self._text.tokenize(texts)
 
     def _prepare(self, images: Sequence[ImageSource]) -> NDArray[Any]:
-        """What `_classify` takes: the encoder's input; or frames, where the GPU makes it of them."""
-        if self.gpu is None:
-            return self.preprocess(images)
-        frames = np.empty((len(images), 1), object)
-        for row, image in zip(frames, images, strict=True):
-            row[0] = self._frame(image)
-        return frames
+        """Return frames for the GPU pipeline, else pixels for the encoder."""
+        make = self._preprocessor.pixels if self.gpu is None else self._preprocessor.frames
+        return make(images)
 
-    def _frame(self, image: ImageSource) -> NDArray[np.uint8] | CudaFrame:
-        if is_on_gpu(image):
-            return image
-        return decode(image, fast_for=self._fast_for)
-
-    def _frame_into(self, row: NDArray[Any], image: ImageSource) -> None:
-        frame = self._frame(image)
-        row[0] = np.array(frame) if frame is image and isinstance(image, np.ndarray) else frame
-
-    def _preprocess_into(self, out: NDArray[np.float32], image: ImageSource) -> None:
-        spec = self.bundle.manifest.image
-        _core.preprocess(
-            decode(image, fast_for=self._fast_for),
-            out,
-            mean=spec.mean,
-            std=spec.std,
-            resize=spec.resize,
-            interpolation=spec.interpolation,
-            fill=spec.fill,
-            threads=self._preprocess_threads,
-        )
-
-    def _batches(
-        self, images: Iterable[ImageSource], gpu: GpuPipeline | None = None
-    ) -> Generator[tuple[NDArray[Any], list[ImageError | None]], None, None]:
-        """As `_prepare` makes them, of up to `batch_size` readable images, and for each its error.
-
-        Prepared by threads while the encoder runs; see `edgeclip.prefetch`.
-        """
+    def _batches(self, images: Iterable[ImageSource], *, as_frames: bool) -> Batches:
+        """Prepare frames or pixels in threads, in batches of at most `batch_size`."""
         _refuse_single("this method", images)
-        if gpu is not None:
-            frames = self.batch_size, 1
-            return batches(images, self._frame_into, frames, self._threads, object)
-        shape = self.batch_size, 3, *self.bundle.manifest.image.size
-        return batches(images, self._preprocess_into, shape, self._threads)
+        preprocessor = self._preprocessor
+        make = preprocessor.frame_batches if as_frames else preprocessor.pixel_batches
+        return make(images, self.batch_size, self._threads)
 
-    def _classify(
+    def _rank(
         self, batch: NDArray[Any], labels: LabelSet, top_k: int
-    ) -> list[list[Prediction]]:
-        """Of what `_prepare` gives."""
-        cos = self.purifier if isinstance(self.purifier, CosPurifier) else None
-        if self.gpu is not None and batch.dtype == object:
-            indices, scores = self.gpu.classify(list(batch[:, 0]), labels, cos, top_k)
-        else:
-            indices, scores = self._classify_on_host(batch, labels, cos, top_k)
-        return [
-            [
-                Prediction(labels.names[i], score, i)
-                for i, score in zip(row, row_scores, strict=True)
-            ]
-            for row, row_scores in zip(indices.tolist(), scores.tolist(), strict=True)
-        ]
-
-    def _classify_on_host(
-        self,
-        pixels: NDArray[np.float32],
-        labels: LabelSet,
-        cos: CosPurifier | None,
-        top_k: int,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        manifest = self.bundle.manifest
-        embeddings = self._image_encoder.embed(pixels)
-        if isinstance(self.purifier, DiffPurifier):
-            embeddings = self._open_prior().purify(unit(embeddings), self.purifier)
-        return _core.classify(
-            embeddings,
-            labels.embeddings,
-            logit_scale=manifest.logit_scale,
-            logit_bias=manifest.logit_bias,
-            null_text=self.bundle.null_text if cos else None,
-            null_scores=labels.null_scores if cos else None,
-            steps=cos.steps if cos else 0,
-            step_size=cos.step_size if cos else 0.0,
-            top_k=min(top_k, len(labels)),
-        )
+        """Return indices and scores (N, k) of frames or pixels, the most probable first."""
+        if self.gpu is not None and batch.dtype == object:
+            cos = self.purifier if isinstance(self.purifier, CosPurifier) else None
+            return self.gpu.classify(list(batch[:, 0]), labels, cos, top_k)
+        return self._host.classify(batch, labels, top_k)
 
-    def _embed(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        rows, own = self.encode(batch), self.purifier
-        if isinstance(own, DiffPurifier):
-            return self._open_prior().purify(rows, own)
-        if isinstance(own, CosPurifier):
-            null_text = self.bundle.null_text
-            return _core.purify_cos(rows, null_text, steps=own.steps, step_size=own.step_size)
-        return rows
+    def _predict(self, batch: NDArray[Any], labels: LabelSet, top_k: int) -> list[list[Prediction]]:
+        return to_predictions(labels.names, *self._rank(batch, labels, top_k))
+
+    def _score_tables(
+        self, batches: Iterable[NDArray[Any]], labels: LabelSet
+    ) -> NDArray[np.float32]:
+        rows = [score_table(*self._rank(batch, labels, len(labels))) for batch in batches]
+        return np.concatenate([np.empty((0, len(labels)), np.float32), *rows])
 
     def _label_set(self, labels: Labels | None) -> LabelSet:
         if labels is not None:
@@ -424,46 +370,28 @@ class Runtime:
             raise ValueError("no labels: pass labels=[...] here, or to Runtime")
         return self._default_labels
 
-    def _open_prior(self) -> Prior:
-        """Loaded when first needed: it may be larger than the encoders together."""
-        with self._prior_lock:
-            if self._prior is None:
-                spec, dim = self.bundle.manifest.prior, self.bundle.manifest.embed_dim
-                if spec is None:
-                    raise BundleError(NO_PRIOR)
-                path = self.bundle.graph(spec.file)
-                self._prior = Prior(path, dim, device=self.onnx_device, threads=self._threads)
-            return self._prior
-
-    def text_identity(self) -> str:
-        """Return the identity of the text encoder: its files, and how texts become token ids.
-
-        A LabelSet may be used with every Runtime of the same identity, on any device.
-        """
-        return self._text.identity
-
 
 def check_count(name: str, value: int, high: int | None = None) -> None:
-    """Raises ValueError for what is no whole number from 1 to `high`."""
+    """Raise ValueError unless `value` is a whole number from 1 to `high`."""
     if not isinstance(value, int) or value < 1 or (high is not None and value > high):
         limit = "from 1" if high is None else f"from 1 to {high}"
         raise ValueError(f"{name} must be a whole number {limit}, got {value!r}")
 
 
-def _refuse_single(method: str, given: object) -> None:
-    if isinstance(given, SINGLE):
-        raise TypeError(f"{method} takes a list, got one {type(given).__name__}")
+def _refuse_single(method: str, argument: object) -> None:
+    if isinstance(argument, SINGLE):
+        raise TypeError(f"{method} takes a list, got one {type(argument).__name__}")
 
 
 def _as_list(
     images: ImageSource | Sequence[ImageSource],
 ) -> tuple[Sequence[ImageSource], bool]:
-    """The images as a sequence, and whether it was a single one."""
+    """Return the images as a sequence, and whether the argument was a single image."""
     if isinstance(images, Sequence) and not isinstance(images, SINGLE):
         return images, False
     return [images], True
 
 
-def _chunks(images: Sequence[ImageSource], size: int) -> Iterator[Sequence[ImageSource]]:
-    for start in range(0, len(images), size):
-        yield images[start : start + size]
+def _chunks(items: Items, size: int) -> Iterator[Items]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,4 +1,4 @@
-"""Name what a camera sees, always in its newest frame.
+"""Classify the newest frame of a camera, again and again.
 
 pip install opencv-python-headless
 python -m examples.camera --label "a person" --label "an empty room" --bundle vit-b-32
@@ -15,21 +15,26 @@ import edgeclip
 
 
 def frames(camera: Any) -> Iterator[np.ndarray]:
-    """uint8 RGB frames (H, W, 3) until the camera gives no more."""
+    """Yield RGB frames, uint8 (H, W, 3), until the camera ends."""
     while True:
         taken, frame = camera.read()
         if not taken:
             return
-        yield frame[:, :, ::-1]  # OpenCV has blue first
+        yield frame[:, :, ::-1]  # OpenCV gives BGR
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the best label of each frame; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--camera", default="0", help="number, file or URL (default: 0)")
-    parser.add_argument("--label", action="append", required=True, help="a class; give several")
-    parser.add_argument("--bundle", metavar="DIR", help="default: the embedded demonstration")
+    parser.add_argument(
+        "--camera", default="0", help="number, file or URL of a camera (default: 0)"
+    )
+    parser.add_argument("--label", action="append", required=True, help="label; repeat for more")
+    parser.add_argument(
+        "--bundle", metavar="DIR", help="bundle directory (default: the embedded demonstration)"
+    )
     args = parser.parse_args(arguments)
     try:
         import cv2
@@ -38,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     camera = cv2.VideoCapture(int(args.camera) if args.camera.isdecimal() else args.camera)
     if not camera.isOpened():
-        print(f"error: camera {args.camera} does not open", file=sys.stderr)
+        print(
+            f"error: camera {args.camera} does not open: name another with --camera",
+            file=sys.stderr,
+        )
         return 2
     try:
         rt = edgeclip.Runtime(args.bundle)

@@ -1,8 +1,9 @@
-"""Make attacked/: an example as an attacker would hand it in, for edgeclip explain.
+"""Adversarial example for `edgeclip explain`, written to attacked/.
 
-    python examples/make_attacked.py runs/fashion-robust dress
+    python -m examples.make_attacked runs/fashion-robust dress
 
-PGD with 100 steps on the run's own weights, L-inf eps 8/255, rounded to whole levels of a PNG.
+The attack is PGD with 100 steps on the weights of a run, L-inf eps 8/255, rounded to the 8-bit levels
+of a PNG.
 """
 
 import argparse
@@ -27,9 +28,10 @@ EPS = 8 / 255
 
 
 def main() -> None:
+    """Attack one example and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", help="folder of the run whose weights are attacked")
-    parser.add_argument("label", help="of labels.txt; names the example as well")
+    parser.add_argument("run", help="folder of the run to attack")
+    parser.add_argument("label", help="label of the example, one of labels.txt")
     args = parser.parse_args()
     names = [label.name for label in read_labels(str(HERE / "labels.txt"))]
     truth, stem = names.index(args.label), args.label.replace(" ", "-")
@@ -39,7 +41,7 @@ def main() -> None:
     files = ImageFiles.of([str(HERE / f"{stem}.png")], [truth])
     pictures = Pictures(DataSet("examples", tuple(names), (), files), source.model.visual)
     image, label = pictures[0, 0][0][None], torch.tensor([truth])
-    found = pgd(
+    attacked = pgd(
         lambda x: model(x).logits,
         image,
         label,
@@ -49,7 +51,7 @@ def main() -> None:
         loss="cw",
         generator=torch.Generator().manual_seed(0),
     )
-    pixels = (found[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    pixels = (attacked[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     (HERE / "attacked").mkdir(exist_ok=True)
     with storage.writing(HERE / "attacked" / f"{stem}.png") as file:
         Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")

@@ -1,9 +1,9 @@
-"""How the images here were made, from Fashion-MNIST (MIT): the first test image of each class.
+"""Example images, made from the first test image of each class of Fashion-MNIST (MIT).
 
     python -m examples.make_images
 
-PNG: the data set's own 28 x 28 pixels. JPEG: three of them, enlarged and in colour on white or
-light grounds, as a shop would show them.
+The PNGs have the original 28 x 28 pixels. The JPEGs are three of these images, enlarged and coloured
+on white or light backgrounds, like photos in a shop.
 """
 
 from pathlib import Path
@@ -20,6 +20,7 @@ COLOURED = {"ankle boot": 1, "trousers": 2, "dress": 3}  # class -> seed of its 
 
 
 def main() -> None:
+    """Write the images."""
     split = fashion_mnist.load_split("fashion-mnist", train=False)
     for index, name in enumerate(split.classes):
         first = int((split.labels == index).nonzero()[0])

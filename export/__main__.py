@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from edgeclip import storage
 from edgeclip.backends.onnx_runtime import import_onnxruntime
-from edgeclip.errors import EdgeclipError
-from edgeclip.manifest import PRECISIONS, PRIOR_GRADIENTS, Manifest
+from edgeclip.cli.command import run_command
+from edgeclip.manifest import PRIOR_GRADIENTS, Manifest
+from edgeclip.precisions import PRECISIONS, REFERENCE
 from export import ExportError
-from train.models import wording
 from train.models.weight_options import add_weight_options
 from train.progress import step
 
@@ -60,9 +60,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--precision",
         nargs="+",
         choices=PRECISIONS,
-        default=["fp32"],
-        help="one or more precisions of the encoders: int8 for CPUs, fp16 for GPUs, int8-qdq for "
-        "TensorRT (default: fp32)",
+        default=[REFERENCE],
+        help="one or more precisions of the encoders: "
+        + ", ".join(f"{row.name} for {row.hardware}" for row in PRECISIONS.values())
+        + f" (default: {REFERENCE})",
     )
     add(
         "--data",
@@ -111,7 +112,13 @@ def run(options: argparse.Namespace) -> None:
         with step("loading PyTorch"):
             from export import bundle, fused
             from export.checks import evidence
-            from train.models import architectures, checkpoints, trained_prior, weight_files
+            from train.models import (
+                architectures,
+                checkpoints,
+                trained_prior,
+                weight_files,
+                wording,
+            )
     except ImportError as err:
         raise ExportError(f"{err}: exporting needs pip install 'edgeclip[export]'") from err
     # All inputs are checked before minutes of work.
@@ -167,7 +174,7 @@ def _print_report(out: Path, manifest: Manifest, compared: bool) -> None:
         print(f"  {precision}: one image in {variant.cpu_ms:.3g} ms")
         for name, value in variant.parity.items():
             print(f"    {name:24} {_format(name, value)}")
-    if not compared and set(manifest.precisions) != {"fp32"}:
+    if not compared and set(manifest.precisions) != {REFERENCE}:
         print("answers were not compared with the original model's: name a data set with --data")
     if manifest.prior is not None:
         for name, value in manifest.prior.parity.items():
@@ -181,17 +188,8 @@ def _format(name: str, value: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after a one-line error."""
-    options = parse(arguments)
-    try:
-        run(options)
-    except (EdgeclipError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: no bundle was written", file=sys.stderr)
-        return 130
-    return 0
+    """Run the command and return its exit status, see `run_command`."""
+    return run_command(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ import numpy as np
 from safetensors.numpy import save
 
 from edgeclip import Runtime
+from edgeclip.backends.base import EMBEDDING, TOKENS
 from edgeclip.bundle import EMBEDDINGS, GOLDEN, MANIFEST, TOKENIZER, Bundle
 from edgeclip.manifest import ImageSpec, Manifest, Robustness, TextSpec, Variant
+from edgeclip.precisions import PRECISIONS, REFERENCE
 from edgeclip.purify import Purifier
 from export import ExportError, output
 from export.checks.latency import cpu_ms
@@ -21,8 +23,10 @@ from export.fused import check_purifier, write_fused
 from export.golden import golden_values
 from export.graphs import encoders
 from export.graphs.fused import Head
+from export.graphs.int8 import Inputs
 from export.graphs.precisions import calibration_images, convert_encoders
 from export.graphs.prior import write_prior
+from export.graphs.save import split_outputs
 from export.output import publish, staging_directory
 from export.tokenizer import clean_kind, convert, pad_id
 from train.models.checkpoints import Source
@@ -39,7 +43,7 @@ def export_bundle(
     out: Path,
     words: Wording,
     *,
-    precisions: Sequence[str] = ("fp32",),
+    precisions: Sequence[str] = (REFERENCE,),
     data: DataSet | None = None,
     robustness: tuple[Robustness, ...] = (),
     purification: Purifier = None,
@@ -64,8 +68,9 @@ def export_bundle(
     """
     out = out.resolve()  # a link stays, and its target is replaced
     check_target(out, force)
-    if "int8-qdq" in precisions and data is None:
-        raise ExportError("int8-qdq takes its ranges from images: name a data set with --data")
+    for name in precisions:
+        if PRECISIONS[name].needs_images and data is None:
+            raise ExportError(f"{name} takes its ranges from images: name a data set with --data")
     image = image_spec(source.model)
     with staging_directory(out) as staging:
         manifest = _write_encoders(staging, source, image, words)
@@ -99,10 +104,10 @@ def check_target(out: Path, force: bool) -> None:
 
 
 def _write_encoders(staging: Path, source: Source, image: ImageSpec, words: Wording) -> Manifest:
-    """Export the fp32 encoders, and return the manifest so far."""
+    """Export the fp32 encoders, with tokens as a second output, and return the manifest so far."""
     model = source.model
     context_length = int(source.tokenizer.context_length)
-    names = _variant("fp32")
+    names = _variant(REFERENCE, has_tokens=True)
     with step("exporting the image encoder"):
         tokens = encoders.export_image_encoder(model, image.size, staging / names.image_encoder)
     with step("exporting the text encoder"):
@@ -121,13 +126,14 @@ def _write_encoders(staging: Path, source: Source, image: ImageSpec, words: Word
         templates=words.templates,
         null_templates=words.null_templates,
         purification=None,
-        precisions={"fp32": names},
+        precisions={REFERENCE: names},
     )
 
 
-def _variant(precision: str) -> Variant:
-    text = "fp32" if precision == "int8-qdq" else precision  # text embeddings are cached
-    return Variant(f"image_encoder.{precision}.onnx", f"text_encoder.{text}.onnx")
+def _variant(precision: str, has_tokens: bool) -> Variant:
+    text = PRECISIONS[precision].text
+    tokens = f"image_tokens.{precision}.onnx" if has_tokens else None
+    return Variant(f"image_encoder.{precision}.onnx", f"text_encoder.{text}.onnx", tokens)
 
 
 def _write_precisions(
@@ -139,13 +145,21 @@ def _write_precisions(
 ) -> Manifest:
     """Convert and verify all precisions; remove the fp32 encoders unless fp32 is one of them."""
     (original,) = manifest.precisions.values()
-    variants = {precision: _variant(precision) for precision in precisions}
+    has_tokens = manifest.tokens is not None
+    variants = {precision: _variant(precision, has_tokens) for precision in precisions}
     manifest = dataclasses.replace(manifest, precisions=variants)
     for precision, variant in variants.items():
-        if precision != "fp32":
+        if precision != REFERENCE:
             with step(f"converting the encoders to {precision}"):
-                images = () if data is None else calibration_images(data, manifest.image)
+                images: Sequence[Inputs] = ()
+                if data is not None and PRECISIONS[precision].needs_images:
+                    images = calibration_images(data, manifest.image)
                 convert_encoders(staging, original, variant, precision, manifest, source, images)
+    # Only now: the other precisions are converted from the fp32 graph with both outputs.
+    for precision, variant in variants.items():
+        if variant.image_tokens is not None:
+            path, tokens = staging / variant.image_encoder, staging / variant.image_tokens
+            split_outputs(path, {EMBEDDING: path, TOKENS: tokens})
         with step(f"comparing {precision} with PyTorch"):
             parity = verify(staging, source, manifest, precision)
         variants[precision] = dataclasses.replace(variant, parity=parity)

@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from edgeclip.errors import EdgeclipError
+from edgeclip.cli.command import run_command
 from edgeclip.manifest import PRIOR_GRADIENTS
 from export import ExportError
 from export.graphs.prior import export_step, verify_step
@@ -33,8 +33,7 @@ another direction, whose cosine to the exact one is printed.
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after a one-line error."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m export.diffusion_prior",
         description="Write the step of CLIPure-Diff as an ONNX graph with the text as an input.",
@@ -63,25 +62,29 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="L",
         help="number of text tokens (default: 77)",
     )
-    options = parser.parse_args(arguments)
-    try:
-        if options.text_length < 1:
-            raise ExportError(f"--text-length must be 1 or more, got {options.text_length}")
-        weights = [options.prior, options.prior / WEIGHTS]
-        check_graph_target(options.out, options.force, weights)
-        prior = load_prior(options.prior).model
-        with staged_graph(options.out) as path:
-            settings = path, None, options.gradient, options.text_length
-            with step("exporting the step"):
-                export_step(prior, *settings)
-            with step("comparing the step with PyTorch"):
-                parity = verify_step(prior, *settings)
-    except (EdgeclipError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the graph, and print its differences from PyTorch. Raises EdgeclipError."""
+    if options.text_length < 1:
+        raise ExportError(f"--text-length must be 1 or more, got {options.text_length}")
+    weights = [options.prior, options.prior / WEIGHTS]
+    check_graph_target(options.out, options.force, weights)
+    prior = load_prior(options.prior).model
+    with staged_graph(options.out) as path:
+        settings = path, None, options.gradient, options.text_length
+        with step("exporting the step"):
+            export_step(prior, *settings)
+        with step("comparing the step with PyTorch"):
+            parity = verify_step(prior, *settings)
     for name, value in parity.items():
         print(f"  {name:24} {value:.3g}")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit status, see `run_command`."""
+    return run_command(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

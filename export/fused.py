@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +23,19 @@ from PIL import Image
 from edgeclip import LabelSet, Runtime, read_labels, storage
 from edgeclip.backends.onnx_runtime import open_session
 from edgeclip.bundle import Bundle
-from edgeclip.cli.options import Parser, positive, step_size, up_to
-from edgeclip.errors import EdgeclipError
+from edgeclip.cli.command import run_command
+from edgeclip.cli.options import Parser, PurifierOptions, positive
 from edgeclip.labels import read_templates
-from edgeclip.manifest import PRECISIONS
-from edgeclip.purify import MAX_STEPS, CosPurifier, DiffPurifier, Purifier, resolve
+from edgeclip.precisions import PRECISIONS, REFERENCE
+from edgeclip.purify import CosPurifier, DiffPurifier, Purifier
 from export import ExportError
 from export.graphs.fused import TOP_K, Head, fuse
 from export.graphs.save import save
 from export.output import check_graph_target, staged_graph
 from train.progress import step
 
+PURIFIER = PurifierOptions(methods=("auto", "none", "cos"))
 INPUT_TYPES = ("uint8", "float32")
-# Largest difference of a probability from Runtime's. Other precisions than fp32 round differently
-# where a value differs in its last bit; they get the golden check's tolerance.
-LIMITS = {"fp32": 1e-5, "fp16": 1e-2, "int8": 1e-2, "int8-qdq": 1e-2}
 PROBES = 5  # images to compare, the golden one included
 PROBE_CLASSES = 32
 EPILOG = """examples:
@@ -76,10 +73,11 @@ def write_fused(
     else:
         save(model, path)
     difference = compare(runtime, path, head, input_type)
-    if not difference <= LIMITS[precision]:
+    limit = PRECISIONS[precision].fused_limit
+    if not difference <= limit:
         raise ExportError(
             f"{path.name} does not match the runtime: a probability differs by {difference:.3g} "
-            f"(limit {LIMITS[precision]:g})"
+            f"(limit {limit:g})"
         )
     return difference
 
@@ -91,7 +89,9 @@ def compare(runtime: Runtime, path: Path, head: Head, input_type: str = "uint8")
     except for classes of equal probability.
     """
     session = open_session(path, "cpu")
-    labels = head.labels or _probe_classes(runtime, max(head.answers or 0, PROBE_CLASSES))
+    labels = head.labels or LabelSet.random(
+        max(head.answers or 0, PROBE_CLASSES), runtime.bundle.null_text, runtime.text_identity()
+    )
     images = _probes(runtime.bundle)
     fixed = isinstance(session.get_inputs()[0].shape[0], int)
     largest = 0.0
@@ -102,10 +102,8 @@ def compare(runtime: Runtime, path: Path, head: Head, input_type: str = "uint8")
         if head.labels is None:
             inputs["classes"] = labels.embeddings
         outputs = session.run(None, inputs)
-        for row, answer in enumerate(runtime.classify(list(batch), labels, top_k=len(labels))):
-            ranked = np.array([prediction.score for prediction in answer], np.float32)
-            scores = np.empty_like(ranked)
-            scores[[prediction.index for prediction in answer]] = ranked
+        for row, scores in enumerate(runtime.scores(list(batch), labels)):
+            ranked = np.sort(scores)[::-1]
             if head.answers is None:
                 differences = [outputs[0][row] - scores]
             else:
@@ -114,13 +112,6 @@ def compare(runtime: Runtime, path: Path, head: Head, input_type: str = "uint8")
                 differences.append(probabilities - scores[indices])
             largest = float(np.max(np.abs([largest, *np.concatenate(differences)])))  # keeps a NaN
     return largest
-
-
-def _probe_classes(runtime: Runtime, count: int) -> LabelSet:
-    rows = np.random.default_rng(0).standard_normal((count, runtime.bundle.manifest.embed_dim))
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    names = tuple(map(str, range(count)))
-    return LabelSet(names, rows, rows @ runtime.bundle.null_text, runtime.text_identity())
 
 
 def _probes(bundle: Bundle) -> NDArray[np.uint8]:
@@ -142,25 +133,13 @@ def check_purifier(purifier: Purifier) -> CosPurifier | None:
     return purifier
 
 
-def add_options(add: Callable[..., Any]) -> None:
-    """Add the options that `open_runtime` reads; `add` is a parser's add_argument."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `open_runtime` reads."""
+    add = parser.add_argument
     add("bundle", metavar="BUNDLE", type=Path, help="bundle directory")
-    text = "precision of the encoders (default: fp32)"
-    add("--precision", choices=PRECISIONS, default="fp32", help=text)
-    text = "purification; auto: the bundle's recommendation (default: auto)"
-    add("--purify", choices=("auto", "none", "cos"), default="auto", help=text)
-    add(
-        "--steps",
-        type=up_to(MAX_STEPS),
-        metavar="N",
-        help="steps of cos (default: the bundle's, or 10)",
-    )
-    add(
-        "--step-size",
-        type=step_size,
-        metavar="F",
-        help="step size of cos (default: the bundle's, or 30)",
-    )
+    text = f"precision of the encoders (default: {REFERENCE})"
+    add("--precision", choices=PRECISIONS, default=REFERENCE, help=text)
+    PURIFIER.add(parser)
     text = "prompt with {} for the label, or a file of prompts (default: the bundle's)"
     add("--template", metavar="TEXT", action="append", default=[], help=text)
     add("--force", action="store_true", help="replace an existing file or directory at -o")
@@ -169,13 +148,7 @@ def add_options(add: Callable[..., Any]) -> None:
 def open_runtime(options: argparse.Namespace) -> tuple[Runtime, CosPurifier | None]:
     """Open the runtime that the options name, and its purifier. Raises EdgeclipError."""
     bundle = Bundle(options.bundle)
-    purifier = check_purifier(resolve(options.purify, bundle.manifest.purification))
-    overrides = {"steps": options.steps, "step_size": options.step_size}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    if overrides and options.purify != "cos":
-        raise ExportError("--steps and --step-size need --purify cos")
-    if purifier is not None:
-        purifier = CosPurifier(**{**vars(purifier), **overrides})
+    purifier = check_purifier(PURIFIER.purifier(options, bundle.manifest.purification))
     runtime = Runtime(bundle, device="cpu", precision=options.precision, purify=purifier)
     return runtime, purifier
 
@@ -209,7 +182,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add_options(add)
+    add_options(parser)
     add(
         "-o",
         "--out",
@@ -259,14 +232,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after a one-line error."""
-    options = _parse(arguments)
-    try:
-        run(options)
-    except (EdgeclipError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command and return its exit status, see `run_command`."""
+    return run_command(lambda: run(_parse(arguments)))
 
 
 if __name__ == "__main__":

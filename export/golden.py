@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from edgeclip.bundle import TOKENIZER
 from edgeclip.manifest import Manifest
 from edgeclip.text.tokenizer import Tokenizer
+from edgeclip.tools.pictures import golden_picture
 from export import ExportError
 from train.models.checkpoints import Source
 
@@ -45,7 +45,7 @@ def golden_values(directory: Path, source: Source, manifest: Manifest) -> dict[s
     Raises ExportError if the tokenizer gives other ids than open_clip's.
     """
     height, width = manifest.image.size
-    image = synthetic_image(3 * height // 2, 9 * width // 5)
+    image = golden_picture(3 * height // 2, 9 * width // 5)
     settings = PreprocessCfg(**open_clip.get_model_preprocess_cfg(source.model))
     pixels = image_transform_v2(settings, is_train=False)(Image.fromarray(image))
     ids, lengths = tokenize(directory, source, manifest, GOLDEN_PROMPTS)
@@ -58,17 +58,6 @@ def golden_values(directory: Path, source: Source, manifest: Manifest) -> dict[s
         "ids": ids.numpy()[:, :length],
         "text_embeddings": source.model.encode_text(ids, normalize=True).numpy(),
     }
-
-
-def synthetic_image(height: int, width: int) -> NDArray[np.uint8]:
-    """Return an image, uint8 (height, width, 3), with smooth areas, edges, fine lines and noise."""
-    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
-    rgb = np.stack([0.2 + 0.6 * x, 0.3 + 0.5 * y, 0.7 - 0.4 * x * y], axis=2)
-    rgb[np.hypot(x - 0.35, y - 0.4) < 0.22] = (0.85, 0.2, 0.15)
-    rgb[(abs(x - 0.7) < 0.15) & (abs(y - 0.65) < 0.2)] = (0.1, 0.35, 0.8)
-    rgb += 0.1 * np.sin(60 * np.pi * (x + 0.5 * y))[:, :, np.newaxis] * (y[:, :, np.newaxis] > 0.8)
-    rgb += np.random.default_rng(0).normal(0, 0.02, rgb.shape)
-    return np.round(255 * rgb.clip(0, 1)).astype(np.uint8)
 
 
 def tokenize(

@@ -10,23 +10,26 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgeclip.backends import tensorrt_builder
-from edgeclip.backends.tensorrt_builder import BuildOptions, build_engine, import_tensorrt
+from edgeclip.backends import tensorrt_module
+from edgeclip.backends.engine_cache import BuildOptions
+from edgeclip.backends.tensorrt_builder import build_engine
+from edgeclip.backends.tensorrt_module import import_tensorrt
 from edgeclip.bundle import Bundle
+from edgeclip.cli.command import run_command
 from edgeclip.cli.options import Parser, positive
 from edgeclip.errors import BundleError, EdgeclipError
-from edgeclip.manifest import PRECISIONS
 from edgeclip.onnx_file import locations
+from edgeclip.precisions import PRECISIONS, engine_precisions
 from edgeclip.storage import write
 from export import ExportError
 
-INT8 = (
-    "int8 graphs are quantised for ONNX Runtime on CPUs (at run time, or with zero points), and "
+UNREADABLE = (
+    "graphs are quantised for ONNX Runtime on CPUs (at run time, or with zero points), and "
     "TensorRT cannot read them"
 )
 NO_FP32 = "FP32 GEMM is not supported"  # TensorRT-RTX multiplies only fp16 on Turing
@@ -55,7 +58,7 @@ def graph_files(bundle: Bundle, precisions: Sequence[str]) -> dict[str, Path]:
     names = []
     for precision in precisions:
         variant = manifest.precisions[precision]
-        names += [variant.image_encoder, variant.text_encoder]
+        names += variant.graphs()
         names += [name for name in manifest.files if name == f"fused.{precision}.onnx"]
     names += [manifest.prior.file] if manifest.prior else []
     return {name.removesuffix(".onnx"): _checked_file(bundle, name) for name in names}
@@ -75,16 +78,24 @@ def select_precisions(bundle: Bundle, requested: Sequence[str] | None) -> list[s
     """Return the requested precisions, or all that TensorRT reads. Raises ExportError."""
     available = bundle.manifest.precisions
     if requested is None:
-        supported = [name for name in available if name != "int8"]
-        if not supported:
-            raise ExportError(f"{bundle.path} has no other precision than int8: {INT8}")
-        return supported
-    if "int8" in requested:
-        raise ExportError(f"{INT8}: name fp32 or fp16")
+        readable = [name for name in available if PRECISIONS[name].tensorrt]
+        if not readable:
+            names = ", ".join(available)
+            raise ExportError(
+                f"{bundle.path} has no other precision than {names}: {_unreadable(available)}"
+            )
+        return readable
+    if unreadable := [name for name in requested if not PRECISIONS[name].tensorrt]:
+        raise ExportError(f"{_unreadable(unreadable)}: name {' or '.join(engine_precisions())}")
     for name in requested:
         if name not in available:
             raise ExportError(f"{bundle.path} has no {name} graphs; it has {', '.join(available)}")
     return list(dict.fromkeys(requested))
+
+
+def _unreadable(names: Iterable[str]) -> str:
+    """Return the reason why TensorRT cannot read the graphs of these precisions."""
+    return f"{', '.join(names)} {UNREADABLE}"
 
 
 def compile_graphs(
@@ -136,7 +147,7 @@ def _warnings(notes: dict[str, None], name: str) -> Iterator[None]:
             if record.levelno == logging.WARNING:
                 notes[f"warning: {name}: {record.getMessage()}"] = None
 
-    handler, log = Handler(logging.WARNING), logging.getLogger(tensorrt_builder.__name__)
+    handler, log = Handler(logging.WARNING), logging.getLogger(tensorrt_module.__name__)
     propagate, log.propagate = log.propagate, False
     log.addHandler(handler)
     try:
@@ -163,7 +174,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", type=Path, help="bundle directory")
-    text = "precisions of the graphs (default: all in the bundle except int8)"
+    text = "precisions of the graphs (default: all in the bundle that TensorRT reads)"
     add("--precision", nargs="+", choices=PRECISIONS, help=text)
     text = "compute capabilities, such as 86 (default: all that TensorRT-RTX supports)"
     add("--capability", nargs="+", type=_capability, metavar="SM", help=text)
@@ -178,14 +189,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> list[str]:
     trt = import_tensorrt("tensorrt_rtx")
-    supported = tensorrt_builder.capabilities(trt)
+    supported = tensorrt_module.capabilities(trt)
     capabilities = list(dict.fromkeys(options.capability or supported))
     for capability in capabilities:
-        tensorrt_builder.check_capability(trt, capability)
+        tensorrt_module.check_capability(trt, capability)
     bundle = Bundle(options.bundle)
     precisions = select_precisions(bundle, options.precision)
     if options.out is not None:
-        options.out.mkdir(parents=True)
+        try:
+            options.out.mkdir(parents=True)
+        except FileExistsError as err:
+            raise ExportError(f"{options.out} exists: name another folder") from err
     settings = BuildOptions(
         max_batch=options.max_batch,
         context_length=bundle.manifest.text.context_length,
@@ -193,8 +207,9 @@ def run(options: argparse.Namespace) -> list[str]:
     )
     files = graph_files(bundle, precisions)
     failed = compile_graphs(files, trt, capabilities, settings, options.out)
-    if options.precision is None and "int8" in bundle.manifest.precisions:
-        print(f"skipped int8: {INT8}")
+    skipped = [name for name in bundle.manifest.precisions if name not in precisions]
+    if options.precision is None and skipped:
+        print(f"skipped: {_unreadable(skipped)}")
     print(
         f"compiled by {trt.__name__} {trt.__version__} without a GPU: no engine was run, and none "
         "runs on a Jetson, where engines are built on the device"
@@ -202,24 +217,20 @@ def run(options: argparse.Namespace) -> list[str]:
     return failed
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return 0, 1 if a graph failed, or 2 after a one-line error."""
-    options = parse(arguments)
+def _run(arguments: list[str] | None) -> int:
     try:
-        failed = run(options)
-    except FileExistsError as err:
-        print(f"error: {err.filename} exists: name another folder", file=sys.stderr)
-        return 2
-    except (EdgeclipError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
+        failed = run(parse(arguments))
     except KeyboardInterrupt:
         print(flush=True)  # ends the unfinished row of the table
-        print("interrupted", file=sys.stderr)
-        return 130
+        raise
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit status, see `run_command`."""
+    return run_command(_run, arguments)
 
 
 if __name__ == "__main__":

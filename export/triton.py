@@ -21,8 +21,9 @@ from pathlib import Path
 
 from edgeclip import storage
 from edgeclip.backends.onnx_runtime import open_session
+from edgeclip.cli.command import run_command
 from edgeclip.cli.options import Parser, up_to
-from edgeclip.errors import EdgeclipError
+from edgeclip.precisions import PRECISIONS, REFERENCE
 from export import ExportError
 from export.fused import add_options, encode_labels, open_runtime, write_fused
 from export.graphs.fused import Head
@@ -81,12 +82,12 @@ def _check(options: argparse.Namespace) -> None:
     """Raise ExportError for options that Triton or its backend cannot serve."""
     if not re.fullmatch(r"\w[\w.-]*", options.name, re.ASCII):
         raise ExportError(f"--name {options.name!r}: use letters, digits, and . _ - between them")
-    if options.precision == "int8":
+    if PRECISIONS[options.precision].single_image:
         raise ExportError(
-            "an int8 image encoder takes one image at a time, and Triton makes batches: "
+            f"an {options.precision} image encoder takes one image at a time, and Triton makes batches: "
             "--precision fp32 or fp16"
         )
-    if options.accelerator == "tensorrt" and options.precision != "fp32":
+    if options.accelerator == "tensorrt" and options.precision != REFERENCE:
         raise ExportError(
             "--accelerator tensorrt needs --precision fp32: with fp16, TensorRT also computes layer "
             "norms and softmax in fp16, where some models lose their accuracy"
@@ -126,7 +127,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add_options(add)
+    add_options(parser)
     add(
         "-o",
         "--out",
@@ -147,14 +148,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after a one-line error."""
-    options = _parse(arguments)
-    try:
-        run(options)
-    except (EdgeclipError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command and return its exit status, see `run_command`."""
+    return run_command(lambda: run(_parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import signal
 import stat
 import sys
 
-from tests.support.data_sets import write_idx
 from tests.support.paths import EXAMPLES, VECTORS
 
 # Before anything imports huggingface_hub, through tokenizers or open_clip.
@@ -26,7 +25,7 @@ import edgeclip
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Fixtures of the whole session come before `cache`, and have a cache of their own."""
+    """Set a cache for the fixtures of the session, which come before `cache`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGECLIP_CACHE", str(tmp_path_factory.mktemp("session-cache")))
         yield
@@ -34,17 +33,18 @@ def _no_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible() -> Iterator[None]:
-    """Tests send Ctrl-C, which is ignored from the start in any background job of a script."""
+    """Handle Ctrl-C, which tests send, and which a script's background jobs ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
-def embedded_trials(_no_user_cache: None) -> Path:
-    """The folder of the embedded bundle's trials on this processor, made once for the session."""
+def embedded_trials(_no_user_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the embedded bundle's trials on this processor and no others."""
     edgeclip.Runtime(device="cpu", purify="none")
-    return Path(os.environ["EDGECLIP_CACHE"]) / "trials"
+    trials = Path(os.environ["EDGECLIP_CACHE"]) / "trials"
+    return Path(shutil.copytree(trials, tmp_path_factory.mktemp("embedded") / "trials"))
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def cache(
     monkeypatch: pytest.MonkeyPatch,
     embedded_trials: Path,
 ) -> Path:
-    """A cache for each test that holds nothing but the embedded bundle's trials."""
+    """Set a new cache that holds only the embedded bundle's trials."""
     folder = tmp_path_factory.mktemp("cache")
     shutil.copytree(embedded_trials, folder / "trials")
     monkeypatch.setenv("EDGECLIP_CACHE", str(folder))
@@ -62,8 +62,8 @@ def cache(
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """--threads is for the whole process, and sums of other tests would be rounded otherwise."""
-    torch: Any = sys.modules.get("torch")  # which not all tests need
+    """Restore PyTorch's threads, which --threads sets and which change how sums are rounded."""
+    torch: Any = sys.modules.get("torch")  # not all tests load it
     before = torch and torch.get_num_threads()
     yield
     if before:
@@ -82,13 +82,13 @@ def labels() -> list[str]:
 
 @pytest.fixture(scope="session")
 def rt() -> edgeclip.Runtime:
-    """The embedded bundle in fp32, without purification."""
+    """Return the embedded bundle in fp32, without purification."""
     return edgeclip.Runtime(purify="none", precision="fp32")
 
 
 @pytest.fixture(scope="session")
 def fashion() -> tuple[np.ndarray, np.ndarray]:
-    """The first 200 test images of Fashion-MNIST as uint8 (N, 28, 28, 3), and their labels (N,)."""
+    """Return 200 test images of Fashion-MNIST, uint8 (N, 28, 28, 3), and their labels (N,)."""
     with np.load(VECTORS / "fashion_200.npz") as arrays:
         grey, labels = arrays["images"], arrays["labels"]
     return np.repeat(grey[..., None], 3, axis=3), labels
@@ -96,23 +96,26 @@ def fashion() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Devices null and full, which a faulty test may destroy: root, who could, gets copies."""
+    """Return the devices null and full; copies of them for root, who could destroy them."""
     if os.geteuid() != 0:
         return {name: Path("/dev", name) for name in ("null", "full")}
     folder = tmp_path_factory.mktemp("devices")
-    found = {name: folder / name for name in ("null", "full")}
+    copies = {name: folder / name for name in ("null", "full")}
     try:
-        for name, path in found.items():
+        for name, path in copies.items():
             os.mknod(path, stat.S_IFCHR | 0o666, os.stat(f"/dev/{name}").st_rdev)
             path.open("wb").close()
     except OSError as err:
         pytest.skip(f"devices cannot be made or used here: {err}")
-    return found
+    return copies
 
 
 @pytest.fixture
 def fashion_folder(tmp_path: Path, fashion: tuple[np.ndarray, np.ndarray]) -> Path:
-    """150 training and 50 test images in the files that Fashion-MNIST is shipped in."""
+    """Write 150 training and 50 test images in the file format of Fashion-MNIST."""
+    # Imported here: it loads timm and with it PyTorch, which most tests do not need.
+    from tests.support.data_sets import write_idx
+
     images, labels = fashion
     for prefix, count in (("train", 150), ("t10k", 50)):
         write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", images[:count, :, :, 0])

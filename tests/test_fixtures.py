@@ -1,4 +1,4 @@
-"""The tests' own cache of models: a failure leaves nothing behind, and is not hidden by a later one."""
+"""Cache of models that tests make: a failure leaves no files, and is raised again by later tests."""
 
 from __future__ import annotations
 

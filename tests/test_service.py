@@ -1,4 +1,4 @@
-"""The systemd unit of docs/jetson.md: it parses, and starts what is there with arguments that parse."""
+"""Systemd unit of docs/jetson.md: it parses, and the command that it starts exists and parses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_it_starts_the_camera_example(
     original = argparse.ArgumentParser.parse_args
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     monkeypatch.setitem(sys.modules, "cv2", None)
-    assert camera.main(arguments) == 2  # for want of OpenCV, after the arguments
+    assert camera.main(arguments) == 2  # OpenCV is missing, found after parsing
     assert parsed[0].label == ["a person", "an empty room"]
 
 
@@ -51,10 +51,10 @@ def test_it_keeps_its_cache_and_its_rights_small(unit: configparser.ConfigParser
     assert (name, folder) == ("EDGECLIP_CACHE", f"/var/cache/{service['CacheDirectory']}")
     assert service["User"] == "edgeclip"
     assert {"video", "render"} <= set(service["SupplementaryGroups"].split())
-    assert service["Restart"] == "always"  # a camera that is unplugged ends it as well
+    assert service["Restart"] == "always"  # also after a camera was unplugged
     assert service["ProtectSystem"] == "strict"
     assert service["NoNewPrivileges"] == "yes"
-    # These would take away the GPU, or the socket of a CSI camera.
+    # These would hide the GPU, or the socket of a CSI camera.
     assert not {"PrivateDevices", "DynamicUser", "PrivateTmp"} & set(service)
 
 

@@ -1,8 +1,8 @@
 """Gradient attacks on images in [0, 1], as pure functions of a logits function.
 
-Gradients are taken with respect to the image alone: the weights' .grad stays as it was. Attacks
-run in the dtype of the images, which must not be float16: its gradients underflow, the attack
-stops moving, and that looks like robustness.
+Gradients are taken with respect to the image alone: the weights' .grad does not change. Attacks run
+in the dtype of the images. float16 is refused: its gradients underflow, the attack fails, and the
+failure looks like robustness.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ import torch.nn.functional as F
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]  # (logits, labels) -> (B,)
 Fooled = Callable[[Any, torch.Tensor], torch.Tensor]  # (logits, labels) -> (B,) booleans
-# One generator for all images; or one for each, and then no image's noise depends on the others.
+# One generator for all images, or one for each: then no image's noise depends on the others.
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The loss of PGD (Madry et al., ICLR 2018), (B,)."""
+    """Return the cross-entropy (B,), the loss of PGD (Madry et al., ICLR 2018)."""
     return F.cross_entropy(_wide(logits), labels, reduction="none")
 
 
 def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """How far the best wrong class is ahead (Carlini and Wagner, 2017), (B,); above 0 is a success."""
-    own = F.one_hot(labels, logits.shape[1]).bool()
+    """Return the best wrong logit minus the right one, (B,) (Carlini and Wagner, 2017).
+
+    Above 0 the attack has succeeded.
+    """
+    right = F.one_hot(labels, logits.shape[1]).bool()
     logits = _wide(logits)
-    return logits.masked_fill(own, -torch.inf).amax(1) - logits[own]
+    return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
-    """At least float32, in which a loss is not rounded away."""
+    """Convert to float32 at least; in half precision small differences of a loss are lost."""
     return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
@@ -55,35 +58,35 @@ def pgd(
     draws: int = 1,
     fooled: Fooled | None = None,
 ) -> torch.Tensor:
-    """Images within `eps` of `images` that are meant to be classified wrongly.
+    """Return adversarial images (B, 3, H, W) in [0, 1] within `eps` of `images`, found by PGD.
 
     logits_fn: images (B, 3, H, W) in [0, 1] -> logits (B, K). eps and step_size are in units of
     [0, 1]: 8/255, not 8. norm is linf or l2 (over the whole image). loss is ce, cw, or a function
-    (logits, labels) -> (B,) to be raised, for which logits and labels may be anything with a row
-    for each image. Of several restarts each image keeps the one with the highest margin, or the
-    highest loss of such a function. generator: one, or one for each image. draws: gradients of a
-    random logits_fn that each step sums (EOT, Athalye et al., ICML 2018).
-    fooled: (logits, labels) -> (B,) booleans; an image for which it is true is kept as it then is,
-    and attacked no longer. Raises ValueError for settings that make no sense.
+    (logits, labels) -> (B,) to maximise; its logits and labels may be anything with a row for each
+    image. Of several restarts, each image keeps the one with the highest margin, or the highest
+    value of such a function. generator: one, or one for each image. draws: gradients of a random
+    logits_fn that each step sums (EOT, Athalye et al., ICML 2018).
+    fooled: (logits, labels) -> (B,) booleans; the attack on an image stops where it is true.
+    Raises ValueError for settings out of range.
     """
     _check(images, eps, step_size, steps, restarts, draws, norm, loss, generator)
-    loss_fn, judge = (LOSSES[loss], margin) if isinstance(loss, str) else (loss, loss)
+    loss_fn, criterion = (LOSSES[loss], margin) if isinstance(loss, str) else (loss, loss)
     best = images.detach().clone()
     best_value = torch.full((len(images),), -torch.inf, device=images.device)
     for _ in range(restarts):
-        found = _ascend(
+        attacked = _ascend(
             logits_fn, images.detach(), labels, eps, step_size, steps, norm,
             loss_fn, random_start, generator, draws, fooled,
         )  # fmt: skip
         if restarts == 1:
-            return found
+            return attacked
         with torch.no_grad():
-            outputs = logits_fn(found)
-            value = judge(outputs, labels).float()
+            outputs = logits_fn(attacked)
+            value = criterion(outputs, labels).float()
             if fooled is not None:
                 value = value.masked_fill(fooled(outputs, labels), torch.inf)
         better = value > best_value
-        best[better], best_value[better] = found[better], value[better]
+        best[better], best_value[better] = attacked[better], value[better]
     return best
 
 
@@ -101,10 +104,11 @@ def _ascend(
     draws: int,
     fooled: Fooled | None,
 ) -> torch.Tensor:
+    """Return the images after gradient ascent on the loss, from one start."""
     delta = torch.zeros_like(images)
     if random_start:
         delta = _project(_random(images, norm, eps, generator), images, norm, eps)
-    found = images + delta
+    attacked = images + delta
     active = torch.arange(len(images), device=images.device)
     for _ in range(steps):
         delta.requires_grad_()
@@ -115,21 +119,21 @@ def _ascend(
         (gradient,) = torch.autograd.grad(loss, delta)
         delta = delta.detach()
         if fooled is not None:
-            left = ~fooled(outputs, labels)
-            active, images, labels = active[left], images[left], labels[left]
-            delta, gradient = delta[left], gradient[left]
+            remaining = ~fooled(outputs, labels)
+            active, images, labels = active[remaining], images[remaining], labels[remaining]
+            delta, gradient = delta[remaining], gradient[remaining]
             if not len(active):
                 break
         delta = _project(delta + step_size * _direction(gradient, norm), images, norm, eps)
-        found[active] = images + delta
-    return found
+        attacked[active] = images + delta
+    return attacked
 
 
 def _random(images: torch.Tensor, norm: str, eps: float, generator: Generators) -> torch.Tensor:
-    """Uniform in the ball of radius eps; generators may be on the CPU whatever the images' device."""
+    """Draw perturbations uniformly from the ball of radius eps; generators may be on any device."""
     if isinstance(generator, Sequence):
-        pairs = zip(images.split(1), generator, strict=True)
-        return torch.cat([_random(image, norm, eps, own) for image, own in pairs])
+        pairs = zip(torch.split(images, 1), generator, strict=True)
+        return torch.cat([_random(image, norm, eps, rng) for image, rng in pairs])
     device = images.device if generator is None else generator.device
     if norm == "linf":
         noise = torch.rand(images.shape, generator=generator, device=device) * 2 - 1
@@ -141,14 +145,15 @@ def _random(images: torch.Tensor, norm: str, eps: float, generator: Generators) 
 
 
 def _direction(gradient: torch.Tensor, norm: str) -> torch.Tensor:
+    """Return the direction of steepest ascent, of norm 1 in each image."""
     if norm == "linf":
         return gradient.sign()
-    length = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
+    length: torch.Tensor = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
     return gradient / length[:, None, None, None]
 
 
 def _project(delta: torch.Tensor, images: torch.Tensor, norm: str, eps: float) -> torch.Tensor:
-    """The nearest perturbation within eps; then the image is cut to [0, 1], which only shortens it."""
+    """Project perturbations into the ball of radius eps, and images into [0, 1]."""
     if norm == "linf":
         delta = delta.clamp(-eps, eps)
     else:
@@ -168,6 +173,7 @@ def _check(
     loss: str | Loss,
     generator: Generators,
 ) -> None:
+    """Raise ValueError for settings out of range."""
     if images.dtype == torch.float16:
         raise ValueError("attacks do not work in float16, whose gradients underflow: use float32")
     if norm not in ("linf", "l2"):

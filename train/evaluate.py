@@ -1,12 +1,12 @@
-"""Accuracy of a CLIP under attack, white box, with the checks that make the figure believable.
+"""White-box evaluation of a CLIP: its accuracy under attack, and ten checks of that figure.
 
     python -m train.evaluate runs/fashion --data fashion-mnist --eps 8/255 --out result.json
 
 Attacks see images in [0, 1] at the encoder's input size and change them within eps; a purified model
-is attacked through every gradient of --gradient. The worst case counts an image as right only if it
-stays right under every attack. Then ten checks look for ways in which the attacks may have failed.
-The result file is rewritten all the time: the same command goes on where a killed one stopped, and
-one with a larger -n adds to what is there.
+is attacked through every gradient of --gradient. The worst case counts an image as correct only if it
+stays correct under every attack. Then ten checks look for ways in which the attacks may have failed.
+The result file is updated after each batch: the same command resumes an interrupted run, and one
+with a larger -n adds images to it.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from edgeclip.purify import from_dict
 from train.errors import SettingsError
 from train.models.weight_options import add_weight_options
-from train.robustness.defence import GRADIENTS
-from train.robustness.measurement import Measurement
-from train.robustness.protocols import Protocol, Radius, describe, find, missing
+from train.robustness.measurement import PURIFIER, Measurement
+from train.robustness.protocols import PROTOCOLS, Protocol, Radius, describe, find, missing
+from train.robustness.result_file import GRADIENTS, Result
 from train.robustness.threat import ATTACKS
 from train.run.processes import choose_device, processes
 from train.run.settings import Parser, check_eps, check_number, fraction, run
@@ -44,15 +42,19 @@ EPILOG = """examples:
   torchrun --nproc-per-node 4 -m train.evaluate runs/fashion --data fashion-mnist --eps 8/255 \\
       --attack autoattack --out plain.json
 
-attacks: autoattack (apgd-ce, apgd-t with 9 targets, fab-t, square, each on what is left right by those
-before it), these four alone, pgd and cw (PGD on the cross-entropy and on the margin), feature (PGD
-towards the embedding of an image of another class). Square reads no gradient and runs once.
+attacks:
+  autoattack       apgd-ce, apgd-t, fab-t and square, each on the images that the earlier ones left correct
+  apgd-ce, apgd-t, fab-t, square
+                   one of these alone; apgd-t has 9 targets; square uses no gradient and runs once
+  pgd, cw          PGD on the cross-entropy and on the margin
+  feature          PGD towards the embedding of an image of another class
 
-gradients through a purification: exact (of the function that it is), identity (as if it were none),
-encoder (attack the model without it, evaluate with it), released (as the published code computes
-it: shows how much of a figure is masking). Without a purification they are all the same.
+gradients through a purification, all the same without one:
+  exact            derivative of the purification
+  identity         the purification is ignored in the backward pass
+  encoder          the model is attacked without the purification, and evaluated with it
+  released         derivative as the published code computes it: shows how much of a figure is masking
 """
-
 
 ATTACK, STEPS, SAMPLES = ("apgd-ce", "apgd-t"), 100, 1000
 
@@ -64,43 +66,54 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "subject",
         metavar="SUBJECT",
-        help="bundle, folder of a run or of transformers' CLIP, or open_clip's name of a model",
+        help="bundle, folder of a run or of a CLIP of transformers, or model name of open_clip",
     )
     add_weight_options(parser)
-    add("--checkpoint", metavar="RUN", help="of a bundle: its weights (default: beside it)")
+    add("--checkpoint", metavar="RUN", help="weights of a bundle (default: beside it)")
     add("--template", action="append", metavar="TEXT", help="prompt (default: as exported)")
     add("--attack", nargs="+", metavar="NAME", choices=("autoattack", *ATTACKS),
-        help=f"default: {' '.join(ATTACK)}")  # fmt: skip
+        help=f"attacks, listed below (default: {' '.join(ATTACK)})")  # fmt: skip
     add("--gradient", nargs="+", default=list(GRADIENTS), metavar="MODE", choices=GRADIENTS,
-        help="through the purification (default: all four)")  # fmt: skip
-    add("--purify", default="auto", choices=("auto", "none", "cos", "diff"),
-        help="default: what a bundle recommends, none for a model")  # fmt: skip
-    add("--purify-steps", type=int, metavar="N", help="default: 10, as published")
-    add("--purify-step-size", type=fraction, metavar="F", help="default: 30, as published")
-    add("--purify-timesteps", type=int, nargs=2, metavar=("FIRST", "LAST"),
-        help="of diff (default: 900 999, as published)")  # fmt: skip
-    add("--purify-seed", type=int, metavar="S", help="of diff's noise (default: 0)")
+        help="gradients through a purification, listed below (default: all four)")  # fmt: skip
+    PURIFIER.add(parser)
     add("--prior", metavar="RUN", help="of diff: run of train.diffusion_prior, or a checkpoint")
-    add("--restarts", type=int, default=1, metavar="N", help="of each attack (default: 1)")
-    add("--step-size", type=fraction, metavar="F", help="of pgd, cw and feature (default: eps / 4)")
-    add("--queries", type=int, default=5000, metavar="N", help="of square (default: 5000)")
+    add("--restarts", type=int, default=1, metavar="N", help="restarts of each attack (default: 1)")
+    add("--step-size", type=fraction, metavar="F",
+        help="step size of pgd, cw and feature, in units of [0, 1] (default: eps / 4)")  # fmt: skip
+    add("--queries", type=int, default=5000, metavar="N",
+        help="queries of square for each image (default: 5000)")  # fmt: skip
     add("--eot", type=int, default=1, metavar="N",
-        help="draws per step against a random defence, or of diff's seed, which is then not known to "
-        "the attack (default: 1)")  # fmt: skip
+        help="gradients averaged in each step, for a random defence; above 1 the attack does not know "
+        "the seed of diff (default: 1)")  # fmt: skip
     parser.add_measurement(steps=STEPS, samples=SAMPLES, required=False)
-    parser.set_defaults(steps=None, samples=None)  # a protocol has its own
+    parser.set_defaults(steps=None, samples=None)  # a protocol sets them
     add("--check-samples", type=int, default=100, metavar="N",
-        help="images of the ten checks; 0: none, and the report says so (default: 100)")  # fmt: skip
-    add("--transfer-from", metavar="RUN", help="another model, whose attacks the third check tries")
-    add("--protocol", metavar="NAME", help="a paper's data sets, attacks, sizes and prompts")
-    add("--list", action="store_true", help="tell what the protocol is, and what of it is here")
-    add("--skip-missing", action="store_true", help="measure the protocol's other data sets")
-    add("--out", type=Path, metavar="JSON", help="the result file; of a protocol, their folder")
+        help="images for the ten checks; 0 skips them, and reports mark the result (default: 100)")  # fmt: skip
+    add(
+        "--transfer-from",
+        metavar="RUN",
+        help="another model, whose attacks the third check transfers",
+    )
+    add("--protocol", metavar="NAME",
+        help="evaluation of a paper, with its data sets, attacks, sizes and prompts: "
+        f"{', '.join(PROTOCOLS)}")  # fmt: skip
+    add(
+        "--list",
+        action="store_true",
+        help="print the protocol and its available data sets, and exit",
+    )
+    add("--skip-missing", action="store_true", help="skip the protocol's unavailable data sets")
+    add(
+        "--out",
+        type=Path,
+        metavar="JSON",
+        help="result file; with --protocol, folder of result files",
+    )
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    """Fill in what was not given. Raises SettingsError."""
+    """Set defaults. Raises SettingsError for missing or contradictory settings."""
     for name in ("data", "eps", "out"):
         if getattr(args, name) is None:
             raise SettingsError(f"--{name} is missing (or --protocol; see --help)")
@@ -119,44 +132,44 @@ def check(args: argparse.Namespace) -> None:
         raise SettingsError(f"{args.out} is a folder: --out names the result file")
 
 
-def purification_text(settings: dict[str, Any]) -> str:
-    return str(from_dict(settings["purification"]) or "none")
-
-
-def show(found: dict[str, Any]) -> None:
-    settings = found["settings"]
-    eps = settings["eps"]
-    size = f"{eps * 255:g}/255" if settings["norm"] == "linf" else f"{eps:g}"
-    title = (
-        f"{settings['subject']} on {settings['data']}, {found['finished']} images, "
-        f"{settings['norm']} eps {size}, {settings['steps']} steps, "
-        f"purification {purification_text(settings)}"
+def show(result: Result) -> None:
+    """Print the accuracies and the checks of a measurement."""
+    settings = result.settings
+    console = Console()
+    console.print(
+        f"{settings['subject']} on {settings['data']}, {len(result.finished)} images, {result.radius}, "
+        f"{settings['steps']} steps, purification {result.purifier or 'none'}",
+        soft_wrap=True,
     )
-    table = Table("attack", "gradient", "accuracy")
-    table.add_row("none", "", f"{found['clean_accuracy']:.2%}")
-    for row in found["results"]:
-        for name, accuracy in row.get("stages", {}).items():
-            table.add_row(f"  after {name}", row["gradient"], f"{accuracy:.2%}")
-        table.add_row(row["attack"], row["gradient"], f"{row['robust_accuracy']:.2%}")
-    table.add_row("worst case", "", f"{found['worst_case_accuracy']:.2%}")
-    if found["masking"] is not None:
-        table.add_row("masking", "", f"{100 * found['masking']:+.2f} points")
+    console.print(_accuracies(result))
     checks = Table("check", "", "figure")
     words = {True: "pass", False: "[bold red]FAIL[/]", None: "-"}
-    for i, row in enumerate(found["checks"], 1):
-        checks.add_row(f"{i} {row['name']}", words[row["passed"]], row["figure"])
-    console = Console()
-    console.print(title, soft_wrap=True)
-    console.print(table)
+    for i, check in enumerate(result.checks, 1):
+        checks.add_row(f"{i} {check['name']}", words[check["passed"]], check["figure"])
     console.print(checks)
-    failed = [str(i) for i, row in enumerate(found["checks"], 1) if row["passed"] is False]
-    if failed or not found["checks"]:
-        why = f"checks {', '.join(failed)} FAILED" if failed else "NO CHECK WAS RUN"
-        console.print(f"[bold red]DO NOT BELIEVE THESE FIGURES: {why}[/]", soft_wrap=True)
+    if result.failed_checks or not result.checks:
+        numbers = ", ".join(map(str, result.failed_checks))
+        reason = f"checks {numbers} FAILED" if numbers else "NO CHECK WAS RUN"
+        console.print(f"[bold red]DO NOT TRUST THESE FIGURES: {reason}[/]", soft_wrap=True)
+
+
+def _accuracies(result: Result) -> Table:
+    table = Table("attack", "gradient", "accuracy")
+    table.add_row("none", "", f"{result.clean.mean():.2%}")
+    for (attack, gradient), stages in result.stages.items():
+        for stage, marks in stages.items():
+            if stage:
+                table.add_row(f"  after {stage}", gradient, f"{marks.mean():.2%}")
+        robust = result.by_attack[attack, gradient].mean()
+        table.add_row(attack, gradient, f"{robust:.2%}")
+    table.add_row("worst case", "", f"{result.worst.mean():.2%}")
+    if result.masking is not None:
+        table.add_row("masking", "", f"{100 * result.masking:+.2f} points")
+    return table
 
 
 def measure(args: argparse.Namespace) -> None:
-    """One data set, one size: attack, check, show."""
+    """Measure one data set at one eps: attack, check, and print."""
     check(args)
     columns = (
         TextColumn("{task.description}"),
@@ -165,25 +178,24 @@ def measure(args: argparse.Namespace) -> None:
         TextColumn("{task.fields[cost]}"),
     )
     with processes(choose_device(args.device)) as (rank, world, device):
-        work = Measurement(args, rank, world, device)
+        measurement = Measurement(args, rank, world, device)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        work.resume()
+        measurement.resume()
         if rank == 0:
-            work.agree()
+            measurement.check_agreement()
         with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as progress:
-            work.attack(progress)
-            work.gather()
+            measurement.attack(progress)
+            measurement.gather()
             if rank == 0:
-                work.check(progress)
-                work.results.write(args.out)
-                show(work.results.figures())
+                measurement.check(progress)
+                measurement.recorder.write(args.out)
+                show(measurement.recorder.result())
 
 
 def prescribed(
     args: argparse.Namespace, protocol: Protocol, name: str, radius: Radius
 ) -> argparse.Namespace:
-    """The settings of one of a protocol's measurements; what was given on the command line goes
-    before the protocol's own."""
+    """Return the settings of one measurement of a protocol; the command line overrides its own."""
     size = f"{radius.norm}-{radius.eps * 255:g}" if radius.norm == "linf" else str(radius)
     fixed = {
         "data": name,
@@ -191,38 +203,38 @@ def prescribed(
         "eps": radius.eps,
         "out": args.out / f"{name}-{size.replace(' ', '-')}.json",
     }
-    own = {
+    defaults = {
         "attack": protocol.attacks,
         "steps": protocol.steps,
         "step_size": protocol.step_size,
-        "samples": protocol.samples or sys.maxsize,  # as many as there are
+        "samples": protocol.samples or sys.maxsize,  # all images
         "template": protocol.templates,
     }
-    own = {key: value for key, value in own.items() if getattr(args, key) is None}
+    unset = {key: value for key, value in defaults.items() if getattr(args, key) is None}
     if args.purify == "auto":
-        own["purify"] = protocol.purify or "none"
-    return argparse.Namespace(**vars(args) | own | fixed)
+        unset["purify"] = protocol.purify or "none"
+    return argparse.Namespace(**vars(args) | unset | fixed)
 
 
 def follow(args: argparse.Namespace) -> None:
-    """Every measurement of a protocol, into a folder. Raises SettingsError."""
+    """Run every measurement of a protocol, into a folder. Raises SettingsError."""
     protocol = find(args.protocol)
     if args.list:
         print(describe(protocol))
         return
     if args.data or args.eps:
-        raise SettingsError("--protocol has its own data and eps: leave --data and --eps out")
+        raise SettingsError("--protocol sets the data and eps: omit --data and --eps")
     if args.out is None or args.out.is_file():
-        raise SettingsError("--protocol needs --out FOLDER, for a result file of each data set")
+        raise SettingsError("--protocol needs --out FOLDER, for a result file per data set")
     if args.download and "RANK" in os.environ:
-        raise SettingsError("--download a protocol's data sets in one process first")
+        raise SettingsError("run --download with a protocol in one process first")
     absent = missing(protocol, args.download)
     for line in absent.values():
         print(line, file=sys.stderr)
     if absent and not args.skip_missing:
         raise SettingsError(
-            f"{len(absent)} of the {len(protocol.data)} data sets of {args.protocol} are not "
-            "here: get them, or measure the others with --skip-missing"
+            f"{len(absent)} of the {len(protocol.data)} data sets of {args.protocol} are missing: get "
+            "them, or measure the others with --skip-missing"
         )
     for name in protocol.data:
         for radius in protocol.radii if name not in absent else ():

@@ -1,11 +1,11 @@
-"""Weights between an original and a robust image encoder: choose between clean and attacked accuracy.
+"""Interpolation of an original and a robust image encoder, between clean and attacked accuracy.
 
     python -m train.interpolate runs/fashion runs/fashion-tga --sweep --data fashion-mnist \\
         --eps 8/255 --out runs/frontier
     python -m train.interpolate runs/fashion runs/fashion-tga --alpha 0.8 --out runs/fashion-tga-80
 
-alpha 0 is the original, 1 the robust encoder, and (1 - alpha) original + alpha robust between them
-(WiSE-FT, Wortsman et al., CVPR 2022, arXiv 2109.01903). It costs nothing at inference.
+The weights are (1 - alpha) original + alpha robust: alpha 0 is the original encoder, 1 the robust one
+(WiSE-FT, Wortsman et al., CVPR 2022, arXiv 2109.01903). Inference costs the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from edgeclip import storage
@@ -33,6 +32,7 @@ from train.models.weight_files import StateDict
 from train.models.weight_options import add_weight_options
 from train.models.wording import wording
 from train.run.folder import copy_tokenizer, save_model
+from train.run.loop import progress_bar
 from train.run.processes import choose_device
 from train.run.settings import Parser, check_eps, check_number, fraction, run
 
@@ -42,17 +42,17 @@ EPILOG = """examples:
       --eps 8/255 -n 500 --out runs/frontier
   python -m train.interpolate ViT-B-32 runs/tga --pretrained openai --alpha 0.5 --out runs/tga-50
 
-A sweep prints a table, and writes OUT/frontier.json and OUT/frontier.png.
+A sweep prints a table and writes OUT/frontier.json and OUT/frontier.png.
 """
-# What only a sweep is made of.
+# Options that a sweep alone uses.
 SWEEP = ("points", "data", "eps", "norm", "steps", "samples", "seed", "batch_size", "download")
 
 
 def interpolate(original: StateDict, robust: StateDict, alpha: float) -> StateDict:
-    """(1 - alpha) original + alpha robust, tensor by tensor; whole numbers are the robust one's.
+    """Return (1 - alpha) original + alpha robust, tensor by tensor; integers are the robust ones.
 
-    Raises SettingsError for alpha outside 0 to 1, states of different architectures, or a robust
-    one whose text encoder is not the original's.
+    Raises SettingsError for alpha outside 0 to 1, for states of different architectures, and for
+    different text encoders.
     """
     check_number("alpha", alpha, 0, 1)
     shapes = [{key: value.shape for key, value in state.items()} for state in (original, robust)]
@@ -72,7 +72,7 @@ def interpolate(original: StateDict, robust: StateDict, alpha: float) -> StateDi
 
 
 def sweep(args: argparse.Namespace, original: Source, robust: Source) -> list[dict[str, float]]:
-    """Clean and attacked accuracy at each alpha; the robust source's model is changed."""
+    """Return clean and attacked accuracy at each alpha; the robust source's model is changed."""
     test_set = dataset.load(args.data, train=False, download=args.download)
     classes = class_embeddings(original, test_set.classes, wording(original).templates)
     device = choose_device(args.device)
@@ -80,7 +80,7 @@ def sweep(args: argparse.Namespace, original: Source, robust: Source) -> list[di
     model = Classifier(robust, classes).to(device).eval()
     pictures = Pictures(test_set, robust.model.visual)
     keys = draw(len(test_set), args.samples, args.seed)
-    parts = split(keys, args.batch_size)
+    key_batches = split(keys, args.batch_size)
     rows = []
 
     def attack(images: torch.Tensor, labels: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
@@ -95,20 +95,19 @@ def sweep(args: argparse.Namespace, original: Source, robust: Source) -> list[di
             generator=generators(seeds, device),
         )
 
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("alpha", total=args.points * len(parts))
+    with progress_bar(console=Console(stderr=True)) as bar:
+        task = bar.add_task("alpha", total=args.points * len(key_batches))
         for i in range(args.points):
             alpha = i / (args.points - 1)
             robust.model.load_state_dict(interpolate(*ends, alpha))
 
-            def shown(alpha: float = alpha) -> Iterator[Any]:
-                for batch in batches(pictures, parts, workers=0):
-                    progress.update(bar, description=f"alpha {alpha:.2f}")
+            def loader(alpha: float = alpha) -> Iterator[Any]:
+                for batch in batches(pictures, key_batches, workers=0):
+                    bar.update(task, description=f"alpha {alpha:.2f}")
                     yield batch
-                    progress.advance(bar)
+                    bar.advance(task)
 
-            clean, attacked = count_right(model, shown(), attack)
+            clean, attacked = count_right(model, loader(), attack)
             rows.append(
                 {
                     "alpha": alpha,
@@ -120,7 +119,7 @@ def sweep(args: argparse.Namespace, original: Source, robust: Source) -> list[di
 
 
 def plot(rows: list[dict[str, float]], title: str, path: Path) -> None:
-    """The frontier as a picture: clean accuracy against attacked accuracy, alpha beside each point."""
+    """Plot the frontier: clean accuracy against attacked accuracy, alpha beside each point."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")
@@ -137,27 +136,34 @@ def plot(rows: list[dict[str, float]], title: str, path: Path) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    description = __doc__.split("\n\n")[0]
+    """Build the parser of the command line."""
+    description = (__doc__ or "").split("\n\n")[0]
     parser = Parser("python -m train.interpolate", "ORIGINAL ROBUST", description, EPILOG)
     add = parser.add_argument
     add("original", metavar="ORIGINAL", help="folder of a run, or open_clip's name of a model")
-    add("robust", metavar="ROBUST", help="folder of the run that was fine-tuned from it")
+    add("robust", metavar="ROBUST", help="folder of the run fine-tuned from ORIGINAL")
     add_weight_options(parser, "the original's ")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--alpha", type=fraction, help="write the run of this alpha, 0 to 1")
-    what.add_argument(
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--alpha", type=fraction, help="write the run with this alpha, 0 to 1")
+    mode.add_argument(
         "--sweep",
         action="store_true",
-        help="measure alphas from 0 to 1, by PGD: needs --data and --eps",
+        help="measure alphas from 0 to 1 by PGD; needs --data and --eps",
     )
-    add("--points", type=int, default=11, help="alphas of a sweep (default: 11)")
-    parser.add_measurement(steps=20, samples=500, required=False)  # of a sweep, by PGD
-    add("--out", type=Path, required=True, metavar="FOLDER", help="the new run, or the figures")
+    add("--points", type=int, default=11, help="number of alphas in a sweep (default: 11)")
+    parser.add_measurement(steps=20, samples=500, required=False)
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder of the new run, or of the sweep's results",
+    )
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises SettingsError."""
+    """Raise SettingsError for arguments out of range, or that do not fit together."""
     if args.out.exists() and not args.out.is_dir():
         raise SettingsError(f"{args.out} is a file: --out names a folder")
     check_number("threads", args.threads, 0)
@@ -176,7 +182,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def describe(args: argparse.Namespace, original: Source, robust: Source) -> dict[str, Any]:
-    """What it takes to make the run or the sweep again."""
+    """Return the arguments and weights that reproduce the run or the sweep."""
     unused = ("out", "alpha") if args.sweep else ("out", "sweep", *SWEEP)
     settings = {name: value for name, value in vars(args).items() if name not in unused}
     hashes = {"original": original.weights_sha256, "robust": robust.weights_sha256}
@@ -184,6 +190,7 @@ def describe(args: argparse.Namespace, original: Source, robust: Source) -> dict
 
 
 def main(args: argparse.Namespace) -> None:
+    """Write the interpolated run, or the sweep's results."""
     check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -191,32 +198,32 @@ def main(args: argparse.Namespace) -> None:
     robust = load(args.robust, None)
     if original.quick_gelu != robust.quick_gelu:
         raise SettingsError(
-            "one of the two models has QuickGELU: say with --quickgelu or --no-quickgelu what the "
-            "original was trained with"
+            "one of the two models has QuickGELU: give --quickgelu or --no-quickgelu, as the "
+            "original was trained"
         )
     if args.sweep:
         rows = sweep(args, original, robust)
         args.out.mkdir(parents=True, exist_ok=True)
-        found = {"settings": describe(args, original, robust), "results": rows}
-        storage.write(args.out / "frontier.json", to_json(found, indent=2) + "\n")
+        result = {"settings": describe(args, original, robust), "results": rows}
+        storage.write(args.out / "frontier.json", to_json(result, indent=2) + "\n")
         attack = f"{args.norm} eps {args.eps * 255:g}/255, PGD-{args.steps}, {args.samples} images"
         plot(rows, f"{args.data}, {attack}", args.out / "frontier.png")
         table = Table("alpha", "clean", "attacked")
         for row in rows:
-            figures = (f"{row[k]:.1%}" for k in ("clean_accuracy", "robust_accuracy"))
-            table.add_row(f"{row['alpha']:.2f}", *figures)
+            accuracies = (f"{row[k]:.1%}" for k in ("clean_accuracy", "robust_accuracy"))
+            table.add_row(f"{row['alpha']:.2f}", *accuracies)
         console = Console()
         console.print(f"{args.data}, {attack}", soft_wrap=True)
         console.print(table)
         return
     state = interpolate(original.model.state_dict(), robust.model.state_dict(), args.alpha)
     robust.model.load_state_dict(state)
-    told = dict(robust.wording)
-    told["description"] = f"{told.get('description', robust.name)}; {args.alpha:.0%} of the way"
-    whole = robust.config | {"edgeclip": told, "interpolation": describe(args, original, robust)}
+    text = dict(robust.wording)
+    text["description"] = f"{text.get('description', robust.name)}; {args.alpha:.0%} of the way"
+    config = robust.config | {"edgeclip": text, "interpolation": describe(args, original, robust)}
     args.out.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(robust, args.out)
-    save_model(args.out, robust.model, whole)
+    save_model(args.out, robust.model, config)
     print(f"{args.out}: {args.alpha:g} of the way from {args.original} to {args.robust}")
 
 

@@ -1,4 +1,4 @@
-"""The losses of TGA-ZSR (Yu et al., NeurIPS 2024, arXiv 2410.21802, section 3) and its baselines."""
+"""Losses of TGA-ZSR (Yu et al., NeurIPS 2024, arXiv 2410.21802, section 3) and its baselines."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-# Between two attention maps, each flattened to (B, pixels): one number for the batch.
+# Distance of two batches of attention maps, each flattened to (B, pixels): one number.
 DISTANCES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "l2": lambda a, b: (a - b).norm(dim=1).mean(),  # over all pixels, not squared
+    "l2": lambda a, b: (a - b).norm(dim=1).mean(),  # not squared
     "l1": lambda a, b: (a - b).abs().mean(),
     "cos": lambda a, b: (1 - F.cosine_similarity(a, b, dim=1)).mean(),
 }
@@ -26,12 +26,13 @@ def tga_terms(
     beta: float,
     distance: str = "l2",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The weighted terms whose sum is the loss: cross-entropy, alpha * L_AR, beta * L_AMC.
+    """Return the weighted terms of TGA-ZSR's loss: cross-entropy, alpha * L_AR, beta * L_AMC.
 
-    logits_adv (B, K) of the attacked images, labels int64 (B,); attention maps (B, 1, S, S) of the
-    attacked and the clean images by the trained encoder, and of the clean ones by the original.
-    L_AR holds the attacked attention to the original's, L_AMC the clean one.
-    Raises ValueError for negative weights or a distance that is not l2, l1 or cos.
+    logits_adv: (B, K), of the attacked images. labels: int64 (B,). adv_target, clean_target:
+    attention maps (B, 1, S, S) of the attacked and the clean images, by the trained encoder.
+    clean_original: those of the clean images, by the original encoder. L_AR is the distance of
+    adv_target to clean_original, L_AMC that of clean_target. The loss is the sum of the terms.
+    Raises ValueError for negative weights, or a distance other than l2, l1 or cos.
     """
     if alpha < 0 or beta < 0:
         raise ValueError(f"alpha and beta must be 0 or more, got {alpha} and {beta}")
@@ -55,11 +56,12 @@ def pmg_terms(
     alpha: float,
     beta: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy, alpha * L_general and beta * L_clean of PMG-AFT (Wang et al., CVPR 2024).
+    """Return the terms of PMG-AFT's loss: cross-entropy, alpha * L_general and beta * L_clean.
 
-    All logits are (B, K): of the attacked images by the trained and by the original encoder, and
-    of the clean images by the trained one. L_general is KL(original || trained) on the attacked
-    images, L_clean is KL(clean || attacked) by the trained encoder.
+    Wang et al., CVPR 2024, arXiv 2401.04350. logits_adv, logits_adv_original: (B, K), of the
+    attacked images by the trained and by the original encoder. logits_clean: (B, K), of the clean
+    images by the trained encoder. labels: int64 (B,). L_general is KL(original || trained) on the
+    attacked images, L_clean is KL(clean || attacked) by the trained encoder.
     """
     return (
         F.cross_entropy(logits_adv, labels),
@@ -69,14 +71,16 @@ def pmg_terms(
 
 
 def _kl(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL divergence of softmax(other) from softmax(logits), mean over the batch."""
+    """Return KL(softmax(logits) || softmax(other)), the mean over the batch."""
     return F.kl_div(
         F.log_softmax(other, 1), F.log_softmax(logits, 1), log_target=True, reduction="batchmean"
     )
 
 
 def squared_distance(embedding: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-    """|f(x_adv) - f_original(x)|^2 of each image, (B,): what FARE's attack raises and its training
-    lowers (Schlarmann et al., ICML 2024, equation 3). Embeddings (B, D) as the encoder gives them.
+    """Return |f(x_adv) - f_original(x)|^2 of each image, (B,).
+
+    FARE's attack raises it and its training lowers it (Schlarmann et al., ICML 2024, equation 3).
+    The embeddings (B, D) are not normalised.
     """
     return (embedding - original).square().sum(1)

@@ -2,11 +2,11 @@
 
     python -m train.tgazsr --model ViT-B-32 --pretrained openai --data tiny-imagenet --out runs/tga
 
-Each step attacks the images by PGD, in [0, 1] and at the encoder's input size, and lowers the loss
-of the variant on what the attack found. The text encoder stays as it is. Everything random follows
-from the seed, the epoch and the index of an image: a run that was killed and resumed ends with the
-weights of one that was not (on a CPU bit for bit; on a GPU up to the order of its sums), and so does,
-up to rounding, one that torchrun spreads over several processes.
+Each step attacks the images by PGD, in [0, 1] and at the encoder's input size, and lowers the
+variant's loss on the attacked images. The text encoder is not trained. All random numbers follow from
+the seed, the epoch and the index of an image: a run that was killed and resumed has the weights of an
+uninterrupted one (on a CPU bit for bit; on a GPU up to the order of sums). A run that torchrun
+distributes over several processes has them up to rounding.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from __future__ import annotations
 import copy
 import math
 import time
-from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from train.data import dataset
 from train.data.augment import AUGMENTATIONS
-from train.data.loader import Pictures, batches, draw, seed_of, split
-from train.errors import SettingsError
+from train.data.loader import Key, Pictures, batches, draw, seed_of, split
+from train.errors import DataError, SettingsError
 from train.losses import DISTANCES
 from train.models.checkpoints import Source, load
 from train.models.classifier import Classifier, class_embeddings, count_right
@@ -40,10 +40,20 @@ from train.run.folder import (
     save_checkpoint,
     save_model,
 )
+from train.run.loop import check_finite, count_steps, progress_bar
 from train.run.optimizer import learning_rate, parameter_groups, set_learning_rate
 from train.run.processes import all_sum, choose_device, main_first, processes
-from train.run.settings import check_eps, check_number, fraction, parse_settings, run, setting
-from train.variants import WEIGHTS, attack, loss_terms
+from train.run.settings import (
+    WeightSettings,
+    check_eps,
+    check_ranges,
+    fraction,
+    parse_settings,
+    run,
+    setting,
+    to_record,
+)
+from train.variants import WEIGHTS, attack, loss_terms, term_weights
 
 EPILOG = """examples:
   python -m train.tgazsr --model ViT-B-32 --pretrained openai --data tiny-imagenet --out runs/tga
@@ -52,92 +62,76 @@ EPILOG = """examples:
   python -m train.tgazsr --model runs/fashion --data folder:photos --out runs/try --variant tecoa
   torchrun --nproc-per-node 4 -m train.tgazsr --pretrained openai --data imagenet:FOLDER --out runs/tga
 
-variants: tga (TGA-ZSR), comp (Comp-TGA), tecoa (cross-entropy alone), at (the same with trained class
-weights: plain adversarial training), pmg (PMG-AFT), fare (unsupervised embedding matching).
-The run is a folder: python -m export runs/tga -o BUNDLE makes a bundle of it.
+variants: tga (TGA-ZSR), comp (Comp-TGA), tecoa (cross-entropy alone), at (cross-entropy with trained
+class weights: plain adversarial training), pmg (PMG-AFT), fare (unsupervised embedding matching).
+The run is a folder: python -m export runs/tga -o BUNDLE exports it.
 """
-NUMBERS = {  # the least that each may be
-    "alpha": 0, "beta": 0, "attack_steps": 1, "epochs": 1, "batch_size": 1, "accumulate": 1,
-    "learning_rate": 0, "weight_decay": 0, "warmup_steps": 0, "gradient_clip": 0, "validate": 0,
-    "validate_steps": 0, "checkpoint_every": 1, "workers": 0, "threads": 0, "limit_batches": 0,
-}  # fmt: skip
-# What may differ between a run and its continuation: on one kind of device it changes no weight
-# by more than rounding.
-FREE = {"resume", "workers", "threads", "download", "checkpoint_every", "device", "out"}
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(WeightSettings):
+    """Settings of a fine-tuning run."""
+
     data: str = setting(help="data set, as name[:path]; python -m train.data lists them", type=str)
     out: Path = setting(help="folder of the run", type=Path)
     model: str = setting("ViT-B-32", help="open_clip's name of a model, or the folder of a run")
-    pretrained: str | None = setting(
-        None, help="tag of open_clip's or a file of weights; a folder has its own", type=str
-    )
-    visual: str | None = setting(
-        None,
-        help="file with weights of the image tower alone, over those of --pretrained",
-        type=str,
-    )
-    quickgelu: bool | None = setting(
-        None, help="build with QuickGELU or GELU (default: as the weights were trained)", type=bool
-    )
-    variant: str = setting("tga", help="which loss", choices=WEIGHTS)
+    variant: str = setting("tga", help="loss, see below", choices=WEIGHTS)
     alpha: float | None = setting(
         None, help="weight of the second term (default: as published; 1 for pmg)", type=float
     )
     beta: float | None = setting(
         None, help="weight of the third term (default: as published; 1 for pmg)", type=float
     )
-    distance: str = setting("l2", help="between attention maps", choices=DISTANCES)
+    distance: str = setting("l2", help="distance between attention maps", choices=DISTANCES)
     template: str = setting("This is a photo of a {}", help="prompt with {} for the class")
     non_class_template: str = setting(
-        "This is not a photo of a {}", help="of comp: the prompt that denies the class"
+        "This is not a photo of a {}", help="negated prompt with {} for the class, for comp"
     )
     eps: float = setting(1 / 255, help="largest perturbation, in units of [0, 1]", type=fraction)
-    step_size: float = setting(1 / 255, help="of the attack, in units of [0, 1]", type=fraction)
-    attack_steps: int = setting(2, help="of the attack that is trained on")
-    norm: str = setting("linf", help="of the perturbation", choices=("linf", "l2"))
-    epochs: int = setting(10, help="passes over the training images")
-    batch_size: int = setting(128, help="images per step, over all processes")
-    accumulate: int = setting(1, help="parts of a batch whose gradients are added, to save memory")
-    optimizer: str = setting("sgd", help="optimiser", choices=("sgd", "adamw"))
-    learning_rate: float = setting(1e-4, help="highest learning rate; a cosine towards zero")
-    momentum: float = setting(0.9, help="of SGD; beta 1 of AdamW")
-    weight_decay: float = setting(0.0, help="of matrices; vectors and scalars have none")
+    step_size: float = setting(1 / 255, help="attack step size, in units of [0, 1]", type=fraction)
+    attack_steps: int = setting(2, help="steps of the attack in training", low=1)
+    norm: str = setting("linf", help="norm of the perturbation", choices=("linf", "l2"))
+    epochs: int = setting(10, help="passes over the training images", low=1)
+    batch_size: int = setting(128, help="images per step, over all processes", low=1)
+    accumulate: int = setting(
+        1, help="parts of a batch whose gradients are added, to save memory", low=1
+    )
+    optimizer: str = setting("sgd", help="optimizer", choices=("sgd", "adamw"))
+    learning_rate: float = setting(1e-4, help="highest learning rate; cosine to zero")
+    momentum: float = setting(0.9, help="momentum of SGD, beta 1 of AdamW", high=0.9999)
+    weight_decay: float = setting(
+        0.0, help="weight decay of matrices; vectors and scalars have none"
+    )
     warmup_steps: int = setting(1000, help="steps of linear warm-up")
     gradient_clip: float = setting(0.0, help="largest norm of the gradient; 0 for no limit")
-    precision: str = setting("fp32", help="of the encoder's arithmetic", choices=("fp32", "bf16"))
+    precision: str = setting(
+        "fp32", help="precision of the encoder's products", choices=("fp32", "bf16")
+    )
     augment: str = setting(
-        "none", help="of the training images; garments is for Fashion-MNIST", choices=AUGMENTATIONS
+        "none",
+        help="augmentation of training images; garments is for Fashion-MNIST",
+        choices=AUGMENTATIONS,
     )
     validate: int = setting(500, help="test images attacked after each epoch; 0 for none")
-    validate_steps: int = setting(10, help="of that attack")
-    checkpoint_every: int = setting(200, help="steps between checkpoints")
-    seed: int = setting(0, help="of order, augmentation and attacks")
-    workers: int = setting(0, help="processes that read images, per process that trains")
+    validate_steps: int = setting(10, help="steps of the attack in validation")
+    checkpoint_every: int = setting(200, help="steps between checkpoints", low=1)
+    seed: int = setting(0, help="seed of order, augmentation and attacks", high=2**63 - 1)
+    workers: int = setting(0, help="processes that read images, for each training process")
     threads: int = setting(0, help="threads of torch; 0 leaves its default")
-    device: str = setting("auto", help="auto, cpu or cuda")
-    limit_batches: int = setting(0, help="stop each epoch after so many steps; 0 for all")
-    resume: bool = setting(False, help="go on from the last checkpoint of --out")
+    device: str = setting("auto", help="device of torch: auto, cpu or cuda")
+    limit_batches: int = setting(0, help="stop each epoch after this many steps; 0 for all")
+    resume: bool = setting(False, help="resume from the last checkpoint of --out")
     download: bool = setting(False, help="fetch the data set where it is missing")
 
 
 def checked(settings: Settings, world: int) -> Settings:
-    """The settings with the variant's weights filled in. Raises SettingsError."""
-    alpha, beta = WEIGHTS[settings.variant]
-    settings = replace(
-        settings,
-        alpha=alpha if settings.alpha is None else settings.alpha,
-        beta=beta if settings.beta is None else settings.beta,
-    )
-    for name, low in NUMBERS.items():
-        check_number(name, getattr(settings, name), low)
-    check_number("momentum", settings.momentum, 0, 0.9999)
-    check_number("seed", settings.seed, 0, 2**63 - 1)
+    """Return the settings with the variant's alpha and beta filled in. Raises SettingsError."""
+    alpha, beta = term_weights(settings)
+    settings = replace(settings, alpha=alpha, beta=beta)
+    check_ranges(settings)
     for name in ("eps", "step_size"):
         check_eps(name, getattr(settings, name), settings.norm)
-    if WEIGHTS[settings.variant] == (0, 0) and (settings.alpha, settings.beta) != (0, 0):
+    if WEIGHTS[settings.variant] == (0, 0) and (alpha, beta) != (0, 0):
         raise SettingsError(f"--variant {settings.variant} has no terms for --alpha and --beta")
     if "{}" not in settings.template or "{}" not in settings.non_class_template:
         raise SettingsError("--template and --non-class-template need {} where the class goes")
@@ -150,6 +144,7 @@ def checked(settings: Settings, world: int) -> Settings:
 
 
 def build_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    """Return SGD or AdamW, as the settings choose."""
     groups = parameter_groups(parameters, settings.weight_decay)
     rate, momentum = settings.learning_rate, settings.momentum
     if settings.optimizer == "sgd":
@@ -157,21 +152,18 @@ def build_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch
     return torch.optim.AdamW(groups, lr=rate, betas=(momentum, 0.98))
 
 
-def steps_in_epoch(count: int, settings: Settings) -> int:
-    steps = count // settings.batch_size
-    return min(steps, settings.limit_batches) if settings.limit_batches else steps
-
-
-def epoch_keys(count: int, epoch: int, settings: Settings, rank: int, world: int) -> list:
-    """For each step of an epoch this process's part of the batch, as (index, seed) of each image."""
+def epoch_keys(
+    count: int, epoch: int, settings: Settings, rank: int, world: int
+) -> list[list[Key]]:
+    """Return this process's part of each batch in an epoch, as the index and seed of each image."""
     rng = torch.Generator().manual_seed(seed_of(settings.seed, epoch))
     order = torch.randperm(count, generator=rng).tolist()
     share = settings.batch_size // world
     keys = []
-    for step in range(steps_in_epoch(count, settings)):
+    for step in range(count_steps(count, settings.batch_size, settings.limit_batches)):
         start = step * settings.batch_size + rank * share
-        own = order[start : start + share]
-        keys.append([(index, seed_of(settings.seed, epoch, index)) for index in own])
+        indices = order[start : start + share]
+        keys.append([(index, seed_of(settings.seed, epoch, index)) for index in indices])
     return keys
 
 
@@ -180,25 +172,29 @@ def accumulate_gradients(
     model: Classifier,
     parallel: nn.Module,
     original: Classifier,
-    negations: torch.Tensor,
-    batch: list[torch.Tensor],
+    negations: Tensor,
+    batch: list[Tensor],
 ) -> dict[str, float]:
-    """Add the batch's gradient to the weights' .grad, part by part; the mean of each loss term.
+    """Add the batch's gradient to the weights' .grad, chunk by chunk; return the mean loss terms.
 
     parallel is the model, or DistributedDataParallel around it, which averages over processes.
     """
-    parts = list(zip(*(x.chunk(settings.accumulate) for x in batch), strict=True))
+    chunks = list(zip(*(x.chunk(settings.accumulate) for x in batch), strict=True))
     means: dict[str, float] = {}
-    for i, (images, labels, seeds) in enumerate(parts):
-        found = attack(
+    for i, (images, labels, seeds) in enumerate(chunks):
+        attacked = attack(
             settings, model, original, images, labels, seeds, steps=settings.attack_steps
         )
-        last = i + 1 == len(parts)
-        with nullcontext() if last or parallel is model else parallel.no_sync():
-            terms = loss_terms(settings, parallel, original, negations, images, found, labels)
-            (sum(terms.values()) / len(parts)).backward()
+        # The backward pass of the last chunk averages the gradients of all over the processes.
+        context: AbstractContextManager[None] = nullcontext()
+        if isinstance(parallel, DistributedDataParallel) and i + 1 < len(chunks):
+            context = parallel.no_sync()
+        with context:
+            terms = loss_terms(settings, parallel, original, negations, images, attacked, labels)
+            loss = sum(terms.values(), torch.zeros((), device=images.device))
+            torch.autograd.backward(loss / len(chunks))
         for name, term in terms.items():
-            means[name] = means.get(name, 0.0) + term.item() / len(parts)
+            means[name] = means.get(name, 0.0) + term.item() / len(chunks)
     return means
 
 
@@ -210,48 +206,44 @@ def validate(
     rank: int,
     world: int,
 ) -> dict[str, float]:
-    """Clean and attacked accuracy on test images drawn by the seed, by PGD on the logits."""
+    """Return clean and attacked accuracy on test images drawn by the seed, by PGD on the logits."""
     keys = draw(len(pictures.data), settings.validate, settings.seed)
-    size = settings.batch_size // (world * settings.accumulate)  # what fits in training fits here
-    plain = replace(settings, variant="tecoa")
+    size = settings.batch_size // (world * settings.accumulate)  # fits in memory, as in training
+    logits_attack = replace(settings, variant="tecoa")
     counts = count_right(
         model,
         batches(pictures, split(keys[rank::world], size), settings.workers),
-        lambda *batch: attack(plain, model, original, *batch, settings.validate_steps),
+        lambda images, labels, seeds: attack(
+            logits_attack, model, original, images, labels, seeds, settings.validate_steps
+        ),
     )
     clean, robust = all_sum(torch.tensor(counts)).tolist()
     return {"clean_accuracy": clean / len(keys), "robust_accuracy": robust / len(keys)}
 
 
 def run_config(settings: Settings, source: Source, train_set: dataset.DataSet) -> dict[str, Any]:
-    """The run's open_clip_config.json: the model's own, with what was done to it."""
+    """Return the run's open_clip_config.json: the source's, with the wording and the settings."""
     wording = dict(source.wording)
-    told = wording.get("description") or source.title
+    title = wording.get("description") or source.title
     eps = f"{settings.eps * 255:.3g}/255" if settings.norm == "linf" else f"{settings.eps:.3g}"
     attack = f"{settings.norm} eps {eps}"
     wording.setdefault("templates", [settings.template])
-    wording["description"] = f"{told}; fine-tuned by {settings.variant} against {attack}"
-    training: dict[str, Any] = {
+    wording["description"] = f"{title}; fine-tuned by {settings.variant} against {attack}"
+    training = {
         "weights_sha256": source.weights_sha256,
         "images": len(train_set),
         "classes": list(train_set.classes),
     }
-    for key, value in asdict(settings).items():
-        training[key] = str(value) if isinstance(value, Path) else value
-    return source.config | {"edgeclip": wording, "training": training}
+    return source.config | {"edgeclip": wording, "training": training | to_record(settings)}
 
 
 def check_fit(settings: Settings, model: Classifier, name: str, steps: int) -> None:
-    """Raises SettingsError where the variant does not fit the model, or the schedule the data."""
+    """Raise SettingsError where the variant does not fit the model, or the schedule the steps."""
     spec = model.token_spec
     if settings.variant in ("tga", "comp") and (spec is None or spec.grid[0] != spec.grid[1]):
         raise SettingsError(
-            f"--variant {settings.variant} reads a square of patch tokens in the embedding's space, "
+            f"--variant {settings.variant} needs a square of patch tokens in the embedding's space, "
             f"and {name} has none: choose a plain ViT or SigLIP, or --variant tecoa, pmg or fare"
-        )
-    if not steps:
-        raise SettingsError(
-            f"{settings.data} has fewer images than --batch-size {settings.batch_size}"
         )
     if settings.warmup_steps >= steps:
         raise SettingsError(
@@ -261,47 +253,53 @@ def check_fit(settings: Settings, model: Classifier, name: str, steps: int) -> N
 
 
 def load_test_set(settings: Settings) -> dataset.DataSet:
+    """Load the test split. Raises DataError."""
     try:
         return dataset.load(settings.data, train=False, download=settings.download)
-    except dataset.DataError as err:
-        raise dataset.DataError(f"{err}; or give --validate 0") from err
+    except DataError as err:
+        raise DataError(f"{err}; or give --validate 0") from err
+
+
+def build_models(
+    settings: Settings, source: Source, classes: Sequence[str]
+) -> tuple[Classifier, Classifier, Tensor]:
+    """Return the model to train, a copy with the original weights, and the negated text embeddings."""
+    texts = class_embeddings(source, classes, [settings.template])
+    negations = texts  # comp alone uses negated prompts
+    if settings.variant == "comp":
+        negations = class_embeddings(source, classes, [settings.non_class_template])
+    model = Classifier(
+        source,
+        texts,
+        train_classes=settings.variant == "at",
+        bfloat16=settings.precision == "bf16",
+    ).eval()  # always: batch statistics would depend on how a batch is split
+    original = copy.deepcopy(model)
+    source.model.visual.requires_grad_(True)
+    return model, original, negations
 
 
 def train(settings: Settings, rank: int, world: int, device: torch.device) -> None:
-    out, previous = (
-        settings.out,
-        open_folder(settings.out, setting="variant", resume=settings.resume),
-    )
+    """Train, or resume; at the end the folder holds the model."""
+    out = settings.out
+    previous = open_folder(out, setting="variant", resume=settings.resume)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    with main_first(rank):  # what is not there yet is fetched once
+    with main_first(rank):  # missing files are fetched once
         train_set = dataset.load(settings.data, train=True, download=settings.download)
-        if settings.validate:
-            test_set = load_test_set(settings)
+        test_set = load_test_set(settings) if settings.validate else None
         source = load(
             settings.model,
             settings.pretrained,
             visual=settings.visual,
             quick_gelu=settings.quickgelu,
         )
-    texts = class_embeddings(source, train_set.classes, [settings.template])
-    negations = texts  # only Comp-TGA has others
-    if settings.variant == "comp":
-        negations = class_embeddings(source, train_set.classes, [settings.non_class_template])
-    model = Classifier(
-        source,
-        texts,
-        train_classes=settings.variant == "at",
-        bfloat16=settings.precision == "bf16",
-    )
-    steps_per_epoch = steps_in_epoch(len(train_set), settings)
+    model, original, negations = build_models(settings, source, train_set.classes)
+    steps_per_epoch = count_steps(len(train_set), settings.batch_size, settings.limit_batches)
     total = steps_per_epoch * settings.epochs
     check_fit(settings, model, source.name, total)
-    # In evaluation mode throughout: statistics of batches would depend on how a batch is split.
-    model, negations = model.to(device).eval(), negations.to(device)
-    original = copy.deepcopy(model)
-    source.model.visual.requires_grad_(True)
+    model, original, negations = model.to(device), original.to(device), negations.to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(parameters, settings)
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
@@ -310,7 +308,7 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
 
     step = 0
     if previous is not None:
-        check_same_run(out, config["training"], previous["training"], may_change=FREE)
+        check_same_run(out, config["training"], previous["training"])
         model.load_state_dict(previous["model"], strict=False)
         optimizer.load_state_dict(previous["optimizer"])
         step = previous["step"]
@@ -327,10 +325,9 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
             state = {"model": weights, "optimizer": optimizer.state_dict(), "step": step}
             save_checkpoint(out, state | {"training": config["training"]})
 
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         closing(Metrics(out, step, enabled=rank == 0)) as metrics,
-        Progress(*columns, disable=rank > 0) as bar,
+        progress_bar(disable=rank > 0) as bar,
     ):
         task = bar.add_task(settings.variant, total=total, completed=step)
         while step < total:
@@ -342,28 +339,27 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
                 set_learning_rate(optimizer, rate)
                 optimizer.zero_grad()
                 batch = [x.to(device) for x in batch]
-                means = accumulate_gradients(settings, model, parallel, original, negations, batch)
+                terms = accumulate_gradients(settings, model, parallel, original, negations, batch)
                 norm = clip_grad_norm_(parameters, settings.gradient_clip or math.inf).item()
-                values = (all_sum(torch.tensor(list(means.values()))) / world).tolist()
-                if not math.isfinite(sum(values) + norm):
-                    raise SettingsError(
-                        f"step {step + 1}: the loss or its gradient is not finite: "
-                        "lower --learning-rate, or add --gradient-clip 1"
-                    )
+                means = (all_sum(torch.tensor(list(terms.values()))) / world).tolist()
+                loss = sum(means)
+                check_finite(
+                    step + 1, loss + norm, "lower --learning-rate, or add --gradient-clip 1"
+                )
                 optimizer.step()
                 step += 1
-                row = {"step": step, "epoch": epoch + 1, "loss": sum(values)}
-                row |= dict(zip(means, values, strict=True))
+                row = {"step": step, "epoch": epoch + 1, "loss": loss}
+                row |= dict(zip(terms, means, strict=True))
                 row |= {"gradient_norm": norm, "learning_rate": rate}
                 metrics.write(row | {"seconds": time.monotonic() - started})
                 started = time.monotonic()
-                bar.update(task, advance=1, description=f"epoch {epoch + 1} loss {row['loss']:.3f}")
+                bar.update(task, advance=1, description=f"epoch {epoch + 1} loss {loss:.3f}")
                 if step % settings.checkpoint_every == 0 and step % steps_per_epoch:
-                    save()  # at the end of an epoch it follows the validation
-            if settings.validate:
+                    save()  # at the end of an epoch, it follows the validation
+            if test_set is not None:
                 row = {"step": step, "epoch": epoch + 1}
-                shown = Pictures(test_set, source.model.visual)
-                row |= validate(settings, model, original, shown, rank, world)
+                test_pictures = Pictures(test_set, source.model.visual)
+                row |= validate(settings, model, original, test_pictures, rank, world)
                 metrics.write(row)
                 bar.console.print(row)
             save()
@@ -374,7 +370,9 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
 
 
 def main() -> None:
-    chosen = parse_settings(Settings, "python -m train.tgazsr", __doc__.split("\n\n")[0], EPILOG)
+    """Run the command line, in each process of torchrun."""
+    description = (__doc__ or "").split("\n\n")[0]
+    chosen = parse_settings(Settings, "python -m train.tgazsr", description, EPILOG)
     with processes(choose_device(chosen.device)) as (rank, world, device):
         settings = replace(checked(chosen, world), out=chosen.out.expanduser())
         train(settings, rank, world, device)

@@ -1,9 +1,9 @@
-"""What each way of adversarial fine-tuning attacks, and what it lowers.
+"""Variants of adversarial fine-tuning: their attacks and their losses.
 
 tga    cross-entropy and two attention terms (TGA-ZSR, Yu et al., NeurIPS 2024, arXiv 2410.21802)
-comp   the same with complementary attention (Comp-TGA, arXiv 2603.18598)
+comp   TGA-ZSR with complementary attention (Comp-TGA, arXiv 2603.18598)
 tecoa  cross-entropy against the texts (TeCoA, Mao et al., ICLR 2023, arXiv 2212.07016)
-at     the same with class weights that are trained too (Madry et al., ICLR 2018, arXiv 1706.06083)
+at     cross-entropy with class weights that are trained too (Madry et al., ICLR 2018, arXiv 1706.06083)
 pmg    cross-entropy and two divergences (PMG-AFT, Wang et al., CVPR 2024, arXiv 2401.04350)
 fare   distance of the embedding, without labels (FARE, Schlarmann et al., ICML 2024, arXiv 2402.12336)
 """
@@ -22,7 +22,7 @@ from train.data.loader import generators
 from train.losses import pmg_terms, squared_distance, tga_terms
 from train.models.classifier import Classifier, Output
 
-# The published weights of the two terms beside the cross-entropy; for pmg our choice.
+# Default alpha and beta, the weights of the second and third term: as published; for pmg our choice.
 WEIGHTS = {
     "tga": (0.08, 0.05),
     "comp": (0.10, 0.07),
@@ -34,15 +34,31 @@ WEIGHTS = {
 
 
 class Objective(Protocol):
-    """The settings that an attack and a loss are made of; see train.tgazsr."""
+    """Settings of an attack and a loss; see train.tgazsr."""
 
-    variant: str
-    alpha: float
-    beta: float
-    distance: str
-    eps: float
-    step_size: float
-    norm: str
+    @property
+    def variant(self) -> str: ...
+    @property
+    def alpha(self) -> float | None: ...
+    @property
+    def beta(self) -> float | None: ...
+    @property
+    def distance(self) -> str: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def step_size(self) -> float: ...
+    @property
+    def norm(self) -> str: ...
+
+
+def term_weights(settings: Objective) -> tuple[float, float]:
+    """Return alpha and beta; a setting that is None has the variant's default."""
+    alpha, beta = WEIGHTS[settings.variant]
+    return (
+        alpha if settings.alpha is None else settings.alpha,
+        beta if settings.beta is None else settings.beta,
+    )
 
 
 def loss_terms(
@@ -54,9 +70,11 @@ def loss_terms(
     attacked: torch.Tensor,
     labels: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """The terms of the variant's loss by name, for images and attacked ones (B, 3, S, S).
+    """Return the weighted terms of the variant's loss, by name; their sum is the loss.
 
-    The trained encoder runs once, on all images together: what DistributedDataParallel expects.
+    images, attacked: (B, 3, S, S) in [0, 1]; labels: int64 (B,). negations: unit text embeddings
+    (K, D) of the classes' negations, which comp alone uses. The trained encoder runs once, on all
+    images together: DistributedDataParallel needs that.
     """
     if settings.variant == "fare":
         with torch.no_grad():
@@ -66,24 +84,34 @@ def loss_terms(
         return {"ce": F.cross_entropy(trained(attacked).logits, labels)}
     both = trained(torch.cat([attacked, images]))
     adv, clean = (Output(*(x.chunk(2)[i] for x in both)) for i in range(2))
-    weights = {"alpha": settings.alpha, "beta": settings.beta}
+    alpha, beta = term_weights(settings)
     if settings.variant == "pmg":
         with torch.no_grad():
             reference = original(attacked).logits
-        terms = pmg_terms(adv.logits, labels, reference, clean.logits, **weights)
+        terms = pmg_terms(adv.logits, labels, reference, clean.logits, alpha=alpha, beta=beta)
         return dict(zip(("ce", "general", "clean"), terms, strict=True))
     with torch.no_grad():
         source = original(images)
-    text, denied = original.classes[labels], negations[labels]
+    text, negated, size = original.classes[labels], negations[labels], images.shape[-1]
 
-    def attention(tokens: torch.Tensor) -> torch.Tensor:
-        size, prefix = images.shape[-1], original.token_spec.prefix
+    def attention(output: Output) -> torch.Tensor:
+        if output.tokens is None or original.token_spec is None:
+            raise ValueError(f"{settings.variant} needs an encoder with patch tokens")
+        prefix = original.token_spec.prefix
         if settings.variant == "comp":
-            return complementary_attention_map(tokens, text, denied, size, prefix=prefix)
-        return attention_map(tokens, text, size, prefix=prefix)
+            return complementary_attention_map(output.tokens, text, negated, size, prefix=prefix)
+        return attention_map(output.tokens, text, size, prefix=prefix)
 
-    maps = (attention(output.tokens) for output in (adv, source, clean))
-    terms = tga_terms(adv.logits, labels, *maps, **weights, distance=settings.distance)
+    terms = tga_terms(
+        adv.logits,
+        labels,
+        attention(adv),
+        attention(source),
+        attention(clean),
+        alpha=alpha,
+        beta=beta,
+        distance=settings.distance,
+    )
     return dict(zip(("ce", "ar", "amc"), terms, strict=True))
 
 
@@ -96,7 +124,11 @@ def attack(
     seeds: torch.Tensor,
     steps: int,
 ) -> torch.Tensor:
-    """The images that the variant trains on: fare raises the embedding's distance, others the loss."""
+    """Attack images (B, 3, S, S) in [0, 1] by PGD, as the variant trains on them.
+
+    fare raises the distance of the embedding from the original one, the others the cross-entropy.
+    seeds: int64 (B,), one for each image.
+    """
     fare = settings.variant == "fare"
     with torch.no_grad():
         target = original(images).embedding if fare else labels

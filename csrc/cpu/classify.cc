@@ -16,12 +16,12 @@ namespace edgeclip::cpu {
 namespace {
 
 constexpr double kProductsPerThread = 1 << 22;
-constexpr int64_t kMinChunk = 8;   // samples for which a thread reads all classes by itself
-constexpr int64_t kMaxChunk = 64;  // samples that go through all classes together
-// Beyond this the purified score is a small difference of large numbers.
+constexpr int64_t kMinChunk = 8;   // fewest samples worth a thread's own pass over all classes
+constexpr int64_t kMaxChunk = 64;  // most samples that share a pass over all classes
+// Above this factor a purified score is a small difference of large numbers, and inexact.
 constexpr double kMaxFactor = 16.0;
 
-// purified score = a * (sample . class) + b * null score.
+// Purified score = a * (sample . class) + b * null score.
 struct Scaling {
   float a;
   float b;
@@ -39,7 +39,7 @@ class Classifier {
     }
   }
 
-  // The samples [begin, end), of which there are not more than kMaxChunk.
+  // Classifies the samples [begin, end), at most kMaxChunk.
   void run(int64_t begin, int64_t end, int64_t threads) const {
     const int64_t count = end - begin;
     std::vector<float> samples(count * sizes_.dim);
@@ -47,7 +47,7 @@ class Classifier {
     for (int64_t i = 0; i < count; ++i) {
       scalings[i] = prepare(begin + i, samples.data() + i * sizes_.dim);
     }
-    std::unique_ptr<float[]> scratch;  // not a vector, which would be set to zero first
+    std::unique_ptr<float[]> scratch;  // unlike a vector, uninitialized
     float* logits = nullptr;
     if (outputs_.logits) {
       logits = outputs_.logits->as<float>() + begin * sizes_.classes;
@@ -66,7 +66,7 @@ class Classifier {
   }
 
  private:
-  // Writes the unit vector whose scores the classes get, and returns what those scores still need.
+  // Writes the unit vector to score against the classes; returns the scaling of these scores.
   Scaling prepare(int64_t index, float* sample) const {
     const int64_t dim = sizes_.dim;
     const float* z = inputs_.embeddings.as<const float>() + index * dim;
@@ -89,16 +89,16 @@ class Classifier {
     return {static_cast<float>(rotation.a), static_cast<float>(rotation.b)};
   }
 
-  // From scores to logits, in place, and the top_k of their softmax over all classes.
+  // Turns scores into logits, in place, then writes the top_k of their softmax over all classes.
   void finish(int64_t index, const Scaling& scaling, float* row, std::vector<float>& maxima) const {
     const float scale = static_cast<float>(options_.logit_scale);
     scores_to_logits(scale * scaling.a, scale * scaling.b, static_cast<float>(options_.logit_bias),
                      null_scores_, sizes_.classes, row, maxima.data());
     const float max = *std::max_element(maxima.begin(), maxima.end());
-    const double sum = sum_of_powers(row, sizes_.classes, max);
+    const double sum = sum_of_exponentials(row, sizes_.classes, max);
     if (!std::isfinite(sum)) {
       throw std::invalid_argument("[classify] the logits of embedding " + std::to_string(index) +
-                                  " contain NaN or infinity: look at classes, null_scores and "
+                                  " contain NaN or infinity: check classes, null_scores and "
                                   "logit_scale");
     }
     int32_t* indices = outputs_.indices.as<int32_t>() + index * sizes_.top_k;
@@ -109,28 +109,28 @@ class Classifier {
     }
   }
 
-  // The top_k classes so far are a heap, the worst on top. Most blocks have none that is better.
+  // Keeps the top_k classes so far in a heap, the worst on top; skips blocks without a better one.
   void select_top(const float* logits, const std::vector<float>& maxima, int32_t* indices) const {
     const auto better = [&](int32_t x, int32_t y) {
       return logits[x] > logits[y] || (logits[x] == logits[y] && x < y);
     };
-    int64_t found = 0;
+    int64_t count = 0;
     for (int64_t c = 0; c < sizes_.classes; ++c) {
-      if (found < sizes_.top_k) {
-        indices[found++] = static_cast<int32_t>(c);
-        std::push_heap(indices, indices + found, better);
+      if (count < sizes_.top_k) {
+        indices[count++] = static_cast<int32_t>(c);
+        std::push_heap(indices, indices + count, better);
         continue;
       }
       const float worst = logits[indices[0]];
       if (c % kBlock == 0 && maxima[c / kBlock] <= worst) {
         c += kBlock - 1;
       } else if (logits[c] > worst) {
-        std::pop_heap(indices, indices + found, better);
-        indices[found - 1] = static_cast<int32_t>(c);
-        std::push_heap(indices, indices + found, better);
+        std::pop_heap(indices, indices + count, better);
+        indices[count - 1] = static_cast<int32_t>(c);
+        std::push_heap(indices, indices + count, better);
       }
     }
-    std::sort_heap(indices, indices + found, better);
+    std::sort_heap(indices, indices + count, better);
   }
 
   const ClassifyInputs& inputs_;

@@ -15,45 +15,46 @@
 namespace edgeclip {
 namespace {
 
-std::atomic<int64_t> chosen_cores{0};  // 0: those of the affinity
+std::atomic<int64_t> requested_cores{0};  // 0: use the affinity
 
 int64_t affinity_cores() {
 #ifdef __linux__
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif  // or a machine of more cores than a cpu_set_t holds
+#endif
+  // Also reached on a machine with more cores than a cpu_set_t holds.
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
 struct Job {
   const std::function<void(int64_t)>& run;
-  int64_t parts;
-  int64_t taken = 0;
-  int64_t done = 0;
+  int64_t tasks;
+  int64_t started = 0;
+  int64_t finished = 0;
 };
 
-// Threads that wait for parts of jobs. To start one for each call is slow, and on a busy machine a
-// thread that is new waits for its turn while one that wakes up is let in.
+// A thread pool. Starting threads for each call is slow, and on a busy machine a new thread waits
+// longer to be scheduled than one that wakes up.
 class Pool {
  public:
   void run(Job& job) {
     std::unique_lock<std::mutex> lock(mutex_);
-    start_workers(job.parts - 1);
+    start_workers(job.tasks - 1);
     jobs_.push_back(&job);
     work_.notify_all();
-    while (job.taken < job.parts) work(job, lock);
-    done_.wait(lock, [&] { return job.done == job.parts; });
+    while (job.started < job.tasks) run_task(job, lock);
+    finished_.wait(lock, [&] { return job.finished == job.tasks; });
   }
 
  private:
-  void start_workers(int64_t wanted) {
-    const int64_t most = std::min(wanted, usable_cores() - 1);
+  void start_workers(int64_t requested) {
+    const int64_t limit = std::min(requested, usable_cores() - 1);
     try {
-      for (; workers_ < most; ++workers_) {
+      for (; workers_ < limit; ++workers_) {
         std::thread([this] { wait_for_work(); }).detach();
       }
     } catch (const std::system_error&) {
-      // The system has no thread left to give: those that are there, and the caller, do it all.
+      // The system's thread limit is reached: the existing workers and the caller run all tasks.
     }
   }
 
@@ -61,53 +62,53 @@ class Pool {
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
       work_.wait(lock, [&] { return !jobs_.empty(); });
-      work(*jobs_.front(), lock);
+      run_task(*jobs_.front(), lock);
     }
   }
 
-  // Does one part of the job, whose last part to be taken takes it from the queue.
-  void work(Job& job, std::unique_lock<std::mutex>& lock) {
-    const int64_t part = job.taken++;
-    if (job.taken == job.parts) jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
+  // Runs the next task of a job. Starting its last task removes the job from the queue.
+  void run_task(Job& job, std::unique_lock<std::mutex>& lock) {
+    const int64_t task = job.started++;
+    if (job.started == job.tasks) jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
     lock.unlock();
-    job.run(part);
+    job.run(task);
     lock.lock();
-    if (++job.done == job.parts) done_.notify_all();
+    if (++job.finished == job.tasks) finished_.notify_all();
   }
 
   std::mutex mutex_;
-  std::condition_variable work_, done_;
+  std::condition_variable work_, finished_;
   std::deque<Job*> jobs_;
   int64_t workers_ = 0;
 };
 
-// Never destroyed, since its threads wait in it until the process ends. A process that is forked
-// has none of the threads, and makes a pool of its own.
+// Never destroyed, since its threads wait in it until the process ends. A forked process has none
+// of those threads, so it creates its own pool.
 std::atomic<Pool*> current{nullptr};
 
 Pool& pool() {
   static const int registered =
       pthread_atfork(nullptr, nullptr, [] { current.store(nullptr, std::memory_order_relaxed); });
   static_cast<void>(registered);
-  Pool* found = current.load();
-  if (found != nullptr) return *found;
-  Pool* made = new Pool;
-  if (current.compare_exchange_strong(found, made)) return *made;
-  delete made;
-  return *found;
+  Pool* existing = current.load();
+  if (existing != nullptr) return *existing;
+  Pool* created = new Pool;
+  if (current.compare_exchange_strong(existing, created)) return *created;
+  delete created;
+  return *existing;
 }
 
 }  // namespace
 
 int64_t usable_cores() {
-  const int64_t chosen = chosen_cores.load(std::memory_order_relaxed);
-  return chosen > 0 ? chosen : affinity_cores();
+  const int64_t requested = requested_cores.load(std::memory_order_relaxed);
+  return requested > 0 ? requested : affinity_cores();
 }
 
-void set_usable_cores(int64_t cores) { chosen_cores.store(cores, std::memory_order_relaxed); }
+void set_usable_cores(int64_t cores) { requested_cores.store(cores, std::memory_order_relaxed); }
 
-void run_parts(int64_t parts, const std::function<void(int64_t)>& run) {
-  Job job{run, parts};
+void run_tasks(int64_t tasks, const std::function<void(int64_t)>& run) {
+  Job job{run, tasks};
   pool().run(job);
 }
 

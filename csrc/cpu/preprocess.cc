@@ -11,7 +11,8 @@ namespace {
 
 constexpr double kPixelsPerThread = 1.5e5;
 
-// value -> (value / 255 - mean) / std, in the order of torchvision's ToTensor and Normalize.
+// Tabulates (value / 255 - mean) / std, in the operation order of torchvision's ToTensor and
+// Normalize.
 std::vector<float> normalization_table(const PreprocessOptions& options) {
   std::vector<float> table(3 * 256);
   for (int channel = 0; channel < 3; ++channel) {
@@ -31,7 +32,7 @@ struct Job {
   RowFilter horizontal;
   std::vector<float> table;
 
-  // The pixel of an input row at which the horizontal filter begins.
+  // Returns the first pixel that the horizontal filter reads in an input row.
   const uint8_t* input(int64_t row) const {
     return image.as<const uint8_t>() + row * image.strides[0] +
            horizontal.first_column * image.strides[1];
@@ -39,7 +40,7 @@ struct Job {
   bool packed() const { return image.strides[1] == 3 && image.strides[2] == 1; }
 };
 
-// Row `row` of the wanted ones, as planes of columns.axis.count values.
+// Normalizes output row `row`, given as three planes of columns.axis.count values.
 void normalize_row(const Job& job, const uint8_t* planes, int64_t row) {
   const int64_t height = job.out.shape[1], width = job.out.shape[2];
   const int64_t count = job.columns.axis.count;
@@ -76,7 +77,7 @@ void resize_horizontally_first(const Job& job, int64_t threads) {
   });
 }
 
-// Copies `rows` input rows into packed RGB, for images whose pixels do not lie side by side.
+// Copies `rows` input rows into packed RGB, for images whose pixels are not contiguous.
 void pack_rows(const Job& job, int64_t first, int64_t rows, uint8_t* out) {
   for (int64_t row = first; row < first + rows; ++row) {
     const uint8_t* pixel = job.input(row);

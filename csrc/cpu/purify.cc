@@ -13,18 +13,17 @@ namespace {
 
 constexpr double kValuesPerThread = 1 << 22;
 
-// out = a z + b (|z| / |t|) t: the purified row, with the norm of z.
 void combine(const float* z, double a, const float* t, double b, int64_t dim, float* out) {
   for (int64_t i = 0; i < dim; ++i) {
     out[i] = static_cast<float>(a * static_cast<double>(z[i]) + b * static_cast<double>(t[i]));
   }
 }
 
-// out = |z| normalize(z / |z| - eta g / |g|). Without a gradient there is no direction, and where
-// the two cancel no embedding is left: both leave z as it is.
+// out = |z| normalize(z / |z| - eta g / |g|). A zero gradient has no direction, and z and the step
+// may cancel: both leave z unchanged.
 void descend(const float* z, double norm, const float* g, double g_norm, double eta, int64_t dim,
              float* out) {
-  // Both divided by the larger, so that no step size is too large.
+  // Divide both terms by the larger one, so that no step size overflows.
   const double length = std::fmax(1.0, eta);
   const double along = g_norm > 0 ? eta / length / g_norm : 0.0;
   double square = 0;
@@ -32,10 +31,10 @@ void descend(const float* z, double norm, const float* g, double g_norm, double 
     const double value = z[i] / norm / length - along * g[i];
     square += value * value;
   }
-  const bool stays = along == 0.0 || square < kMinSine * kMinSine;
-  const double scale = stays ? 1.0 : norm / std::sqrt(square);
+  const bool unchanged = along == 0.0 || square < kMinSine * kMinSine;
+  const double scale = unchanged ? 1.0 : norm / std::sqrt(square);
   for (int64_t i = 0; i < dim; ++i) {
-    const double value = stays ? z[i] : (z[i] / norm / length - along * g[i]) * scale;
+    const double value = unchanged ? z[i] : (z[i] / norm / length - along * g[i]) * scale;
     out[i] = static_cast<float>(value);
   }
 }

@@ -7,14 +7,14 @@
 namespace edgeclip::cpu {
 namespace {
 
-constexpr int64_t kBlock = 16;  // of weights in a row's dot product: the widest vector of int32
+constexpr int64_t kBlock = 16;  // weights per block of a dot product: the widest int32 vector
 
 EDGECLIP_INLINE uint8_t to_pixel(int32_t sum) {
   const int32_t value = sum >> kPrecisionBits;
   return static_cast<uint8_t>(value < 0 ? 0 : value > 255 ? 255 : value);
 }
 
-// Weighted sums of the three planes at once: each weight is loaded for all of them.
+// Sums the three planes together, so that each weight is loaded once.
 EDGECLIP_INLINE void weigh(const int16_t* __restrict red, const int16_t* __restrict green,
                            const int16_t* __restrict blue, const int32_t* __restrict weights,
                            int64_t blocks, int32_t (&sums)[3]) {

@@ -9,9 +9,9 @@
 namespace edgeclip::cpu {
 namespace {
 
-[[noreturn]] void fail(const RowName& row, const char* what) {
+[[noreturn]] void fail(const RowName& row, const char* problem) {
   const std::string index = row.index < 0 ? "" : " " + std::to_string(row.index);
-  throw std::invalid_argument("[" + std::string(row.op) + "] " + row.name + index + what);
+  throw std::invalid_argument("[" + std::string(row.op) + "] " + row.name + index + problem);
 }
 
 template <Simd>
@@ -35,7 +35,8 @@ EDGECLIP_INLINE double dot_kernel(const float* x, const float* y, int64_t size) 
 EDGECLIP_SIMD_KERNEL(double, dot, (const float* x, const float* y, int64_t size), (x, y, size))
 
 double checked_norm(const RowName& name, const float* row, int64_t size) {
-  // Squares of float32 neither overflow nor vanish in double, so the sum tells of each value.
+  // Squares of float32 neither overflow nor underflow in double, so one sum detects every bad
+  // value.
   const double squared = dot(row, row, size);
   if (!std::isfinite(squared)) fail(name, " contains NaN or infinity");
   if (squared == 0.0) fail(name, " is zero");

@@ -7,8 +7,8 @@
 namespace edgeclip::cpu {
 namespace {
 
-// How many dot products are computed together, so that each loaded vector serves several of them
-// while all sums stay in registers.
+// A tile of dot products computed together: each loaded vector serves several of them, and all sums
+// stay in registers.
 struct Tile {
   int samples;
   int classes;
@@ -18,10 +18,10 @@ constexpr Tile tile_of(Simd level) {
   return level == Simd::kAvx512 ? Tile{4, 4} : level == Simd::kAvx2 ? Tile{2, 6} : Tile{3, 4};
 }
 
-constexpr int kClassesAlone = 8;  // of a single sample
-// From so many floats on, more than a cache holds, the classes to come are fetched ahead: a batch
-// is an eighth faster for it. Of fewer floats a single sample would be a fifth slower.
-constexpr int64_t kFetchedAhead = 1 << 20;
+constexpr int kClassesAlone = 8;  // classes per tile for a single sample
+// Prefetch the next classes from this many floats on, more than a cache holds: a batch is an eighth
+// faster. With fewer floats a single sample would be a fifth slower.
+constexpr int64_t kPrefetchMinFloats = 1 << 20;
 
 template <typename Lanes>
 EDGECLIP_INLINE void load(const float* from, int64_t count, Lanes& lanes) {
@@ -42,30 +42,30 @@ EDGECLIP_INLINE float sum(const typename Vector<float, kLanes>::Lanes& lanes) {
 }
 
 template <int kSamples, int kClasses, typename Lanes>
-EDGECLIP_INLINE void accumulate(const float* samples, const float* classes, int64_t dim, int64_t at,
-                                int64_t count, Lanes (&sums)[kSamples][kClasses]) {
+EDGECLIP_INLINE void accumulate(const float* samples, const float* classes, int64_t dim,
+                                int64_t offset, int64_t count, Lanes (&sums)[kSamples][kClasses]) {
   Lanes x[kSamples];
-  for (int s = 0; s < kSamples; ++s) load(samples + s * dim + at, count, x[s]);
+  for (int s = 0; s < kSamples; ++s) load(samples + s * dim + offset, count, x[s]);
   for (int c = 0; c < kClasses; ++c) {
     Lanes y;
-    load(classes + c * dim + at, count, y);
+    load(classes + c * dim + offset, count, y);
     for (int s = 0; s < kSamples; ++s) sums[s][c] += x[s] * y;
   }
 }
 
-// `next` are the classes to come, fetched meanwhile, or null.
+// `next` is the next tile's classes, to prefetch, or null.
 template <int kLanes, int kSamples, int kClasses>
 EDGECLIP_INLINE void tile_scores(const float* samples, const float* classes, const float* next,
                                  int64_t dim, float* scores, int64_t score_stride) {
   typename Vector<float, kLanes>::Lanes sums[kSamples][kClasses] = {};
-  int64_t at = 0;
-  for (; at + kLanes <= dim; at += kLanes) {
+  int64_t offset = 0;
+  for (; offset + kLanes <= dim; offset += kLanes) {
     if (next != nullptr) {
-      for (int c = 0; c < kClasses; ++c) __builtin_prefetch(next + c * dim + at);
+      for (int c = 0; c < kClasses; ++c) __builtin_prefetch(next + c * dim + offset);
     }
-    accumulate(samples, classes, dim, at, kLanes, sums);
+    accumulate(samples, classes, dim, offset, kLanes, sums);
   }
-  if (at < dim) accumulate(samples, classes, dim, at, dim - at, sums);
+  if (offset < dim) accumulate(samples, classes, dim, offset, dim - offset, sums);
   for (int s = 0; s < kSamples; ++s) {
     for (int c = 0; c < kClasses; ++c) scores[s * score_stride + c] = sum<kLanes>(sums[s][c]);
   }
@@ -87,16 +87,16 @@ EDGECLIP_INLINE void all_samples(const float* samples, int64_t sample_count, con
   }
 }
 
-// As many of the classes from `begin` on as fill tiles of kClasses; returns where they end.
+// Scores the classes from `begin` on that fill whole tiles of kClasses; returns the end of them.
 template <Simd kLevel, int kClasses>
 EDGECLIP_INLINE int64_t whole_tiles(const float* samples, int64_t sample_count,
                                     const float* classes, int64_t begin, int64_t end, int64_t dim,
                                     float* scores, int64_t score_stride) {
-  const bool ahead = (end - begin) * dim >= kFetchedAhead;
+  const bool prefetch = (end - begin) * dim >= kPrefetchMinFloats;
   int64_t c = begin;
   for (; c + kClasses <= end; c += kClasses) {
-    const bool more = ahead && c + 2 * kClasses <= end;
-    const float* next = more ? classes + (c + kClasses) * dim : nullptr;
+    const bool has_next = prefetch && c + 2 * kClasses <= end;
+    const float* next = has_next ? classes + (c + kClasses) * dim : nullptr;
     all_samples<kLevel, kClasses>(samples, sample_count, classes + c * dim, next, dim, scores + c,
                                   score_stride);
   }

@@ -5,9 +5,9 @@
 
 namespace edgeclip::cpu {
 
-// scores[s][c] = samples[s] . classes[c] for all samples and the classes [begin, end). The order of
-// the sums depends on `dim` alone, so a score is the same bits in whatever batch it is computed.
-// Rows of `scores` are `score_stride` apart.
+// Computes scores[s][c] = samples[s] . classes[c] for all samples and the classes [begin, end). The
+// summation order depends on `dim` alone, so a score has the same bits in any batch. Rows of
+// `scores` are `score_stride` floats apart.
 void class_scores(const float* samples, int64_t sample_count, const float* classes, int64_t begin,
                   int64_t end, int64_t dim, float* scores, int64_t score_stride);
 

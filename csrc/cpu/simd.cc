@@ -17,16 +17,16 @@ Simd best_level() {
 
 Simd choose_level() {
   const Simd best = best_level();
-  const char* wanted = std::getenv("EDGECLIP_SIMD");
-  if (wanted == nullptr || *wanted == '\0') return best;
+  const char* requested = std::getenv("EDGECLIP_SIMD");
+  if (requested == nullptr || *requested == '\0') return best;
   for (Simd level : {Simd::kBaseline, Simd::kAvx2, Simd::kAvx512}) {
-    if (std::string(wanted) != simd_name(level)) continue;
+    if (std::string(requested) != simd_name(level)) continue;
     if (level <= best) return level;
-    throw std::runtime_error("EDGECLIP_SIMD=" + std::string(wanted) +
-                             ": this machine has no more than " + simd_name(best));
+    throw std::runtime_error("EDGECLIP_SIMD=" + std::string(requested) +
+                             ": this machine supports at most " + simd_name(best));
   }
   throw std::runtime_error("EDGECLIP_SIMD must be baseline, avx2 or avx512, got '" +
-                           std::string(wanted) + "'");
+                           std::string(requested) + "'");
 }
 
 }  // namespace

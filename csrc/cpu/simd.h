@@ -1,22 +1,22 @@
 #ifndef EDGECLIP_CPU_SIMD_H_
 #define EDGECLIP_CPU_SIMD_H_
 
-// What a kernel calls in its loops must be EDGECLIP_INLINE: a call out of the AVX-512 version would
-// land in code compiled for the baseline.
+// For every function that a SIMD kernel calls: if not inlined, the AVX-512 version of the kernel
+// would call code compiled for the baseline.
 #define EDGECLIP_INLINE inline __attribute__((always_inline))
 
 namespace edgeclip {
 
 enum class Simd { kBaseline, kAvx2, kAvx512 };
 
-// The instruction set that runs: the best that this machine has, or what the environment variable
-// EDGECLIP_SIMD says ("baseline", "avx2" or "avx512"), read once. Throws std::runtime_error where
-// that is none of these, or more than the machine has.
+// Returns the instruction set in use: the best this machine supports, or the one named by the
+// environment variable EDGECLIP_SIMD ("baseline", "avx2" or "avx512"), read once. Throws
+// std::runtime_error if EDGECLIP_SIMD names none of these or one the machine does not support.
 Simd simd_level();
 
 const char* simd_name(Simd level);
 
-// Of the vectors of an instruction set: SSE2 and NEON are the baseline.
+// Returns the floats per vector of an instruction set. The baseline is SSE2 or NEON.
 constexpr int float_lanes(Simd level) {
   return level == Simd::kAvx512 ? 16 : level == Simd::kAvx2 ? 8 : 4;
 }
@@ -28,9 +28,9 @@ struct Vector {
 
 }  // namespace edgeclip
 
-// One binary serves every x86-64. EDGECLIP_SIMD_KERNEL(double, dot, (const float* x, int64_t n),
-// (x, n)) defines the function `dot`, which calls the template dot_kernel<Simd>, EDGECLIP_INLINE,
-// compiled for each instruction set.
+// EDGECLIP_SIMD_KERNEL(double, dot, (const float* x, int64_t n), (x, n)) defines a function `dot`
+// that dispatches to dot_kernel<Simd>, an EDGECLIP_INLINE template compiled once per instruction
+// set. Thus one binary serves every x86-64.
 #ifdef EDGECLIP_HAVE_X86_LEVELS
 #define EDGECLIP_SIMD_KERNEL(Return, name, parameters, arguments)                    \
   __attribute__((target("arch=x86-64-v4"))) static Return name##_avx512 parameters { \

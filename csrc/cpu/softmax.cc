@@ -23,7 +23,7 @@ EDGECLIP_INLINE void scores_to_logits_kernel(float factor, float offset, float b
         row[c] = factor * row[c] + offset * null_scores[c] + bias;
       }
     }
-    // Sixteen maxima side by side: the compiler does not reorder those of floats by itself.
+    // Sixteen independent maxima, since the compiler may not reorder float comparisons.
     float lanes[kLanes];
     for (float& lane : lanes) lane = -std::numeric_limits<float>::infinity();
     int64_t c = begin;
@@ -36,13 +36,13 @@ EDGECLIP_INLINE void scores_to_logits_kernel(float factor, float offset, float b
   }
 }
 
-// exp(x) for x <= 0 or NaN; what is below 1e-38 becomes about that. As in Cephes (expf): x is
-// n ln 2 + r, exp(r) a polynomial, and 2^n an exponent.
+// x = exp(x) for x <= 0 or NaN; results below 1e-38 become about 1e-38. As in Cephes (expf):
+// x = n ln 2 + r, with a polynomial for exp(r), and 2^n built from its exponent bits.
 template <int kLanes>
-EDGECLIP_INLINE void power(typename Vector<float, kLanes>::Lanes& x) {
+EDGECLIP_INLINE void exponential(typename Vector<float, kLanes>::Lanes& x) {
   using Lanes = typename Vector<float, kLanes>::Lanes;
   using Bits = typename Vector<uint32_t, kLanes>::Lanes;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   x = x < -87.0f ? Lanes{} - 87.0f : x;
   const Lanes shifted = x * 1.44269504f + kRound;
   const Lanes n = shifted - kRound;
@@ -55,24 +55,24 @@ EDGECLIP_INLINE void power(typename Vector<float, kLanes>::Lanes& x) {
   y = y * r * r + r + 1.0f;
   Bits exponent;
   std::memcpy(&exponent, &shifted, sizeof(exponent));
-  exponent = (exponent + 127) << 23;  // the upper bits, of kRound, fall off
+  exponent = (exponent + 127) << 23;  // shifts out the bits of kRound
   Lanes scale;
   std::memcpy(&scale, &exponent, sizeof(scale));
   x = y * scale;
 }
 
 template <Simd kLevel>
-EDGECLIP_INLINE double sum_of_powers_kernel(const float* logits, int64_t classes, float max) {
+EDGECLIP_INLINE double sum_of_exponentials_kernel(const float* logits, int64_t classes, float max) {
   constexpr int kLanes = float_lanes(kLevel);
   using Lanes = typename Vector<float, kLanes>::Lanes;
   using Doubles = typename Vector<double, kLanes>::Lanes;
-  Doubles sums = {};  // of up to millions of terms
+  Doubles sums = {};  // double, since there may be millions of terms
   for (int64_t c = 0; c < classes; c += kLanes) {
     const int64_t count = kLanes < classes - c ? kLanes : classes - c;
     Lanes x = Lanes{} - std::numeric_limits<float>::infinity();
     std::memcpy(&x, logits + c, static_cast<size_t>(count) * sizeof(float));
     x -= max;
-    power<kLanes>(x);
+    exponential<kLanes>(x);
     if (count < kLanes) {
       for (int64_t i = count; i < kLanes; ++i) x[i] = 0.0f;
     }
@@ -90,7 +90,7 @@ EDGECLIP_SIMD_KERNEL(void, scores_to_logits,
                       int64_t classes, float* row, float* maxima),
                      (factor, offset, bias, null_scores, classes, row, maxima))
 
-EDGECLIP_SIMD_KERNEL(double, sum_of_powers, (const float* logits, int64_t classes, float max),
+EDGECLIP_SIMD_KERNEL(double, sum_of_exponentials, (const float* logits, int64_t classes, float max),
                      (logits, classes, max))
 
 }  // namespace edgeclip::cpu

@@ -4,21 +4,23 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
-#include <stdexcept>
 #include <string>
+
+#include "csrc/cuda/error.h"
 
 namespace edgeclip::cuda {
 
-// Throws std::runtime_error that names the operation, the call, what it was of, and CUDA's error.
-inline void check(cudaError_t error, const char* op, const char* call, const char* of) {
+// Throws Error, naming the operation, the CUDA call and its argument, unless `error` is
+// cudaSuccess.
+inline void check(cudaError_t error, const char* op, const char* call, const char* argument) {
   if (error == cudaSuccess) return;
-  static_cast<void>(cudaGetLastError());  // or somebody else's next check would report it again
-  throw std::runtime_error("[" + std::string(op) + "] " + call + "(" + of +
-                           "): " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+  static_cast<void>(cudaGetLastError());  // clears it, so that no later check reports it
+  throw Error("[" + std::string(op) + "] " + call + "(" + argument +
+              "): " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// A kernel of one parameter, launched without the <<<>>> that only nvcc can parse. What a launch
-// itself reports is checked here; an error within the kernel shows at the caller's synchronisation.
+// Launches a kernel of one parameter, without <<<>>>, which only nvcc can parse. Throws if the
+// launch fails; an error inside the kernel appears when the caller synchronizes.
 template <typename Params>
 void launch(const char* op, const char* name, void (*kernel)(Params), dim3 grid, dim3 block,
             size_t shared_bytes, cudaStream_t stream, Params params) {
@@ -27,8 +29,8 @@ void launch(const char* op, const char* name, void (*kernel)(Params), dim3 grid,
         "cudaLaunchKernel", name);
 }
 
-// The block's dynamic shared memory. All shared memory is taken from it, none declared in place,
-// so that the test's shim can give every block its own.
+// Returns the block's dynamic shared memory. Kernels declare no static shared memory, so that the
+// tests' shim can give each block its own.
 __device__ inline void* shared_memory() {
 #ifdef __CUDACC__
   extern __shared__ uint4 memory[];

@@ -13,25 +13,25 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int64_t kOneLaunchClasses = 1024;
+constexpr int64_t kOneLaunchClasses = 1024;  // most classes for which one launch does everything
 constexpr int64_t kTickets = 1024;
-constexpr int64_t kChunk = 4 * kTickets;  // samples of one launch, by tiles of 4 or more
-// Beyond these the scores of the embedding itself do not make a purified score in float32: a small
-// difference of large numbers, or products that overflow or vanish.
+constexpr int64_t kChunk = 4 * kTickets;  // samples per launch, in tiles of 4 or more
+// Beyond these limits float32 scores of the raw embedding cannot be combined into a purified score:
+// it would be a small difference of large numbers, or products would overflow or underflow.
 constexpr double kMaxFactor = 16.0;
 constexpr double kMaxNorm = 1e15;
 
-// How many dot products a warp computes together, so that what it loads serves several of them. A
-// block has a warp for each of its samples, to prepare and to finish it.
+// A tile of dot products that a warp computes together, so that each load serves several of them. A
+// block has at least one warp per sample of the tile, to prepare and finish that sample.
 template <int kSampleCount, int kClassCount>
 struct Tile {
   static constexpr int kSamples = kSampleCount;
   static constexpr int kClasses = kClassCount;
   static constexpr int kSums = kSamples * kClasses;
-  static constexpr int kUnroll = kSums == 1 ? 4 : 1;  // loads in flight where there are few
+  static constexpr int kUnroll = kSums == 1 ? 4 : 1;  // keeps more loads in flight
 };
 
-// What the scores of a sample still need, by one warp.
+// Computes a sample's Scaling. Run by one warp.
 template <typename T>
 __device__ void prepare(const ClassifyJob& job, int64_t sample, int lane) {
   const T* z = static_cast<const T*>(job.embeddings) + sample * job.dim;
@@ -46,28 +46,29 @@ __device__ void prepare(const ClassifyJob& job, int64_t sample, int lane) {
   scaling.state = !p.valid ? State::kInvalid : exact ? State::kExact : State::kLinear;
 }
 
-// scores[s][c] = embedding s . class c, of the embeddings as they are. A lane's elements and the
-// order of the sums depend on `dim` alone, so a score is the same bits from every tile.
+// Computes scores[s][c] = embedding s . class c for raw embeddings. A lane's elements and the
+// summation order depend on `dim` alone, so a score has the same bits in every tile shape.
 template <typename T, bool kAligned, typename Tile>
 __device__ void score(const ClassifyJob& job, int64_t first_sample, int64_t first_class, int lane) {
   const T* z = static_cast<const T*>(job.embeddings) + first_sample * job.dim;
   const T* w = static_cast<const T*>(job.classes) + first_class * job.dim;
-  // Past the last of them the last one is computed again, and not written.
+  // At the edges the last sample or class is computed again, and not written.
   const int64_t samples = min(job.samples - first_sample, static_cast<int64_t>(Tile::kSamples));
   const int64_t classes = min(job.class_count - first_class, static_cast<int64_t>(Tile::kClasses));
   float sums[Tile::kSums] = {};
 #pragma unroll Tile::kUnroll
-  for (int64_t at = lane * kPack<T>; at < job.dim; at += kWarpSize * kPack<T>) {
+  for (int64_t offset = lane * kPack<T>; offset < job.dim; offset += kWarpSize * kPack<T>) {
     float y[Tile::kClasses][kPack<T>];
 #pragma unroll
     for (int c = 0; c < Tile::kClasses; ++c) {
-      load_pack<kAligned>(w + min(static_cast<int64_t>(c), classes - 1) * job.dim, at, job.dim,
+      load_pack<kAligned>(w + min(static_cast<int64_t>(c), classes - 1) * job.dim, offset, job.dim,
                           y[c]);
     }
 #pragma unroll
     for (int s = 0; s < Tile::kSamples; ++s) {
       float x[kPack<T>];
-      load_pack<kAligned>(z + min(static_cast<int64_t>(s), samples - 1) * job.dim, at, job.dim, x);
+      load_pack<kAligned>(z + min(static_cast<int64_t>(s), samples - 1) * job.dim, offset, job.dim,
+                          x);
 #pragma unroll
       for (int c = 0; c < Tile::kClasses; ++c) {
         float& sum = sums[s * Tile::kClasses + c];
@@ -83,9 +84,9 @@ __device__ void score(const ClassifyJob& job, int64_t first_sample, int64_t firs
   job.scores[(first_sample + s) * job.class_count + first_class + c] = sum;
 }
 
-// Whether the whole block is the last of `blocks` to come here: then what all others wrote before
-// is visible to it. The ticket is an integer, so the order of coming changes no result, and is left
-// at zero for the next call.
+// Returns whether this block is the last of `blocks` to arrive; the last one sees all earlier
+// writes of the others. The ticket only counts arrivals, so their order does not change results.
+// The last block resets it to zero for the next call.
 __device__ bool is_last_block(unsigned* ticket, unsigned blocks, bool* shared) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -98,8 +99,8 @@ __device__ bool is_last_block(unsigned* ticket, unsigned blocks, bool* shared) {
   return *shared;
 }
 
-// The first block of a row prepares its samples while the others score them, all classes between
-// them; where there are tickets, the last one to be done finishes, a warp per sample.
+// In each row of the grid, the first block prepares the samples and the others share the classes to
+// score. With tickets, the last block to arrive finishes the samples, one warp per sample.
 template <typename T, bool kAligned, typename Tile>
 __global__ void __launch_bounds__(kThreads, 2) score_kernel(const ClassifyJob job) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(const ClassifyJob jo
   finish<T>(job, sample, logits, Team<1>(lane));
 }
 
-// One block per sample. The logits take the place of the scores.
+// One block per sample. The logits overwrite the scores.
 template <typename T>
 __global__ void __launch_bounds__(Team<kWarpSize>::kThreads) finish_kernel(const ClassifyJob job) {
   const int64_t sample = blockIdx.x;
@@ -145,7 +146,7 @@ void run_tile(const ClassifyJob& job, cudaStream_t stream) {
 
 template <typename T, bool kAligned>
 void run_aligned(const ClassifyJob& job, cudaStream_t stream) {
-  // Square tiles read least, flat ones make more blocks.
+  // Square tiles read less memory; flat tiles give more blocks.
   if (job.samples == 1) return run_tile<T, kAligned, Tile<1, 1>>(job, stream);
   if (job.samples <= 16) return run_tile<T, kAligned, Tile<8, 1>>(job, stream);
   run_tile<T, kAligned, Tile<4, 4>>(job, stream);
@@ -169,7 +170,7 @@ struct Scratch {
   float* scores;
 };
 
-// The tickets come first, where calls of all sizes leave them zero.
+// The tickets come first: at a fixed place, calls of every size leave them zero.
 Scratch take_scratch(Workspace& workspace, const ClassifySizes& sizes) {
   const int64_t samples = std::min(sizes.samples, kChunk);
   unsigned* tickets = workspace.take<unsigned>(kTickets);
@@ -177,7 +178,7 @@ Scratch take_scratch(Workspace& workspace, const ClassifySizes& sizes) {
   return {tickets, scalings, workspace.take<float>(samples * sizes.classes)};
 }
 
-// The samples from `begin` on, as many as one launch takes.
+// Describes the launch for up to kChunk samples from `begin` on.
 ClassifyJob make_job(const ClassifyInputs& inputs, const ClassifyOutputs& outputs,
                      const ClassifyOptions& options, const ClassifySizes& sizes,
                      const Scratch& scratch, int64_t begin) {

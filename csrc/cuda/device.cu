@@ -31,23 +31,23 @@ DeviceInfo device_info() {
 }
 
 Memory::Memory(int64_t bytes, bool pinned) : bytes_(bytes), pinned_(pinned) {
-  const std::string of = std::to_string(bytes) + " bytes";
+  const std::string argument = std::to_string(bytes) + " bytes";
   const auto size = static_cast<size_t>(bytes > 0 ? bytes : 1);
   if (pinned) {
-    check(cudaHostAlloc(&data_, size, cudaHostAllocMapped), kOp, "cudaHostAlloc", of.c_str());
+    check(cudaHostAlloc(&data_, size, cudaHostAllocMapped), kOp, "cudaHostAlloc", argument.c_str());
     std::memset(data_, 0, size);
     return;
   }
-  check(cudaMalloc(&data_, size), kOp, "cudaMalloc", of.c_str());
-  // Before anything else may be queued on it, by whatever stream. Only the default stream is waited
-  // for: another one may be captured by another thread.
+  check(cudaMalloc(&data_, size), kOp, "cudaMalloc", argument.c_str());
+  // Finish before any stream can use the memory. Synchronize the default stream only: another
+  // thread may be capturing another stream.
   cudaError_t error = cudaMemset(data_, 0, size);
   if (error == cudaSuccess) error = cudaStreamSynchronize(nullptr);
   if (error != cudaSuccess) cudaFree(data_);
-  check(error, kOp, "cudaMemset", of.c_str());
+  check(error, kOp, "cudaMemset", argument.c_str());
 }
 
-// Nothing is checked where things are let go of: an error would be that of earlier work.
+// Destructors ignore errors: these would come from earlier work.
 Memory::~Memory() { static_cast<void>(pinned_ ? cudaFreeHost(data_) : cudaFree(data_)); }
 
 Graph::~Graph() {

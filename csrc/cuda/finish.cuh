@@ -10,9 +10,9 @@ namespace edgeclip::cuda {
 
 enum class State : int32_t { kLinear, kExact, kInvalid };
 
-// What the scores of a sample still need. Its purified unit vector is
-// `embedding` * z + `null_text` * t, so with kLinear its score of class c is
-// `embedding` * (z . c) + `null_score` * (null score of c). With kExact it has to be formed.
+// Coefficients that turn a sample's raw scores into purified ones. Its purified unit vector is
+// `embedding` * z + `null_text` * t, so with kLinear its score for class c is
+// `embedding` * (z . c) + `null_score` * (null score of c). With kExact the vector must be formed.
 struct Scaling {
   double embedding;
   double null_text;
@@ -23,8 +23,8 @@ struct Scaling {
 struct ClassifyJob {
   const void* embeddings;
   const void* classes;
-  const float* null_text;  // these two only with steps > 0
-  const float* null_scores;
+  const float* null_text;    // nullptr if steps = 0
+  const float* null_scores;  // nullptr if steps = 0
   int64_t samples;
   int64_t dim;
   int64_t class_count;
@@ -34,13 +34,13 @@ struct ClassifyJob {
   float logit_bias;
   int32_t* indices;
   float* probabilities;
-  float* logits;      // nullptr: not wanted
+  float* logits;      // nullptr: not requested
   unsigned* tickets;  // nullptr: finish_kernel follows
   Scaling* scalings;
   float* scores;
 };
 
-// The threads that finish one sample: a warp, or a block of 32 warps.
+// Threads that cooperate on one sample: a warp, or a block of 32 warps.
 template <int kWarpCount>
 struct Team {
   static_assert(kWarpCount == 1 || kWarpCount == kWarpSize);
@@ -59,8 +59,8 @@ struct Team {
     }
   }
 
-  // Two rows take turns, so that one barrier per call is enough: nobody writes a row again before
-  // the next call's barrier, behind which everybody has read it.
+  // Calls alternate between two rows, so that one barrier per call is enough: before a row is
+  // written again, the barrier of the call in between ensures that all threads have read it.
   template <typename T, typename Op>
   __device__ T reduce(T value, Op op) {
     value = warp_reduce(value, op);
@@ -77,7 +77,7 @@ struct Team {
   int turn = 0;
 };
 
-// Orders first by the logit, then by the lower index. Never 0, which is below all keys.
+// Returns a key that orders by logit, then by lower index. No key is 0, which sorts below all.
 __device__ inline uint64_t key_of(float logit, int64_t index) {
   const unsigned bits = __float_as_uint(logit + 0.0f);  // -0 and 0 are a tie
   const unsigned ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -93,7 +93,7 @@ __device__ inline int32_t index_of(uint64_t key) {
   return static_cast<int32_t>(0xffffffffu - static_cast<unsigned>(key));
 }
 
-// The best of a thread's own logits below the key `last`.
+// Returns the best key below `last` among this thread's logits; 0 if none.
 template <typename Team>
 __device__ uint64_t best_below(const float* logits, int64_t count, uint64_t last,
                                const Team& team) {
@@ -106,7 +106,7 @@ __device__ uint64_t best_below(const float* logits, int64_t count, uint64_t last
   return best;
 }
 
-// Replaces the scores of a sample by those of its purified unit vector, formed as on the CPU.
+// Recomputes a sample's scores from its purified unit vector, formed as on the CPU.
 template <typename T, typename Team>
 __device__ void rescore(const ClassifyJob& job, int64_t sample, const Scaling& scaling,
                         const Team& team) {
@@ -127,7 +127,7 @@ __device__ void rescore(const ClassifyJob& job, int64_t sample, const Scaling& s
 }
 
 template <typename Team>
-__device__ void write_nothing(const ClassifyJob& job, int64_t sample, const Team& team) {
+__device__ void write_invalid(const ClassifyJob& job, int64_t sample, const Team& team) {
   const float nan = __uint_as_float(0x7fc00000u);
   for (int64_t k = team.thread; k < job.top_k; k += Team::kThreads) {
     job.indices[sample * job.top_k + k] = -1;
@@ -135,7 +135,7 @@ __device__ void write_nothing(const ClassifyJob& job, int64_t sample, const Team
   }
 }
 
-// Every pick is the best of the threads' bests; then only its owner looks for another.
+// Each pick is the maximum of the threads' best keys; only its owner then searches for its next.
 template <typename Team>
 __device__ void write_top_k(const ClassifyJob& job, int64_t sample, const float* logits,
                             uint64_t best, float max, float sum, Team& team) {
@@ -149,9 +149,9 @@ __device__ void write_top_k(const ClassifyJob& job, int64_t sample, const float*
   }
 }
 
-// Scores to logits, softmax and top-k of one sample. `logits` keeps the logits, each of which only
-// the thread that wrote it reads again, and may be the scores themselves. A sample for which the
-// CPU path would throw gets the indices -1 and the probabilities NaN.
+// Computes logits, softmax and top-k of one sample. `logits` is scratch and may alias the scores:
+// each thread reads only logits that it wrote. A sample for which the CPU path would throw gets
+// indices -1 and probabilities NaN.
 template <typename T, typename Team>
 __device__ void finish(const ClassifyJob& job, int64_t sample, float* logits, Team team) {
   const Scaling scaling = job.scalings[sample];
@@ -177,9 +177,9 @@ __device__ void finish(const ClassifyJob& job, int64_t sample, float* logits, Te
     sum += expf(logits[c] - max);
   }
   sum = team.reduce(sum, Sum());
-  // Not a number where a logit is NaN or infinite; the CPU path says so in words.
+  // The comparison fails if any logit is NaN or infinite, where the CPU path throws.
   if (scaling.state == State::kInvalid || !(sum < 3.4e38f)) {
-    return write_nothing(job, sample, team);
+    return write_invalid(job, sample, team);
   }
   const uint64_t best = best_below(logits, job.class_count, ~uint64_t{0}, team);
   write_top_k(job, sample, logits, best, max, sum, team);

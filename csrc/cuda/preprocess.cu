@@ -14,10 +14,10 @@ namespace edgeclip::cuda {
 namespace {
 
 constexpr const char* kOp = "preprocess";
-constexpr int kSharedBudget = 48 << 10;  // what every GPU gives a block unasked
+constexpr int kSharedBudget = 48 << 10;  // bytes available to a block on every GPU without opt-in
 constexpr int kRowsPerWarp = 2;
 
-// What is known before any pixel: which input is read, and how the scratch memory is divided.
+// The plan of a resize: the input region it reads, and the sizes of its scratch memory.
 struct Plan {
   Plan(const TensorView& image, const TensorView& out, const PreprocessOptions& options)
       : geometry(make_geometry(image, out, options.resize)),
@@ -27,7 +27,8 @@ struct Plan {
     input_rows = end_of(rows, geometry.rows.axis.count) - first_row;
     first_column = filter_window(columns, 0).begin;
     input_columns = end_of(columns, geometry.columns.axis.count) - first_column;
-    // Rows of the image begin with its pixel 0, those between the passes with the first needed.
+    // Image rows begin at column 0; rows of the intermediate image begin at the first column
+    // needed.
     origin = geometry.vertically_first ? first_column : 0;
     row_bytes = geometry.vertically_first ? (3 * input_columns + 15) / 16 * 16
                                           : 3 * geometry.columns.axis.count;
@@ -49,7 +50,7 @@ struct Plan {
   int64_t first_column;
   int64_t input_columns;
   int64_t origin;
-  int64_t row_bytes;  // of the image between the two passes
+  int64_t row_bytes;  // of the intermediate image, between the two passes
 };
 
 struct Scratch {
@@ -83,7 +84,7 @@ struct FilterJob {
   VerticalFilter vertical;
 };
 
-// In the order of the CPU path, one after the other, since in double the order shows.
+// Sums in the CPU path's order: in double, another order would change the result.
 __device__ double sum_of_weights(const Resampling& filter, const Window& window, double center,
                                  int lane) {
   double sum = 0.0;
@@ -95,8 +96,8 @@ __device__ double sum_of_weights(const Resampling& filter, const Window& window,
   return sum;
 }
 
-// The weights are computed where they are used: a table from the host would have to stay alive, and
-// unchanged, for as long as a graph that copies it may be replayed. One warp per window.
+// Computes the weights of both filters, one warp per window. A table copied from the host would
+// have to stay alive and unchanged as long as a CUDA graph may replay the copy.
 __global__ void __launch_bounds__(kWarpSize) filter_kernel(const FilterJob job) {
   const int lane = static_cast<int>(threadIdx.x);
   const bool horizontal = static_cast<int>(blockIdx.x) < job.horizontal.outputs;
@@ -147,13 +148,13 @@ __global__ void __launch_bounds__(kResampleThreads) fill_kernel(const FillJob<T>
 }
 
 unsigned blocks_for(int64_t count, int64_t per_block) {
-  // Too many for a launch stay too many, so that CUDA refuses them.
+  // Saturates, so that CUDA still rejects too many blocks.
   return static_cast<unsigned>(
       std::min<int64_t>((count + per_block - 1) / per_block, std::numeric_limits<unsigned>::max()));
 }
 
-// The longest part of a row that 32 neighbouring outputs are made of.
-int64_t longest_part(const Plan& plan) {
+// Returns the longest input segment, in pixels, that 32 neighboring outputs read.
+int64_t longest_segment(const Plan& plan) {
   int64_t longest = 0;
   for (int64_t first = 0; first < plan.output_columns(); first += kWarpSize) {
     const int64_t last = std::min(first + kWarpSize, plan.output_columns()) - 1;
@@ -167,7 +168,7 @@ int64_t longest_part(const Plan& plan) {
 template <typename Sink>
 void run_horizontal(const Plan& plan, const HorizontalFilter& filter, const Source& source,
                     const Sink& sink, cudaStream_t stream) {
-  const int64_t pitch = (3 * longest_part(plan) + 15) / 16 * 16;
+  const int64_t pitch = (3 * longest_segment(plan) + 15) / 16 * 16;
   HorizontalJob<Sink> job{source, filter, sink, plan.rows_between(), kRowsPerWarp, 0, false};
   if (job.rows_per_warp * kResampleWarps * pitch > kSharedBudget) job.rows_per_warp = 1;
   if (kResampleWarps * pitch <= kSharedBudget) job.pitch = static_cast<int>(pitch);

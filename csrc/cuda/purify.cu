@@ -20,7 +20,7 @@ struct PurifyJob {
   PurifyOptions options;
 };
 
-// One warp per sample. A row that the CPU path would refuse becomes NaN.
+// One warp per sample. A row for which the CPU path would throw becomes NaN.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) purify_kernel(const PurifyJob job) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;

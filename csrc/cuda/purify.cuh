@@ -9,7 +9,8 @@
 
 namespace edgeclip::cuda {
 
-// An embedding z against a null text t. `valid` is false where the CPU path would refuse a norm.
+// Norms of an embedding and the null text, and the rotation between them. `valid` is false where
+// the CPU path would reject a norm.
 struct Purification {
   double norm;
   double null_norm;
@@ -21,8 +22,8 @@ __device__ inline bool is_norm_square(double squared) {
   return squared > 0.0 && squared <= 1.7976931348623157e308;  // neither zero, NaN nor infinity
 }
 
-// One warp, whose lanes all get the result. In double as on the CPU: near the null text a float32
-// cosine does not tell the sine. Without a null text only the norm is looked at.
+// Run by one warp; every lane gets the result. In double as on the CPU: near the null text a
+// float32 cosine does not determine the sine. Without a null text only the norm is computed.
 template <typename T>
 __device__ Purification purify(const T* z, const float* null_text, int64_t dim,
                                const PurifyOptions& options, int lane) {

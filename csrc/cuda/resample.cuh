@@ -7,7 +7,7 @@
 #include "csrc/cuda/warp.cuh"
 #include "csrc/filter.h"
 
-// The two passes of a resize, in Pillow's fixed point: see csrc/cpu/resample.h.
+// Horizontal and vertical pass of a resize, in Pillow's fixed point: see csrc/cpu/resample.h.
 namespace edgeclip::cuda {
 
 inline constexpr int kResampleWarps = 8;
@@ -22,12 +22,12 @@ struct Source {
   int64_t channel_stride;
 };
 
-// Four weights go with four packed pixels, which are three words; so begins are multiples of 4, and
-// weights that fall outside a window are zero.
+// Weights come in groups of four, for four packed pixels in three 32-bit words. So each begin is a
+// multiple of 4, and weights outside the window are zero.
 struct HorizontalFilter {
   int* begin;
-  int* groups;    // of four
-  int4* weights;  // group g of output x at [g * outputs + x]: neighbours read side by side
+  int* groups;    // groups of four weights per output
+  int4* weights;  // group g of output x at [g * outputs + x], for coalesced reads
   int outputs;
 };
 
@@ -43,14 +43,14 @@ struct Groups {
   int64_t count;
 };
 
-// Of the i-th wanted pixel, where pixel 0 of a row is the input pixel `origin`.
+// Returns the weight groups of output pixel i, for rows that begin at input pixel `origin`.
 EDGECLIP_HD inline Groups groups_of(const Resampling& filter, int64_t i, int64_t origin) {
   const Window window = filter_window(filter, i);
   const int64_t begin = (window.begin - origin) / 4 * 4;
   return {begin, (window.begin - origin + window.length - begin + 3) / 4};
 }
 
-// Where a pass puts its pixels: these bytes, or normalised numbers.
+// Sinks of a pass: ToBytes stores uint8 pixels, ToPixels normalized floats.
 struct ToBytes {
   uint8_t* data;
   int64_t row_stride;
@@ -62,14 +62,14 @@ struct ToBytes {
   }
 };
 
-// A value of each channel. Not an array: indexed at run time, that would go through local memory.
+// One value per channel. An array indexed at run time would be placed in local memory.
 struct PerChannel {
   float r, g, b;
 
   __device__ float operator[](int channel) const { return channel == 0 ? r : channel == 1 ? g : b; }
 };
 
-// In the order of torchvision's ToTensor and Normalize.
+// Follows the operation order of torchvision's ToTensor and Normalize.
 struct Normalization {
   PerChannel mean;
   PerChannel std;
@@ -81,7 +81,7 @@ struct Normalization {
 
 template <typename T>
 struct ToPixels {
-  T* data;  // the first that is not padding
+  T* data;  // first pixel after the padding
   int64_t plane;
   int64_t width;
   Normalization normalize;
@@ -114,12 +114,12 @@ struct HorizontalJob {
   Sink sink;
   int64_t rows;
   int rows_per_warp;
-  int pitch;      // bytes of shared memory for a row's part; 0: too long, read in place
+  int pitch;      // bytes of shared memory per row segment; 0: too long, read global memory
   bool is_dense;  // packed pixels in rows aligned to 16 bytes
 };
 
-// The pixels [first, first + count) of a row into shared memory, by one warp. What lies past the
-// row's end stays what it is: its weights are zero.
+// Copies the pixels [first, first + count) of a row into shared memory, by one warp. Memory past
+// the end of the row stays uninitialized; its weights are zero.
 __device__ inline void stage(const Source& source, bool is_dense, int64_t row, int64_t first,
                              int64_t count, uint8_t* to, int lane) {
   const uint8_t* from = source.data + row * source.row_stride + first * source.pixel_stride;
@@ -135,8 +135,8 @@ __device__ inline void stage(const Source& source, bool is_dense, int64_t row, i
 }
 
 template <typename Sink>
-__device__ void sum_in_place(const HorizontalJob<Sink>& job, int64_t row, int x,
-                             int32_t (&sums)[3]) {
+__device__ void sum_from_global(const HorizontalJob<Sink>& job, int64_t row, int x,
+                                int32_t (&sums)[3]) {
   const Source& source = job.source;
   const auto* weights = reinterpret_cast<const int32_t*>(job.filter.weights);
   for (int i = 0; i < 4 * job.filter.groups[x]; ++i) {
@@ -149,8 +149,8 @@ __device__ void sum_in_place(const HorizontalJob<Sink>& job, int64_t row, int x,
   }
 }
 
-// A block makes 32 columns of some rows. Each warp has rows of its own, so that it waits for nobody
-// else's.
+// A block computes 32 columns of several rows. Each warp has its own rows, so warps need no
+// barrier.
 template <typename Sink>
 __global__ void __launch_bounds__(kResampleThreads)
     horizontal_kernel(const HorizontalJob<Sink> job) {
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kResampleThreads)
         add_group(words + 3 * g, __ldg(job.filter.weights + g * job.filter.outputs + x), sums);
       }
     } else {
-      sum_in_place(job, first_row + i, x, sums);
+      sum_from_global(job, first_row + i, x, sums);
     }
     if (first_x + lane > last_x) continue;
     for (int c = 0; c < 3; ++c) job.sink(first_row + i, x, c, to_pixel(sums[c]));
@@ -195,7 +195,7 @@ struct VerticalJob {
   Source source;
   VerticalFilter filter;
   Sink sink;
-  bool is_interleaved;  // threads side by side go through the channels of a pixel first
+  bool is_interleaved;  // consecutive threads process the channels of one pixel
 };
 
 // One thread per value of an output row.

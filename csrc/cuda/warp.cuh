@@ -23,7 +23,7 @@ struct Max {
   __device__ uint64_t operator()(uint64_t x, uint64_t y) const { return x > y ? x : y; }
 };
 
-// Every lane gets the same bits, since each step adds the same two numbers on both sides.
+// Every lane gets the same bits, since both lanes of a pair combine the same two numbers.
 template <typename T, typename Op>
 __device__ T warp_reduce(T value, Op op) {
 #pragma unroll
@@ -42,9 +42,10 @@ __device__ inline uint64_t warp_reduce(uint64_t value, Max) {
 }
 #endif
 
-// Sums each of kCount values over the warp by halves: at each step a lane gives away the half that
-// its partner keeps, so 32 sums take 31 exchanges, not 160. A lane gets the sum of the value
-// lane / (32 / kCount), in the order of warp_reduce, thus the same bits whatever kCount.
+// Sums each of kCount values over the warp. At each step a lane sends half of its values to its
+// partner and keeps the other half, so 32 sums take 31 exchanges instead of 160. A lane gets the
+// sum of value lane / (32 / kCount), in the order of warp_reduce, so with the same bits for any
+// kCount.
 template <int kCount, int kOffset = kWarpSize / 2, int kSize>
 __device__ float warp_sums(float (&values)[kSize], int lane) {
   static_assert(kCount == 1 || kCount % 2 == 0);
@@ -57,9 +58,9 @@ __device__ float warp_sums(float (&values)[kSize], int lane) {
     const bool upper = (lane & kOffset) != 0;
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
-      const float keep = upper ? values[i + kCount / 2] : values[i];
-      const float give = upper ? values[i] : values[i + kCount / 2];
-      values[i] = keep + __shfl_xor_sync(kAllLanes, give, kOffset);
+      const float kept = upper ? values[i + kCount / 2] : values[i];
+      const float sent = upper ? values[i] : values[i + kCount / 2];
+      values[i] = kept + __shfl_xor_sync(kAllLanes, sent, kOffset);
     }
     return warp_sums<kCount / 2, kOffset / 2>(values, lane);
   }
@@ -71,7 +72,7 @@ __device__ inline float to_float(__half value) { return __half2float(value); }
 __device__ inline void store(float* to, float value) { *to = value; }
 __device__ inline void store(__half* to, float value) { *to = __float2half_rn(value); }
 
-// As many elements as one 16-byte load brings.
+// Elements per 16-byte load.
 template <typename T>
 inline constexpr int kPack = 16 / static_cast<int>(sizeof(T));
 
@@ -90,16 +91,16 @@ __device__ inline void unpack(const uint4& bits, float (&values)[8]) {
   }
 }
 
-// The elements [at, at + kPack) of a row, zero past its end. Both ways give a lane the same
-// elements, so a result does not depend on the alignment.
+// Loads the elements [offset, offset + kPack) of a row, zero past its end. Both branches give a
+// lane the same elements, so results do not depend on the alignment.
 template <bool kAligned, typename T>
-__device__ void load_pack(const T* row, int64_t at, int64_t dim, float (&values)[kPack<T>]) {
+__device__ void load_pack(const T* row, int64_t offset, int64_t dim, float (&values)[kPack<T>]) {
   if constexpr (kAligned) {
-    unpack(__ldg(reinterpret_cast<const uint4*>(row + at)), values);
+    unpack(__ldg(reinterpret_cast<const uint4*>(row + offset)), values);
   } else {
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) {
-      values[i] = at + i < dim ? to_float(__ldg(row + at + i)) : 0.0f;
+      values[i] = offset + i < dim ? to_float(__ldg(row + offset + i)) : 0.0f;
     }
   }
 }

@@ -10,33 +10,33 @@
 
 namespace edgeclip::cuda {
 
-// Scratch memory is the caller's. So no operation allocates, none keeps anything between calls, and
-// all of them can be captured in a CUDA graph, whose replays must find the memory where it was.
+// Divides the caller's scratch memory. Operations allocate nothing and keep no state between calls,
+// so CUDA graphs, whose replays need memory at fixed addresses, can capture them.
 class Workspace {
  public:
-  // To learn the size: what is taken from it points nowhere.
+  // Measures only: take() returns nullptr, and bytes() the total.
   Workspace() = default;
 
   Workspace(const char* op, const CudaOptions& options, int64_t bytes) {
     const TensorView* view = options.workspace ? &*options.workspace : nullptr;
-    const bool fits = view != nullptr && view->device == Device::kCuda && view->writable &&
-                      view->dtype == kUint8 && view->shape.size() == 1 && view->strides[0] == 1 &&
-                      view->shape[0] >= bytes &&
-                      reinterpret_cast<uintptr_t>(view->data) % kAlignment == 0;
-    if (!fits) {
-      throw std::invalid_argument("[" + std::string(op) + "] expected workspace to be " +
-                                  std::to_string(bytes) + " or more bytes of uint8 in CUDA memory" +
-                                  ", zero at first and aligned to 16");
+    const bool valid = view != nullptr && view->device == Device::kCuda && view->writable &&
+                       view->dtype == kUint8 && view->shape.size() == 1 && view->strides[0] == 1 &&
+                       view->shape[0] >= bytes &&
+                       reinterpret_cast<uintptr_t>(view->data) % kAlignment == 0;
+    if (!valid) {
+      throw std::invalid_argument("[" + std::string(op) + "] expected workspace of at least " +
+                                  std::to_string(bytes) + " bytes of uint8 in CUDA memory, " +
+                                  "zero-initialized and aligned to 16 bytes");
     }
-    at_ = view->as<char>();
+    base_ = view->as<char>();
   }
 
   template <typename T>
   T* take(int64_t count) {
-    char* const taken = at_ == nullptr ? nullptr : at_ + bytes_;
+    char* const block = base_ == nullptr ? nullptr : base_ + bytes_;
     const int64_t size = count * static_cast<int64_t>(sizeof(T));
     bytes_ += (size + kAlignment - 1) / kAlignment * kAlignment;
-    return reinterpret_cast<T*>(taken);
+    return reinterpret_cast<T*>(block);
   }
 
   int64_t bytes() const { return bytes_; }
@@ -44,7 +44,7 @@ class Workspace {
  private:
   static constexpr int64_t kAlignment = 16;
 
-  char* at_ = nullptr;
+  char* base_ = nullptr;
   int64_t bytes_ = 0;
 };
 

@@ -1,1 +1,1 @@
-"""Backends: what an encoder runs on (ONNX Runtime, CUDA, TensorRT), and their choice on this machine."""
+"""Backends of encoders (ONNX Runtime, CUDA, TensorRT), and their selection on this machine."""

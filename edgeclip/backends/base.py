@@ -11,30 +11,27 @@ from numpy.typing import NDArray
 from edgeclip import _core
 from edgeclip.backends.cuda_array import DeviceArray
 
-PIXELS, EMBEDDING = "pixels", "embedding"
+PIXELS, EMBEDDING, TOKENS = "pixels", "embedding", "tokens"
 
 
 class Encoder(Protocol):
     """An image or text encoder of a bundle on one device."""
 
     def check_shapes(self, inputs: tuple[int, ...], embed_dim: int) -> None:
-        """Raises BundleError where the encoder is not made for inputs (N, *inputs) or embed_dim."""
+        """Raise BundleError unless the encoder maps (N, *inputs) to (N, embed_dim)."""
 
     def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        """Embeddings (N, D), not normalised."""
-
-    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        """Tokens (N, prefix + P, D); only where the manifest has a TokenSpec."""
+        """Return embeddings (N, D), not normalised."""
 
 
 def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows divided by their norms; a row of an encoder is never zero unless its weights are."""
+    """Divide rows by their norms, which are above 0 unless the encoder's weights are all 0."""
     divided: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return divided
 
 
 class GpuEncoder(Protocol):
-    """An image encoder whose input and output stay on the GPU. Its user holds `lock`."""
+    """An image encoder whose input and output stay on the GPU. Callers hold `lock`."""
 
     stream: _core.CudaStream
     pixels: DeviceArray  # float32 (B, 3, H, W)
@@ -42,7 +39,7 @@ class GpuEncoder(Protocol):
     lock: threading.Lock
 
     def is_capturable(self, count: int) -> bool:
-        """Whether `enqueue` of `count`, which ran before, may be part of a CUDA graph."""
+        """Return whether a CUDA graph may capture `enqueue(count)`, which has run before."""
 
     def enqueue(self, count: int) -> None:
-        """Queue on `stream`: embeddings of the first `count` of `pixels`, not normalised."""
+        """Encode the first `count` of `pixels` on `stream`, without normalisation."""

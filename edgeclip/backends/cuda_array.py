@@ -1,4 +1,4 @@
-"""Arrays in memory that a GPU uses, by the compiled core alone: no PyTorch, no CuPy."""
+"""Arrays in GPU memory or pinned host memory, without PyTorch or CuPy."""
 
 from __future__ import annotations
 
@@ -16,29 +16,27 @@ from edgeclip.errors import DeviceError
 
 @contextmanager
 def cuda_errors() -> Iterator[None]:
-    """Turns the core's errors about CUDA, which begin with the operation's name, into DeviceError."""
+    """Raise the core's CUDA errors as DeviceError."""
     try:
         yield
-    except RuntimeError as err:
-        if not str(err).startswith("["):
-            raise
+    except _core.CudaError as err:
         raise DeviceError(str(err)) from err
 
 
 class DeviceArray:
-    """A C-contiguous array of zeros on the GPU; or pinned, on the host, where the GPU uses it too.
+    """A C-contiguous array of zeros on the GPU or, if `pinned`, in host memory that the GPU shares.
 
-    PyTorch, CuPy and Numba take it without a copy, by its __cuda_array_interface__.
-    Raises DeviceError where there is no GPU, or not enough memory.
+    PyTorch, CuPy and Numba read it without a copy, by __cuda_array_interface__.
+    Raises DeviceError without a GPU or enough memory.
     """
 
     def __init__(
         self, shape: tuple[int, ...], dtype: DTypeLike = np.float32, *, pinned: bool = False
     ) -> None:
-        kind = np.dtype(dtype)
+        element = np.dtype(dtype)
         with cuda_errors():
-            memory = _core.CudaMemory(math.prod(shape) * kind.itemsize, pinned=pinned)
-        self._set(memory, memory.pointer, shape, kind)
+            memory = _core.CudaMemory(math.prod(shape) * element.itemsize, pinned=pinned)
+        self._set(memory, memory.pointer, shape, element)
 
     def _set(
         self, memory: _core.CudaMemory, pointer: int, shape: tuple[int, ...], dtype: np.dtype[Any]
@@ -70,27 +68,27 @@ class DeviceArray:
         return self.shape[0]
 
     def __getitem__(self, row: int) -> DeviceArray:
-        """One row of the first axis: the same memory."""
+        """Return a view of one row of the first axis."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         return self._view(self.pointer + row * self.nbytes // len(self), self.shape[1:])
 
     def head(self, shape: tuple[int, ...]) -> DeviceArray:
-        """The first elements, as an array of another shape: the same memory."""
+        """Return a view of the first elements in another shape."""
         if math.prod(shape) * self.dtype.itemsize > self.nbytes:
-            raise ValueError(f"{shape} is more than {self.shape}")
+            raise ValueError(f"shape {shape} has more elements than {self.shape}")
         return self._view(self.pointer, shape)
 
     @property
     def host(self) -> NDArray[Any]:
-        """A pinned array for the CPU: the same memory."""
+        """Return a NumPy view of a pinned array."""
         if not self.pinned:
-            raise ValueError("only pinned memory is the CPU's too")
+            raise ValueError("only a pinned array has a host view")
         return np.asarray(_HostView(self))
 
 
 class _HostView:
-    """What NumPy makes an array of, and keeps for as long as that array."""
+    """Owner of a NumPy view, which keeps the memory alive."""
 
     def __init__(self, array: DeviceArray) -> None:
         self.array = array
@@ -98,6 +96,6 @@ class _HostView:
 
 
 def copy(to: DeviceArray, source: DeviceArray | NDArray[Any], stream: int) -> None:
-    """Queue a copy of as many bytes as `source` has, C-contiguous, to the beginning of `to`."""
+    """Copy the bytes of `source`, which is C-contiguous, to the start of `to`, on `stream`."""
     address = source.pointer if isinstance(source, DeviceArray) else source.ctypes.data
     _core.cuda_copy(to.pointer, address, source.nbytes, stream=stream)

@@ -1,7 +1,7 @@
-"""From frames to the top-k on one GPU: preprocess, encoder and classify on one stream.
+"""Pipeline from frames to the top-k on one GPU: preprocess, encoder and classify on one stream.
 
-All three are queued at once and waited for once; only the top-k leaves the device. What is asked a
-second time with the same sizes is captured in a CUDA graph, one launch from then on.
+The CPU waits once for all three stages, and only the top-k leaves the device. A batch that comes a
+second time, with the same shapes and addresses, is captured in a CUDA graph and replayed afterwards.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from edgeclip.purify import CosPurifier
 logger = logging.getLogger(__name__)
 
 GRAPHS_KEPT = 32
-CAPTURE_ATTEMPTS = 3  # that may fail before it is left alone
+CAPTURE_ATTEMPTS = 3  # failed captures before graphs are disabled
 LABEL_SETS_KEPT = 4
-GROWTH = 1.5  # by how much more than needed buffers grow
+GROWTH = 1.5  # factor, relative to the required size, by which buffers grow
 
 Key = tuple[Any, ...]
 
 
 class _Batch(NamedTuple):
-    """What is queued for one batch."""
+    """Frames, labels and memory of one batch."""
 
     frames: list[Any]
     classes: DeviceArray
@@ -47,30 +47,32 @@ class _Batch(NamedTuple):
     classify_workspace: DeviceArray
 
     def key(self) -> Key | None:
-        """What a graph notes of it, of arrays their addresses and sizes; None: not to be captured.
+        """Return the key of its CUDA graph: addresses, shapes and purifier; None: not capturable.
 
-        Buffers and labels are not in it: graphs go where these are replaced.
+        Buffers need no entry: graphs are dropped when a buffer is replaced.
         """
-        places: list[Any] = []
+        frames: list[Any] = []
         for frame in self.frames:
             if not hasattr(frame, "__cuda_array_interface__"):
                 return None
-            seen = frame.__cuda_array_interface__
-            places.append((seen["data"], seen["shape"], seen["typestr"], seen.get("strides")))
-        return tuple(places), self.classes.pointer, self.purifier, self.indices.shape
+            array = frame.__cuda_array_interface__
+            frames.append((array["data"], array["shape"], array["typestr"], array.get("strides")))
+        return tuple(frames), self.classes.pointer, self.purifier, self.indices.shape
 
 
 class GpuPipeline:
-    """Classifies frames with an encoder on the GPU. May be shared by threads.
+    """Classifier of frames with an encoder on the GPU. May be shared by threads.
 
-    null_text: unit, float32 (D,).
+    null_text: unit embedding, float32 (D,).
     """
 
     def __init__(
         self, encoder: GpuEncoder, manifest: Manifest, null_text: NDArray[np.float32]
     ) -> None:
-        # The graphs first, since attributes are let go of in this order: they need the encoder.
-        self._graphs: OrderedDict[Key, _core.CudaGraph | None] = OrderedDict()  # None: ran once
+        # Graphs first: attributes are released in this order, and graphs need the encoder.
+        self._graphs: OrderedDict[Key, _core.CudaGraph | None] = (
+            OrderedDict()
+        )  # None: ran once, not captured
         self._attempts = CAPTURE_ATTEMPTS
         self.max_batch = len(encoder.pixels)
         self._encoder, self._manifest = encoder, manifest
@@ -86,18 +88,18 @@ class GpuPipeline:
         purifier: CosPurifier | None,
         top_k: int,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Indices and probabilities (N, k) of frames, uint8 RGB (H, W, 3), the most probable first.
+        """Return indices and probabilities (N, k) of the top k labels, most probable first.
 
-        A frame may also be an array on the GPU, with __cuda_array_interface__ or __dlpack__.
-        Raises DeviceError where the GPU fails, or the encoder gives what is no embedding.
+        frames: uint8 RGB (H, W, 3), NumPy arrays, or GPU arrays with __cuda_array_interface__ or
+        __dlpack__. Raises DeviceError if the GPU fails, or an embedding is zero or not finite.
         """
-        parts = [
+        batches = [
             self._classify(frames[start : start + self.max_batch], labels, purifier, top_k)
             for start in range(0, len(frames), self.max_batch)
         ]
         width = min(top_k, len(labels))
-        none = np.empty((0, width), np.int32), np.empty((0, width), np.float32)
-        indices, scores = zip(none, *parts, strict=True)
+        empty = np.empty((0, width), np.int32), np.empty((0, width), np.float32)
+        indices, scores = zip(empty, *batches, strict=True)
         return np.concatenate(indices), np.concatenate(scores)
 
     def stage_ms(
@@ -107,7 +109,7 @@ class GpuPipeline:
         purifier: CosPurifier | None,
         top_k: int = 5,
     ) -> dict[str, float]:
-        """Milliseconds of the GPU for each stage of one batch, by CUDA events, without a graph."""
+        """Measure each stage of one batch in GPU milliseconds, by CUDA events, without a graph."""
         with self._encoder.lock, cuda_errors():
             batch = self._batch(frames, labels, purifier, top_k)
             stages: dict[str, Callable[[], None]] = {
@@ -127,16 +129,13 @@ class GpuPipeline:
             }
 
     def warm_up(self) -> None:
-        """Run, capture and replay, so that all kernels are loaded, and what does not work shows now.
-
-        Raises DeviceError.
-        """
+        """Run, capture and replay one frame, which loads all kernels. Raises DeviceError."""
         width = self._manifest.embed_dim
-        one = LabelSet(("",), np.ones((1, width), np.float32), np.ones(1, np.float32), "")
+        label = LabelSet(("",), np.ones((1, width), np.float32), np.ones(1, np.float32), "")
         for _ in range(3):
-            self.classify([np.zeros((1, 1, 3), np.uint8)], one, CosPurifier(), 1)
+            self.classify([np.zeros((1, 1, 3), np.uint8)], label, CosPurifier(), 1)
         self._graphs.clear()
-        del self._labels[one]
+        del self._labels[label]
 
     def _classify(
         self,
@@ -149,12 +148,12 @@ class GpuPipeline:
             batch = self._batch(frames, labels, purifier, top_k)
             try:
                 self._run(batch.key(), partial(self._queue, batch))
-            finally:  # also after an error: what was queued still reads the frames
+            finally:  # even after an error, queued work still reads the frames
                 _core.cuda_synchronize(self._handle)
             indices, scores = batch.indices.host.copy(), batch.scores.host.copy()
         if (indices < 0).any():
             raise DeviceError(
-                "the encoder gave an embedding that is zero or not finite: see edgeclip doctor"
+                "the encoder computed an embedding that is zero or not finite: see edgeclip doctor"
             )
         return indices, scores
 
@@ -166,7 +165,7 @@ class GpuPipeline:
             queue()
         if key is None:
             return
-        if graph is None and key in self._graphs:  # so it ran twice, as all of a graph must before
+        if graph is None and key in self._graphs:  # captured work must have run before
             graph = self._capture(len(key[0]), queue)
         self._graphs[key] = graph
         self._graphs.move_to_end(key)
@@ -174,15 +173,17 @@ class GpuPipeline:
             self._graphs.popitem(last=False)
 
     def _capture(self, count: int, queue: Callable[[], None]) -> _core.CudaGraph | None:
-        """None where it cannot be, or was disturbed, as by another thread that lets go of memory."""
+        """Capture a graph; None if it is not capturable, or another thread disturbed the capture."""
         if self._attempts == 0 or not self._encoder.is_capturable(bucket(count, self.max_batch)):
             return None
-        _core.cuda_synchronize(self._handle)  # the answer is there, whatever comes of this
+        _core.cuda_synchronize(self._handle)  # a failed capture must not affect this answer
         try:
             return self._encoder.stream.capture(queue)
         except (RuntimeError, DeviceError) as err:
             self._attempts -= 1
-            logger.warning("no CUDA graph was captured, which costs time and nothing else: %s", err)
+            logger.warning(
+                "no CUDA graph was captured, answers stay right but take longer: %s", err
+            )
             return None
 
     def _queue(self, batch: _Batch) -> None:
@@ -195,8 +196,8 @@ class GpuPipeline:
         for slot, frame in enumerate(batch.frames):
             source = frame
             if isinstance(frame, DeviceArray) and frame.pinned:
-                # Once, since each pixel is read for several of the encoder's.
-                source = self._buffers[_crossed(slot)].head(frame.shape)
+                # Copied once, since preprocessing reads each pixel several times.
+                source = self._buffers[_gpu_buffer(slot)].head(frame.shape)
                 copy(source, frame, self._handle)
             _core.preprocess(
                 source,
@@ -238,39 +239,39 @@ class GpuPipeline:
         purifier: CosPurifier | None,
         top_k: int,
     ) -> _Batch:
-        """With all memory that it needs: nothing is allocated once something is queued."""
+        """Allocate all memory of a batch, so that nothing is allocated while work is queued."""
         image, out = self._manifest.image, self._encoder.pixels[0]
-        how = {"resize": image.resize, "interpolation": image.interpolation}
-        placed = [self._place(slot, frame) for slot, frame in enumerate(frames)]
-        # One workspace for all frames, which are prepared one after the other.
-        needed = max(_core.preprocess_workspace(frame, out, **how) for frame in placed)
-        needed_after = _core.classify_workspace(self.max_batch, len(labels))
-        top = len(frames), min(top_k, len(labels))
+        options = {"resize": image.resize, "interpolation": image.interpolation}
+        staged = [self._stage(slot, frame) for slot, frame in enumerate(frames)]
+        # One workspace for all frames, which are preprocessed one after the other.
+        preprocess_bytes = max(_core.preprocess_workspace(x, out, **options) for x in staged)
+        classify_bytes = _core.classify_workspace(self.max_batch, len(labels))
+        shape = len(frames), min(top_k, len(labels))
         classes, null_scores = self._on_device(labels)
-        # Pinned: the kernel's few bytes are written to where the CPU reads them.
-        size = self.max_batch * top[1]
+        # Pinned: the kernel writes its few bytes directly to host memory.
+        size = self.max_batch * shape[1]
         indices = self._buffer("indices", size, np.int32, pinned=True)
         scores = self._buffer("scores", size, np.float32, pinned=True)
         return _Batch(
-            placed,
+            staged,
             classes,
             null_scores,
             purifier,
-            indices.head(top),
-            scores.head(top),
-            self._buffer("preprocess", needed, np.uint8),
-            self._buffer("classify", needed_after, np.uint8),
+            indices.head(shape),
+            scores.head(shape),
+            self._buffer("preprocess", preprocess_bytes, np.uint8),
+            self._buffer("classify", classify_bytes, np.uint8),
         )
 
-    def _place(self, slot: int, frame: Any) -> Any:
-        """The frame in pinned memory of the slot; or where it is on the GPU already, complete."""
+    def _stage(self, slot: int, frame: Any) -> Any:
+        """Copy a host frame to the slot's pinned memory, or wait until a GPU frame is complete."""
         if isinstance(frame, np.ndarray):
-            staged = self._buffer(f"frame {slot}", frame.nbytes, np.uint8, pinned=True)
-            self._buffer(_crossed(slot), frame.nbytes, np.uint8)
-            shaped = staged.head(frame.shape)
-            np.copyto(shaped.host, frame)
-            return shaped
-        if hasattr(frame, "__dlpack__"):  # by which its producer lets our stream wait for its own
+            buffer = self._buffer(f"frame {slot}", frame.nbytes, np.uint8, pinned=True)
+            self._buffer(_gpu_buffer(slot), frame.nbytes, np.uint8)
+            staged = buffer.head(frame.shape)
+            np.copyto(staged.host, frame)
+            return staged
+        if hasattr(frame, "__dlpack__"):  # the producer makes our stream wait for its own
             frame.__dlpack__(stream=self._handle)
         else:
             stream = frame.__cuda_array_interface__.get("stream")
@@ -279,25 +280,25 @@ class GpuPipeline:
         return frame
 
     def _buffer(self, name: str, size: int, dtype: Any, pinned: bool = False) -> DeviceArray:
-        """At least `size` elements; what was there before is gone where it has to grow."""
-        found = self._buffers.get(name)
-        if found is None or len(found) < size:
-            self._graphs.clear()  # some of them use the one that goes, of which nothing is running
-            grown = size if found is None else int(GROWTH * size)
-            found = self._buffers[name] = DeviceArray((grown,), dtype, pinned=pinned)
-        return found
+        """Return a buffer of at least `size` elements; growing it discards its contents."""
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < size:
+            self._graphs.clear()  # some may use the old buffer; none is running now
+            capacity = size if buffer is None else int(GROWTH * size)
+            buffer = self._buffers[name] = DeviceArray((capacity,), dtype, pinned=pinned)
+        return buffer
 
     def _on_device(self, labels: LabelSet) -> tuple[DeviceArray, DeviceArray]:
-        """Embeddings and null scores of the labels."""
-        found = self._labels.get(labels)
-        if found is None:
-            found = self._upload(labels.embeddings), self._upload(labels.null_scores)
-            self._labels[labels] = found
+        """Return the embeddings and null scores of the labels on the GPU."""
+        arrays = self._labels.get(labels)
+        if arrays is None:
+            arrays = self._upload(labels.embeddings), self._upload(labels.null_scores)
+            self._labels[labels] = arrays
             if len(self._labels) > LABEL_SETS_KEPT:
                 self._labels.popitem(last=False)
                 self._graphs.clear()
         self._labels.move_to_end(labels)
-        return found
+        return arrays
 
     def _upload(self, array: NDArray[np.float32]) -> DeviceArray:
         on_device, dense = DeviceArray(array.shape), np.ascontiguousarray(array)
@@ -307,11 +308,11 @@ class GpuPipeline:
         return on_device
 
 
-def _crossed(slot: int) -> str:
-    """The buffer that a slot's frame is copied to."""
+def _gpu_buffer(slot: int) -> str:
+    """Return the name of the buffer that a slot's frame is copied to."""
     return f"frame {slot} on the GPU"
 
 
-def bucket(count: int, most: int) -> int:
-    """How many images the encoder runs for `count`: the next power of two, so that few sizes occur."""
-    return min(1 << (count - 1).bit_length(), most)
+def bucket(count: int, largest: int) -> int:
+    """Round `count` up to a power of two, at most `largest`: few batch sizes need few graphs."""
+    return min(1 << (count - 1).bit_length(), largest)

@@ -1,4 +1,4 @@
-"""Keys of TensorRT engines, and the folder that keeps those that were built and checked."""
+"""Cache of TensorRT engines that were built and checked, and its keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgeclip.storage import default_folder, sha256, write
 
 logger = logging.getLogger(__name__)
 
-RECIPE = 1  # to be raised whenever the same options build another engine
+RECIPE = 1  # increment whenever the same options build a different engine
 
 
 class Gpu(NamedTuple):
@@ -31,16 +31,16 @@ class Gpu(NamedTuple):
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What an engine is built for. Raises ValueError."""
+    """Options of an engine's build. Raises ValueError."""
 
-    max_batch: int = 8  # rows of one call, from 1
-    opt_batch: int = 1  # of images, those that kernels are tuned for: a camera's frame
-    context_length: int = 77  # ids of a prompt, at most
-    outputs: tuple[str, ...] = ()  # that the engine keeps, with what they need; empty: all
-    # A Jetson's memory is the CPU's too, and TensorRT tries what fills it unless it is told not to.
-    # An encoder's kernels want some ten MB for each image.
+    max_batch: int = 8  # largest batch size, from 1
+    opt_batch: int = 1  # batch size of images that kernels are tuned for: a camera's frame
+    context_length: int = 77  # most ids of a prompt
+    outputs: tuple[str, ...] = ()  # outputs that the engine keeps; empty: all
+    # Without a limit TensorRT tries kernels that fill a Jetson's memory, which CPU and GPU share. An
+    # encoder's kernels need about ten MB per image.
     workspace_bytes: int | None = 1 << 30
-    optimization_level: int | None = None  # 0 to 5; None for TensorRT's own, 3
+    optimization_level: int | None = None  # 0 to 5; None: TensorRT's default, 3
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "opt_batch", "context_length"):
@@ -56,7 +56,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class EngineKey:
-    """All that decides whether an engine that was built once can be used again."""
+    """Everything that a cached engine depends on."""
 
     graphs: tuple[str, ...]  # sha256 of the ONNX file and of its .data
     module: str
@@ -69,32 +69,32 @@ class EngineKey:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hexadecimal digits, the same for equal keys only."""
+        """Hexadecimal SHA-256 of the key."""
         return hashlib.sha256(json.dumps(self.fields()).encode()).hexdigest()
 
     def fields(self) -> dict[str, Any]:
-        """As JSON holds them."""
-        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return found
+        """Return the fields as JSON values."""
+        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return fields
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An engine in the cache."""
+    """Cached engine."""
 
     path: Path
     key: Mapping[str, Any]  # EngineKey.fields()
     sha256: str
-    checked: Mapping[str, Any]  # the report that it was saved with
+    checked: Mapping[str, Any]  # report of its checks
 
 
 class EngineCache:
-    """Engines on disk: NAME.engine, and a JSON file beside with its key, its sha256 and its checks.
+    """Engines on disk: NAME.engine, and a JSON file with its key, sha256 and checks.
 
-    folder: None for `engines` where edgeclip keeps what it computed (EDGECLIP_CACHE).
-    The JSON file is written last and names its engine: what it leads to was stored complete, also
-    where two processes build at once. A hash shows damage, not malice: TensorRT runs what is in an
-    engine, so that the folder is the user's own.
+    folder: None for `engines` in edgeclip's cache folder (EDGECLIP_CACHE).
+    The JSON file names its engine and is written after it, so that the engine is complete even if two
+    processes build at once. The hash reveals damage, not malice: TensorRT executes the content of an
+    engine, so the folder must belong to the user.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -103,7 +103,7 @@ class EngineCache:
         self.folder = folder
 
     def find(self, key: EngineKey) -> Path | None:
-        """The engine, if it was stored complete, with its checks, and is intact."""
+        """Return the engine of `key` if it is present, checked and intact, else None."""
         if self.folder is None:
             return None
         entry = _read_entry(self.folder / f"{_stem(key)}.json")
@@ -116,14 +116,14 @@ class EngineCache:
         return None
 
     def latest(self, key: EngineKey) -> Path | None:
-        """The engine that was stored last for a key as this one, whatever its options."""
+        """Return the most recent engine matching `key`, ignoring options."""
         fields = {name: value for name, value in key.fields().items() if name != "options"}
-        found = []
+        matches = []
         for entry in self.entries():
             with suppress(OSError):
                 if entry.checked and fields.items() <= dict(entry.key).items():
-                    found.append((entry.path.stat().st_mtime, entry))
-        for _, entry in sorted(found, key=lambda pair: pair[0], reverse=True):
+                    matches.append((entry.path.stat().st_mtime, entry))
+        for _, entry in sorted(matches, key=lambda pair: pair[0], reverse=True):
             with suppress(OSError):
                 if sha256(entry.path) == entry.sha256:
                     return entry.path
@@ -131,13 +131,13 @@ class EngineCache:
         return None
 
     def save(self, key: EngineKey, engine: bytes, report: Mapping[str, Any]) -> Path:
-        """Keep an engine, and how it was checked: `report`, for JSON, such as golden differences.
+        """Store an engine with the report of its checks, and return its path.
 
-        Raises EdgeclipError where it cannot be written, ValueError for an empty report.
+        Raises EdgeclipError if the cache is not writable, ValueError for an empty report.
         """
         if not report:
-            raise ValueError("an engine is kept with the report of its checks, which is empty")
-        folder, digest = self._needed(), hashlib.sha256(engine).hexdigest()
+            raise ValueError("expected the report of the engine's checks, got an empty one")
+        folder, digest = self._required_folder(), hashlib.sha256(engine).hexdigest()
         path = folder / f"{_stem(key)}-{digest[:16]}.engine"
         entry = {
             "engine": path.name,
@@ -150,43 +150,46 @@ class EngineCache:
             write(path, engine)
             old = _read_entry(folder / f"{_stem(key)}.json")
             write(folder / f"{_stem(key)}.json", json.dumps(entry, indent=2))
-            if old is not None and old.path != path:  # what another process writes is not touched
+            if old is not None and old.path != path:  # files of other processes are left alone
                 old.path.unlink(missing_ok=True)
         except OSError as err:
-            raise EdgeclipError(f"cannot keep the engine in {folder} ({err.strerror})") from err
+            raise EdgeclipError(
+                f"cannot write the engine to {folder} ({err.strerror}): set EDGECLIP_CACHE to a "
+                "writable folder"
+            ) from err
         return path
 
     def timing_cache(self, key: EngineKey) -> Path:
-        """The file of kernel timings, which all engines of one TensorRT on one GPU share.
+        """Return the file of kernel timings, shared by all engines of one TensorRT and GPU.
 
-        Raises EdgeclipError where there is no cache.
+        Raises EdgeclipError without a cache folder.
         """
         major, minor = key.capability
         name = f"{key.module}-{key.version}-{key.device}-sm{major}{minor}"
-        return self._needed() / f"{re.sub('[^A-Za-z0-9.]+', '-', name)}.timings"
+        return self._required_folder() / f"{re.sub('[^A-Za-z0-9.]+', '-', name)}.timings"
 
     def entries(self) -> list[Entry]:
-        """The engines that are there, which `find` may still reject."""
+        """Return all entries, without checking their engines."""
         files = [] if self.folder is None else sorted(self.folder.glob("*.json"))
         return [entry for file in files if (entry := _read_entry(file)) is not None]
 
     def remove(self) -> int:
-        """Delete all engines and timings; bytes freed. Raises EdgeclipError."""
+        """Delete all engines and timings; return the bytes freed. Raises EdgeclipError."""
         freed = 0
         for pattern in ("*.json", "*.engine", "*.timings", "*.tmp"):
             for file in [] if self.folder is None else self.folder.glob(pattern):
                 try:
                     freed += file.stat().st_size
                     file.unlink()
-                except FileNotFoundError:  # another process was faster
+                except FileNotFoundError:  # deleted by another process
                     continue
                 except OSError as err:
                     raise EdgeclipError(f"cannot delete {file} ({err.strerror})") from err
         return freed
 
-    def _needed(self) -> Path:
+    def _required_folder(self) -> Path:
         if self.folder is None:
-            raise EdgeclipError("no folder to keep engines in: set EDGECLIP_CACHE")
+            raise EdgeclipError("no cache folder for engines: set EDGECLIP_CACHE")
         return self.folder
 
 
@@ -196,8 +199,8 @@ def _stem(key: EngineKey) -> str:
 
 def _read_entry(file: Path) -> Entry | None:
     try:
-        found = json.loads(file.read_bytes())
-        name, digest, key, checked = (found[x] for x in ("engine", "sha256", "key", "checked"))
+        record = json.loads(file.read_bytes())
+        name, digest, key, checked = (record[x] for x in ("engine", "sha256", "key", "checked"))
         if Path(name).name == name and isinstance(key, dict) and isinstance(checked, dict):
             return Entry(file.with_name(name), key, digest, checked)
     except (OSError, ValueError, KeyError, TypeError):

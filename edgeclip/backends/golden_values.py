@@ -1,4 +1,4 @@
-"""Golden values of a bundle: one input and its outputs in PyTorch, and how far off a device may be."""
+"""Golden values of a bundle: an input, PyTorch's outputs, and the error limits of a device."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from numpy.typing import NDArray
 from edgeclip.bundle import GOLDEN, Bundle
 from edgeclip.errors import BundleError
 from edgeclip.manifest import Manifest
+from edgeclip.precisions import PRECISIONS, REFERENCE
 
-# Largest distance between unit embeddings: sqrt(2 - 2c) for the minimum cosine c enforced at export,
-# 0.999 and 0.99, except for fp32.
-TOLERANCE = {"fp32": 1e-4, "fp16": 0.045, "int8": 0.142, "int8-qdq": 0.142}
-# A device may be this much further off than the exporter was: other kernels round other values.
+# Error of a device, relative to the exporter's: other kernels round differently.
 DEVICE_FACTOR, DEVICE_OFFSET = 2.0, 0.01
 
 
 class GoldenValues:
-    """The arrays of golden.npz, which PyTorch computed at export, with their shapes checked.
+    """Arrays of golden.npz, which PyTorch computed at export.
 
-    image uint8 (H, W, 3); its pixels float32 (3, h, w) and unit embedding (D,); prompts (P,), their ids
-    int64 (P, L) and unit text_embeddings (P, D); with a prior, prior_gradient (D,): the gradient of its
-    loss there, halfway of its timesteps, with the first noise of DiffPurifier.
-    Every attribute raises BundleError where its array is missing or has another shape.
+    image: uint8 (H, W, 3). pixels: float32 (3, h, w). embedding: unit, (D,).
+    prompts: (P,). ids: int64 (P, L). text_embeddings: unit, (P, D).
+    prior_gradient: (D,), with a prior only: the gradient of its loss at `embedding`, at the middle
+    timestep, with the first noise of DiffPurifier.
+    Each attribute raises BundleError if its array is missing or has another shape.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -64,13 +63,13 @@ class GoldenValues:
         return self._array("prior_gradient", 1, (self._manifest.embed_dim,))
 
     def encoder(self, kind: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """Return inputs of the image or text encoder (N, ...), and their embeddings (N, D)."""
+        """Return the inputs (N, ...) and unit embeddings (N, D) of the image or text encoder."""
         if kind == "image":
             return self.pixels[None], self.embedding[None]
         return self.ids, self.text_embeddings
 
     def _array(self, name: str, ndim: int, ending: tuple[int, ...] = ()) -> NDArray[Any]:
-        """Return an array whose last sizes are `ending`."""
+        """Return an array whose last dimensions are `ending`."""
         array = self._arrays.get(name)
         if array is None or array.ndim != ndim or array.shape[ndim - len(ending) :] != ending:
             raise BundleError(f"{self._path} has no array {name!r} of the right shape")
@@ -78,19 +77,21 @@ class GoldenValues:
 
 
 def embedding_limit(manifest: Manifest, precision: str, kind: str) -> float:
-    """Return the largest distance of a unit embedding, image or text, from its golden one.
+    """Return the largest distance allowed between a unit embedding and its golden value.
 
-    Where export measured the distance, a device may be somewhat further off, within TOLERANCE.
+    kind: image or text. The limit follows the distance measured at export, if there is one; it never
+    exceeds the precision's tolerance.
     """
     parity = manifest.precisions[precision].parity
-    # Older bundles have the worst of both kinds only.
+    # Older bundles record one minimum for both kinds.
     cosine = parity.get(f"golden_{kind}_min_cosine", parity.get("golden_min_cosine"))
-    if precision == "fp32" or cosine is None:
-        return TOLERANCE[precision]
+    tolerance = PRECISIONS[precision].tolerance
+    if precision == REFERENCE or cosine is None:
+        return tolerance
     exported = math.sqrt(max(2 - 2 * cosine, 0))
-    return min(TOLERANCE[precision], DEVICE_FACTOR * exported + DEVICE_OFFSET)
+    return min(tolerance, DEVICE_FACTOR * exported + DEVICE_OFFSET)
 
 
 def largest_distance(rows: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """Return the largest distance between rows (N, D), or between two vectors (D,)."""
+    """Return the largest distance between corresponding rows (N, D), or two vectors (D,)."""
     return float(np.linalg.norm(rows - expected, axis=-1).max())

@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider on GPU memory: the encoder of the captured pipeline."""
+"""Image encoder on the GPU by ONNX Runtime's CUDA provider."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from edgeclip.errors import DeviceError
 
 
 class OnnxGpuEncoder(OnnxEncoder):
-    """ONNX Runtime on the stream and the arrays of this object; besides, it is an OnnxEncoder.
+    """A GpuEncoder by ONNX Runtime, which is an OnnxEncoder too.
 
-    shape: of one input, (3, H, W). Raises what OnnxEncoder raises.
+    shape: one input, (3, H, W). Raises DeviceError and BundleError, see OnnxEncoder.
     """
 
-    memory = "cuda"  # where ONNX Runtime finds the arrays
+    memory = "cuda"  # ONNX Runtime's device name of the bound arrays
 
     def __init__(
         self,
@@ -37,17 +37,17 @@ class OnnxGpuEncoder(OnnxEncoder):
             stream = _core.CudaStream()
         super().__init__(path, device="cuda", threads=threads, stream=stream.handle)
         self.check_shapes(shape, embed_dim)
-        most = self._batch or max_batch
-        self.pixels = DeviceArray((most, *shape))
-        self.embedding = DeviceArray((most, embed_dim))
+        batch = self._batch or max_batch
+        self.pixels = DeviceArray((batch, *shape))
+        self.embedding = DeviceArray((batch, embed_dim))
         self.lock = threading.Lock()
         self._bindings: dict[int, Any] = {}
         self._options = import_onnxruntime().RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self.stream = stream  # last, as attributes are let go of in this order
+        self.stream = stream  # last: attributes are released in this order
 
     def is_capturable(self, count: int) -> bool:
-        return False  # ONNX Runtime keeps its own graphs, and allocates as it runs
+        return False  # ONNX Runtime allocates while it runs
 
     def enqueue(self, count: int) -> None:
         try:
@@ -63,14 +63,10 @@ class OnnxGpuEncoder(OnnxEncoder):
             (binding.bind_input, self._input, self.pixels),
             (binding.bind_output, EMBEDDING, self.embedding),
         ):
-            part = array.head((count, *array.shape[1:]))
-            bind(name, self.memory, 0, np.float32, part.shape, part.pointer)
+            batch = array.head((count, *array.shape[1:]))
+            bind(name, self.memory, 0, np.float32, batch.shape, batch.pointer)
         return binding
 
     def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        with self.lock:  # the stream is one for all
+        with self.lock:  # all threads share the stream
             return super().embed(inputs)
-
-    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        with self.lock:
-            return super().tokens(inputs)

@@ -1,31 +1,28 @@
-"""Encoders: an array in, embeddings out, by ONNX Runtime. TensorRT's are in edgeclip.backends.tensorrt_encoder."""
+"""ONNX Runtime: sessions, and encoders with input and output on the host."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeclip.backends.base import EMBEDDING
 from edgeclip.errors import BundleError, DeviceError
 from edgeclip.host import cores
-from edgeclip.onnx_file import without_output
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-
-# fp32 means it: by default products round to TensorFloat-32, ten bits, and miss the golden outputs.
+# TensorFloat-32, the default, rounds products to ten bits and misses the golden outputs.
 PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 
 
 def import_onnxruntime() -> Any:
-    """The onnxruntime module. Raises DeviceError where neither of its packages is installed."""
+    """Return the onnxruntime module. Raises DeviceError if it is not installed."""
     try:
         import onnxruntime
     except ImportError as err:
@@ -37,7 +34,7 @@ def import_onnxruntime() -> Any:
 
 
 def available_devices() -> list[str]:
-    """The devices that an encoder can be asked to run on here, the best first."""
+    """Return the devices of the installed ONNX Runtime, best first."""
     providers = import_onnxruntime().get_available_providers()
     return ["cuda", "cpu"] if "CUDAExecutionProvider" in providers else ["cpu"]
 
@@ -47,13 +44,8 @@ def open_session(
     device: str,
     threads: int | None = None,
     stream: int | None = None,
-    without: str = "",
 ) -> ort.InferenceSession:
-    """A graph in ONNX Runtime, except for the output `without`, and what only that needs.
-
-    ONNX Runtime computes all that is in a graph, whatever it is asked for. The rest, and what is
-    raised, as for OnnxEncoder.
-    """
+    """Open a session on a graph. Arguments and errors: see OnnxEncoder."""
     ort = import_onnxruntime()
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
     if provider not in ort.get_available_providers():
@@ -66,12 +58,8 @@ def open_session(
         options["user_compute_stream"] = str(stream)
     settings = _session_options(ort, threads)
     try:
-        model: str | bytes = str(path)
-        if without:
-            model = without_output(path, without)
-            settings.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
         session = ort.InferenceSession(
-            model,
+            str(path),
             settings,
             providers=[(provider, options)],
             enable_fallback=0,
@@ -79,16 +67,16 @@ def open_session(
     except Exception as err:  # the library has no public base class for its errors
         error = BundleError if device == "cpu" else DeviceError
         raise error(f"{path} does not load on {device}: {first_line(err)}") from err
-    if session.get_providers()[0] != provider:  # it falls back with only a log line
+    if session.get_providers()[0] != provider:  # ONNX Runtime only logs that it falls back
         raise DeviceError(f"device {device!r} does not work here: see edgeclip doctor")
-    session.disable_fallback()  # it would go on elsewhere, and say so on stdout
+    session.disable_fallback()  # a failed run would be repeated on the CPU, and printed
     return session
 
 
 class Session:
-    """A graph in ONNX Runtime, opened again in a forked process, which has no threads of the parent.
+    """An ONNX Runtime session that is opened again after a fork, which loses its threads.
 
-    The arguments, and what is raised, as for `open_session`.
+    Arguments and errors: see `open_session`.
     """
 
     def __init__(
@@ -97,9 +85,8 @@ class Session:
         device: str,
         threads: int | None = None,
         stream: int | None = None,
-        without: str = "",
     ) -> None:
-        self._arguments = path, device, threads, stream, without
+        self._arguments = path, device, threads, stream
         self._open()
 
     def _open(self) -> None:
@@ -114,9 +101,8 @@ class Session:
         return self._session
 
 
-_forked: list[
-    ort.InferenceSession
-] = []  # never destroyed: that would wait for the parent's threads
+# Sessions of the parent process, kept: their destructor would wait for the parent's threads.
+_forked: list[ort.InferenceSession] = []
 
 
 def run_session(
@@ -126,20 +112,21 @@ def run_session(
     path: Path,
     device: str,
 ) -> list[NDArray[np.float32]]:
-    """The outputs named. Raises DeviceError."""
+    """Return the named outputs. Raises DeviceError."""
     try:
-        found: list[NDArray[np.float32]] = session.run(list(outputs), dict(inputs))
+        arrays: list[NDArray[np.float32]] = session.run(list(outputs), dict(inputs))
     except Exception as err:  # the library has no public base class for its errors
         raise DeviceError(f"{path.name} failed on {device}: {first_line(err)}") from err
-    return found
+    return arrays
 
 
 class OnnxEncoder:
     """An encoder run by ONNX Runtime. May be shared by threads.
 
-    device is cpu or cuda; threads is the number used inside one call, None for one per usable core; stream
-    is the CUDA stream to run on, None for one of ONNX Runtime's own.
-    Raises DeviceError where the device does not work, BundleError where the file does not load.
+    device: cpu or cuda. threads: threads of one call; None: one per usable core. stream: CUDA stream;
+    None: ONNX Runtime's own. output: embedding, or tokens for the graph of the image tokens
+    (N, prefix + P, D).
+    Raises DeviceError if the device does not work, BundleError if the file does not load.
     """
 
     def __init__(
@@ -149,25 +136,27 @@ class OnnxEncoder:
         device: str,
         threads: int | None = None,
         stream: int | None = None,
+        output: str = EMBEDDING,
     ) -> None:
-        self._opened = Session(path, device, threads, stream, without="tokens")
-        self._path, self._device, self._threads = path, device, threads
-        (taken, *_) = self._session.get_inputs()
-        self._input = taken.name
-        # An int8 graph takes its inputs one by one: its ranges would be those of all of them.
-        self._batch = taken.shape[0] if isinstance(taken.shape[0], int) else None
+        self._opened = Session(path, device, threads, stream)
+        self._path, self._device, self._output = path, device, output
+        (node, *_) = self._session.get_inputs()
+        self._input = node.name
+        # An int8 image encoder has batch size 1: it quantises by the range of its whole input.
+        self._batch = node.shape[0] if isinstance(node.shape[0], int) else None
 
     def check_shapes(self, inputs: tuple[int, ...], embed_dim: int) -> None:
-        """Raises BundleError where the graph is not made for inputs (N, *inputs), or for embed_dim.
+        """Raise BundleError unless the graph maps (N, *inputs) to (N, embed_dim).
 
-        Sizes that are symbolic in the graph fit all.
+        Symbolic sizes of the graph match any size.
         """
-        (taken,) = (node.shape for node in self._session.get_inputs())
-        given = self._session.get_outputs()[0].shape
-        pairs = [*zip(taken[1:], inputs, strict=False), (given[-1], embed_dim)]
-        if len(taken) != len(inputs) + 1 or any(isinstance(a, int) and a != b for a, b in pairs):
+        (source,) = (node.shape for node in self._session.get_inputs())
+        result = self._output_shape()
+        pairs = [*zip(source[1:], inputs, strict=False), (result[-1], embed_dim)]
+        if len(source) != len(inputs) + 1 or any(isinstance(a, int) and a != b for a, b in pairs):
             raise BundleError(
-                f"{self._path} takes {taken} and gives {given}, which is not what the manifest says"
+                f"{self._path} maps {source} to {result}, which contradicts the manifest: export the "
+                "bundle again"
             )
 
     @property
@@ -175,36 +164,31 @@ class OnnxEncoder:
         return self._opened.get()
 
     def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        return self._fetch(self._session, "embedding", inputs)
-
-    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        return self._fetch(self._whole.get(), "tokens", inputs)
-
-    @cached_property
-    def _whole(self) -> Session:
-        """Opened only where tokens are asked for."""
-        return Session(self._path, self._device, self._threads)
-
-    def _fetch(
-        self, session: ort.InferenceSession, output: str, inputs: NDArray[Any]
-    ) -> NDArray[np.float32]:
+        """Return the output for inputs (N, ...): embeddings (N, D), not normalised, or tokens."""
+        session, outputs = self._session, (self._output,)
         count = self._batch or max(len(inputs), 1)
-        parts = [
-            run_session(
-                session, (output,), {self._input: inputs[i : i + count]}, self._path, self._device
-            )[0]
-            for i in range(0, len(inputs), count)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        (shape,) = (node.shape for node in session.get_outputs() if node.name == output)
-        return np.concatenate(parts) if parts else np.empty((0, *shape[1:]), np.float32)
+        batches = [{self._input: inputs[i : i + count]} for i in range(0, len(inputs), count)]
+        rows = [run_session(session, outputs, x, self._path, self._device)[0] for x in batches]
+        if len(rows) == 1:
+            return rows[0]
+        if not rows:
+            return np.empty((0, *self._output_shape()[1:]), np.float32)
+        return np.concatenate(rows)
+
+    def _output_shape(self) -> list[Any]:
+        nodes = self._session.get_outputs()
+        shapes = [node.shape for node in nodes if node.name == self._output]
+        if not shapes:
+            names = ", ".join(node.name for node in nodes)
+            raise BundleError(f"{self._path} has no output {self._output}, but {names}")
+        shape: list[Any] = shapes[0]
+        return shape
 
 
 def _session_options(ort: Any, threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors; what matters is raised
-    # Never 0, for which ONNX Runtime takes the machine's cores, and pins threads to them.
+    options.log_severity_level = 3  # errors only
+    # Never 0: ONNX Runtime would use all of the machine's cores and pin threads to them.
     options.intra_op_num_threads = threads or cores()
     options.inter_op_num_threads = 1
     return options

@@ -1,7 +1,6 @@
-"""The diffusion prior of a bundle: CLIPure-Diff without PyTorch.
+"""Diffusion prior of a bundle: CLIPure-Diff without PyTorch.
 
-The file holds one evaluation of the prior's loss with its gradient, traced into the graph; the
-steps between are `_core`'s.
+The graph evaluates the prior's loss and its gradient once; `_core` computes the step.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from edgeclip.errors import BundleError, DeviceError
 from edgeclip.purify import DiffPurifier
 
 INPUTS = ("z", "timestep", "noise")  # unit embeddings (N, D), int64 (N,), float32 (N, D)
-OUTPUTS = ("loss", "gradient")  # (N,), and of it with respect to z (N, D)
+OUTPUTS = ("loss", "gradient")  # (N,), and its gradient with respect to z (N, D)
 
 
 class Prior:
-    """The step of a bundle, on one device. May be shared by threads.
+    """Prior of a bundle on one device. May be shared by threads.
 
-    Raises DeviceError where the device does not work, BundleError where the file is not a prior's
-    step for embeddings of embed_dim.
+    Raises DeviceError if the device does not work, BundleError if the file is no prior for embeddings
+    of embed_dim.
     """
 
     def __init__(
@@ -34,21 +33,21 @@ class Prior:
         self._opened = Session(path, device, threads)
         self._path, self._device, self._dim = path, device, embed_dim
         session = self._opened.get()
-        found = {
-            node.name: node.shape[1:] for node in (*session.get_inputs(), *session.get_outputs())
-        }
+        nodes = (*session.get_inputs(), *session.get_outputs())
+        shapes = {node.name: node.shape[1:] for node in nodes}
         row: list[int] = [embed_dim]
-        if found != dict(zip((*INPUTS, *OUTPUTS), (row, [], row, [], row), strict=True)):
+        if shapes != dict(zip((*INPUTS, *OUTPUTS), (row, [], row, [], row), strict=True)):
             raise BundleError(
-                f"{path} takes and gives {found}, which is not what the manifest says"
+                f"{path} has the inputs and outputs {shapes}, which contradicts the manifest: export "
+                "the bundle again"
             )
 
     def loss_and_grad(
         self, z: NDArray[np.float32], timestep: int, noise: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Losses (N,) of unit embeddings z (N, D), and their gradients (N, D).
+        """Return the losses (N,) of unit embeddings z (N, D), and their gradients (N, D).
 
-        timestep and noise (D,) are the same for all.
+        All rows share the timestep and the noise (D,).
         """
         inputs: dict[str, NDArray[Any]] = {
             "z": z,
@@ -61,10 +60,13 @@ class Prior:
     def purify(
         self, embeddings: NDArray[np.float32], purifier: DiffPurifier
     ) -> NDArray[np.float32]:
-        """Unit embeddings (N, D), purified; see DiffPurifier."""
+        """Purify unit embeddings (N, D); see DiffPurifier."""
         for timestep, noise in zip(*purifier.draws(self._dim), strict=True):
             _, gradient = self.loss_and_grad(embeddings, int(timestep), noise)
             if not np.isfinite(gradient).all():
-                raise DeviceError(f"{self._path.name} gave no finite gradient on {self._device}")
+                raise DeviceError(
+                    f"{self._path.name} computed a gradient that is not finite on {self._device}: see "
+                    "edgeclip doctor"
+                )
             embeddings = _core.polar_step(embeddings, gradient, step_size=purifier.step_size)
         return embeddings

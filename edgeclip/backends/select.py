@@ -1,4 +1,4 @@
-"""On which device, and in which precision, a bundle's image encoder runs."""
+"""Selection of the device and precision of a bundle's image encoder."""
 
 from __future__ import annotations
 
@@ -17,50 +17,44 @@ from edgeclip.backends.trials import best, trials
 from edgeclip.bundle import Bundle
 from edgeclip.errors import DeviceError
 from edgeclip.manifest import Manifest
+from edgeclip.precisions import REFERENCE, by_preference
 
 if TYPE_CHECKING:
     from edgeclip.backends.cuda_pipeline import GpuPipeline
-    from edgeclip.backends.tensorrt_builder import EngineKey
+    from edgeclip.backends.engine_cache import EngineKey
 
 logger = logging.getLogger(__name__)
 
-ORDER = ("tensorrt", "cuda", "cpu")  # the best first
+ORDER = ("tensorrt", "cuda", "cpu")  # best first
 DEVICES = ("auto", *reversed(ORDER))
-# The precisions that `auto` considers on a device, and, where a bundle has none of them, the others.
-# int8 is for CPUs: a GPU has no kernels for the way in which it is written. CPUs compute fp16 in fp32.
-PREFERRED = {
-    "cpu": (("fp32", "int8"), ("fp16", "int8-qdq")),
-    "cuda": (("fp16", "fp32"), ("int8-qdq", "int8")),
-    "tensorrt": (("fp16", "fp32"), ("int8-qdq", "int8")),
-}
-PLAINEST = "fp32"
-MARGIN = 0.7  # of fp32's time, which a faster precision has to stay below: it is less exact
-MAX_GPU_BATCH = 64  # images whose pixels have memory of their own
+MARGIN = 0.7  # a less exact precision is chosen only below this fraction of fp32's time
+MAX_GPU_BATCH = 64  # capacity of the pixel buffer on the GPU, in images
 
 
 @dataclass(frozen=True)
 class ImageSide:
-    """What a Runtime runs images through."""
+    """The image half of a Runtime."""
 
     encoder: Encoder
     device: str
     precision: str
-    gpu: GpuPipeline | None  # None: the host preprocesses and classifies
+    gpu: GpuPipeline | None  # None: preprocessing and classification run on the CPU
     text_precision: str
 
     @property
     def onnx_device(self) -> str:
-        """Where ONNX Runtime runs what TensorRT does not: texts, and a prior."""
+        """Device of the graphs that ONNX Runtime runs: text encoder and prior."""
         return "cpu" if self.device == "tensorrt" else self.device
 
 
 def open_image_side(
     bundle: Bundle, device: str, precision: str, *, batch_size: int, threads: int
 ) -> ImageSide:
-    """The image encoder on `device`; auto takes the best that works: a TensorRT engine that was built,
-    then CUDA through ONNX Runtime, then the CPU. A better one that fails is said in the log.
+    """Open the image encoder on `device`.
 
-    Raises DeviceError where it is not available, BundleError, and ValueError for an unknown name.
+    auto: the first that works of a built TensorRT engine, CUDA by ONNX Runtime, and the CPU. Failed
+    candidates are logged. Raises DeviceError if the device is not available, BundleError, and
+    ValueError for an unknown name.
     """
     if device not in DEVICES:
         raise ValueError(f"device must be {', '.join(DEVICES)}, got {device!r}")
@@ -82,53 +76,55 @@ def _open(bundle: Bundle, device: str, precision: str, batch_size: int, threads:
     check_known(bundle, precision)
     if device == "tensorrt":
         return _open_tensorrt(bundle, precision, threads)
-    on_our_kernels = device == "cuda" and _core.cuda_built()
-    if on_our_kernels:
+    has_pipeline = device == "cuda" and _core.cuda_built()
+    if has_pipeline:
         check_cuda(device)
     chosen = choose_precision(bundle, precision, device, threads)
     path = bundle.encoder("image_encoder", chosen)
-    if on_our_kernels:
+    if has_pipeline:
         from edgeclip.backends.onnx_cuda import OnnxGpuEncoder
 
-        on_gpu = OnnxGpuEncoder(
+        gpu_encoder = OnnxGpuEncoder(
             path,
             shape=input_shape(manifest),
             embed_dim=manifest.embed_dim,
             max_batch=min(batch_size, MAX_GPU_BATCH),
             threads=threads,
         )
-        return ImageSide(on_gpu, device, chosen, _pipeline(bundle, on_gpu), chosen)
+        return ImageSide(gpu_encoder, device, chosen, _pipeline(bundle, gpu_encoder), chosen)
     encoder = OnnxEncoder(path, device=device, threads=threads)
     encoder.check_shapes(input_shape(manifest), manifest.embed_dim)
-    if device == "cuda":  # a wheel may have no code for this GPU, which shows when it runs
+    if device == "cuda":  # a wheel without code for this GPU fails only when it runs
         encoder.embed(np.zeros((1, *input_shape(manifest)), np.float32))
     return ImageSide(encoder, device, chosen, None, chosen)
 
 
 def _open_tensorrt(bundle: Bundle, precision: str, threads: int) -> ImageSide:
-    from edgeclip.backends.tensorrt_builder import EngineCache, import_tensorrt
+    from edgeclip.backends.engine_cache import EngineCache
     from edgeclip.backends.tensorrt_encoder import TensorRTEncoder
+    from edgeclip.backends.tensorrt_module import import_tensorrt
 
     check_cuda("tensorrt")
     trt, cache = import_tensorrt(), EngineCache()
     names = bundle.manifest.precisions
-    order = [name for group in PREFERRED["tensorrt"] for name in group if name in names]
+    order = [row.name for row in by_preference("tensorrt") if row.name in names]
     for name in order if precision == "auto" else [precision]:
         path = cache.latest(image_engine_key(bundle, name, trt))
-        if path is not None:  # checked against the golden values when it was built here
+        if path is not None:  # checked against the golden values when it was built
             encoder = TensorRTEncoder(path.read_bytes(), path.name)
             encoder.check_shapes(input_shape(bundle.manifest), bundle.manifest.embed_dim)
-            texts = choose_precision(bundle, precision, "cpu", threads)
-            return ImageSide(encoder, "tensorrt", name, _pipeline(bundle, encoder), texts)
+            text_precision = choose_precision(bundle, precision, "cpu", threads)
+            pipeline = _pipeline(bundle, encoder)
+            return ImageSide(encoder, "tensorrt", name, pipeline, text_precision)
     option = "" if precision == "auto" else f" --precision {precision}"
     raise DeviceError(
         f"no TensorRT engine of {bundle.path} was built for this GPU with {trt.__name__} "
-        f"{trt.__version__}: edgeclip build {bundle.path}{option}"
+        f"{trt.__version__}: run edgeclip build {bundle.path}{option}"
     )
 
 
 def _pipeline(bundle: Bundle, encoder: Any) -> GpuPipeline:
-    """Raises DeviceError where anything on its way does not run here."""
+    """Create and warm up the pipeline. Raises DeviceError if a stage does not run here."""
     from edgeclip.backends.cuda_pipeline import GpuPipeline
 
     pipeline = GpuPipeline(encoder, bundle.manifest, bundle.null_text)
@@ -137,49 +133,50 @@ def _pipeline(bundle: Bundle, encoder: Any) -> GpuPipeline:
 
 
 def input_shape(manifest: Manifest) -> tuple[int, ...]:
-    """Of one image, (3, H, W)."""
+    """Return the shape of one image, (3, H, W)."""
     return (3, *manifest.image.size)
 
 
 def check_cuda(device: str) -> dict[str, Any]:
-    """What the core says of the GPU. Raises DeviceError that says what `device` needs."""
+    """Return the core's description of the GPU. Raises DeviceError if `device` cannot use it."""
     if not _core.cuda_built():
         raise DeviceError(
-            f"device {device!r} needs edgeclip with its CUDA kernels, and this one is without: "
-            "from its source, pip install --config-settings=cmake.define.EDGECLIP_CUDA=ON '.[cpu]'"
+            f"device {device!r} needs edgeclip's CUDA kernels, which this build lacks: install it "
+            "from source, pip install --config-settings=cmake.define.EDGECLIP_CUDA=ON '.[cpu]'"
         )
     try:
-        found = _core.cuda_device()
-    except RuntimeError as err:  # in a process that was forked from one that used the GPU, too
+        gpu = _core.cuda_device()
+    except RuntimeError as err:  # also in a fork of a process that used the GPU
         raise DeviceError(
             f"device {device!r} needs an NVIDIA GPU and its driver, which do not work here: {err}"
         ) from err
-    if found["index"] != 0:
+    if gpu["index"] != 0:
         raise DeviceError(
-            f"device {device!r} is the first GPU, and GPU {found['index']} was chosen in this "
-            "process: choose one by CUDA_VISIBLE_DEVICES"
+            f"device {device!r} is the first GPU, but this process selected GPU {gpu['index']}: "
+            "select it with CUDA_VISIBLE_DEVICES instead"
         )
-    return found
+    return gpu
 
 
 def image_engine_key(bundle: Bundle, precision: str, trt: Any, options: Any = None) -> EngineKey:
-    """The key of the engine of a bundle's image encoder on this GPU. Raises DeviceError."""
-    from edgeclip.backends.tensorrt_builder import BuildOptions, Gpu, engine_key
+    """Return the engine key of a bundle's image encoder on this GPU. Raises DeviceError."""
+    from edgeclip.backends.engine_cache import BuildOptions, Gpu
+    from edgeclip.backends.tensorrt_builder import engine_key
 
-    found = check_cuda("tensorrt")
-    gpu = Gpu(found["name"], found["capability"])
+    device = check_cuda("tensorrt")
+    gpu = Gpu(device["name"], device["capability"])
     return engine_key(graph_hashes(bundle, precision), trt, gpu, options or BuildOptions())
 
 
 def graph_hashes(bundle: Bundle, precision: str) -> tuple[str, ...]:
-    """The sha256 of a precision's image encoder: of the graph, and of its weights beside it."""
+    """Return the sha256 of a precision's image encoder: its graph, and its weights if separate."""
     name = bundle.manifest.precisions[precision].image_encoder
     files = bundle.manifest.files
     return tuple(files[n] for n in (name, f"{name}.data") if n in files)
 
 
 def stored_engines(bundle: Bundle) -> list[Path]:
-    """Engines of the bundle's image encoders, for whatever GPU; TensorRT is not even loaded."""
+    """Return the engines of the bundle's image encoders for any GPU, without loading TensorRT."""
     if not _core.cuda_built():
         return []
     from edgeclip.backends.engine_cache import EngineCache
@@ -189,8 +186,9 @@ def stored_engines(bundle: Bundle) -> list[Path]:
 
 
 def engine_precisions(bundle: Bundle) -> list[str]:
-    """Those of which an engine for this GPU is there. Raises DeviceError without TensorRT or a GPU."""
-    from edgeclip.backends.tensorrt_builder import EngineCache, import_tensorrt
+    """Return the precisions with an engine for this GPU. Raises DeviceError without TensorRT or a GPU."""
+    from edgeclip.backends.engine_cache import EngineCache
+    from edgeclip.backends.tensorrt_module import import_tensorrt
 
     trt, cache = import_tensorrt(), EngineCache()
     names = bundle.manifest.precisions
@@ -198,17 +196,18 @@ def engine_precisions(bundle: Bundle) -> list[str]:
 
 
 def why_not(bundle: Bundle, device: str) -> str:
-    """Why `device` is not used for a bundle here; empty where there is no reason known beforehand."""
+    """Return why `device` cannot run a bundle here, or "" if nothing is known against it."""
     try:
         if device == "tensorrt":
-            from edgeclip.backends.tensorrt_builder import import_tensorrt
+            from edgeclip.backends.tensorrt_module import import_tensorrt
 
             check_cuda(device)
             import_tensorrt()
             if not stored_engines(bundle):
-                return f"no engine was built: edgeclip build {bundle.path}"
+                return f"no engine was built: run edgeclip build {bundle.path}"
         elif device not in available_devices():
-            return "ONNX Runtime has no CUDA provider: pip uninstall onnxruntime, then " + (
+            return (
+                "ONNX Runtime has no CUDA provider: pip uninstall onnxruntime, then "
                 "pip install 'edgeclip[gpu]'"
             )
     except DeviceError as err:
@@ -219,15 +218,15 @@ def why_not(bundle: Bundle, device: str) -> str:
 def choose_precision(bundle: Bundle, precision: str, device: str, threads: int) -> str:
     """Return the precision to run in ONNX Runtime on `device`, cpu or cuda.
 
-    auto: the fastest on this machine of those that give the golden outputs here; see edgeclip.backends.trials.
-    One that is named is returned in any case, with a warning where it does not give them.
-    Raises DeviceError where the bundle has no such precision, or auto finds none that is right.
+    auto: the fastest precision that reproduces the golden outputs here, see edgeclip.backends.trials.
+    A named precision is returned in any case, with a warning if it misses the golden outputs.
+    Raises DeviceError if auto finds no precision that reproduces them.
     """
     if precision != "auto":
         (trial,) = trials(bundle, [precision], device, threads, timed=False).values()
         if trial.problem:
             logger.warning(
-                "%s: %s is not right on this %s (%s): use precision auto",
+                "%s: %s misses the golden outputs on this %s (%s): use precision auto",
                 bundle.path,
                 precision,
                 device,
@@ -235,29 +234,28 @@ def choose_precision(bundle: Bundle, precision: str, device: str, threads: int) 
             )
         return precision
     candidates = preferred(bundle, device)
-    found = trials(bundle, candidates, device, threads, timed=len(candidates) > 1)
+    results = trials(bundle, candidates, device, threads, timed=len(candidates) > 1)
     try:
-        return best(found, PLAINEST, MARGIN)
+        return best(results, REFERENCE, MARGIN)
     except DeviceError as err:
-        if any(trial.error for trial in found.values()):
+        if any(trial.error for trial in results.values()):
             raise
         raise DeviceError(
-            f"{bundle.path} cannot be used on {device}: {err}; name a precision to use it all the same"
+            f"{bundle.path} cannot be used on {device}: {err}; name a precision to use it anyway"
         ) from err
 
 
 def preferred(bundle: Bundle, device: str) -> list[str]:
-    """Return the precisions that `auto` considers on a device, the usually fastest on a GPU first.
+    """Return the precisions that `auto` considers on a device, in order of preference.
 
-    Among them are only those known to give the model's answers (export --data), fp32 always.
+    A converted precision needs a measurement of its answers (export --data); fp32 needs none.
     """
     variants = bundle.manifest.precisions
-    known = [n for n, v in variants.items() if n == PLAINEST or "top1_agreement" in v.parity]
-    for names in (known, list(variants)):
-        for group in PREFERRED[device]:
-            if found := [name for name in group if name in names]:
-                return found
-    raise AssertionError("a bundle has a precision")  # as its manifest was checked for
+    verified = [n for n, v in variants.items() if n == REFERENCE or "top1_agreement" in v.parity]
+    rows = [row for row in by_preference(device) if row.name in (verified or variants)]
+    # A bundle may have only precisions that are meant for other devices.
+    intended = [row for row in rows if device in row.auto_devices]
+    return [row.name for row in intended or rows]
 
 
 def check_known(bundle: Bundle, precision: str) -> None:

@@ -1,16 +1,12 @@
-"""TensorRT engines: built of an ONNX graph on the device that runs them, and kept in a cache.
+"""Builder of TensorRT engines, from an ONNX graph, on the device that runs them.
 
-An engine is made for one TensorRT version and one GPU; it is never shipped. The dtypes are those of
-the graph (a strongly typed network), so that no builder flag chooses a precision.
-Modules: tensorrt, 10.3 (JetPack 6.1) to 11; tensorrt_rtx, which also builds for a GPU that is not here.
+An engine fits one TensorRT version and one GPU, so it is never shipped. Its dtypes are those of the
+graph (a strongly typed network): no builder flag selects a precision.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import logging
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,75 +15,34 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from edgeclip.backends.engine_cache import BuildOptions, EngineCache, EngineKey, Gpu
+from edgeclip.backends.engine_cache import BuildOptions, EngineKey, Gpu
+from edgeclip.backends.tensorrt_module import (
+    capabilities,
+    check_capability,
+    one_line,
+    trt_logger,
+)
 from edgeclip.errors import DeviceError, EdgeclipError
 from edgeclip.storage import write
-
-__all__ = [
-    "BuildOptions",
-    "EngineCache",
-    "EngineKey",
-    "Gpu",
-    "build_engine",
-    "engine_key",
-    "import_tensorrt",
-    "trt_logger",
-]
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], object]
 
-MODULES = {
-    "tensorrt": (10, 3),
-    "tensorrt_rtx": (1, 4),
-}  # and the oldest that engines are tried with
-INSTALL = {
-    "tensorrt": "pip install 'edgeclip[tensorrt]' on a machine with an NVIDIA GPU; on a Jetson it is "
-    "JetPack's own, which a virtual environment sees when made by: "
-    "python3 -m venv --system-site-packages",
-    "tensorrt_rtx": "pip install 'edgeclip[tensorrt-rtx]'",
-}
-NETWORK_FLAGS = ("STRONGLY_TYPED",)  # EXPLICIT_BATCH has meant nothing since TensorRT 10
-# Set by default: products would round to TensorFloat-32, and fp32 miss the golden outputs.
+NETWORK_FLAGS = ("STRONGLY_TYPED",)  # EXPLICIT_BATCH has no effect since TensorRT 10
+# Set by default; TensorFloat-32 rounds products, and fp32 would miss the golden outputs.
 CLEARED_FLAGS = ("TF32",)
-# Of TensorRT-RTX: without it an engine allocates as it runs, and cannot be part of a CUDA graph.
+# TensorRT-RTX only: otherwise an engine allocates while it runs, and no CUDA graph can capture it.
 SET_FLAGS = ("REQUIRE_USER_ALLOCATION",)
 CLASSES = 32768  # most label rows (K, D) of a fused graph
 
-
-def import_tensorrt(*names: str) -> Any:
-    """The first module of MODULES, or of `names`, that is installed.
-
-    Raises DeviceError, which says what to install, for none, or for one that does not work.
-    """
-    names = names or tuple(MODULES)
-    for name in names:
-        try:
-            trt = importlib.import_module(name)
-        except ModuleNotFoundError as err:
-            if err.name != name:
-                raise DeviceError(f"{name} is installed in part ({err}): {INSTALL[name]}") from err
-            continue
-        except (ImportError, OSError, RuntimeError) as err:  # of the loader, and of the wheels' own
-            raise DeviceError(
-                f"{name} is installed, but its libraries do not load ({_line(err)}): install it "
-                f"again, {INSTALL[name]}"
-            ) from err
-        if _version(trt) < MODULES[name]:
-            oldest = ".".join(map(str, MODULES[name]))
-            raise DeviceError(
-                f"{name} {trt.__version__} is too old, edgeclip needs {oldest} or later: "
-                f"{INSTALL[name]}"
-            )
-        return trt
-    raise DeviceError(f"{names[0]} is not installed: {INSTALL[names[0]]}")
+_lock = threading.Lock()  # builds share the logger, and concurrent ones distort kernel timings
 
 
 def engine_key(graph_sha256: Sequence[str], trt: Any, gpu: Gpu, options: BuildOptions) -> EngineKey:
-    """The key of the engine that build_engine makes of a graph with these options on `gpu`.
+    """Return the key of the engine that build_engine builds with these options on `gpu`.
 
-    graph_sha256: of the ONNX file, and of its external data if it has any.
+    graph_sha256: hashes of the ONNX file, and of its external data if there is any.
     """
     flags = [name for name in NETWORK_FLAGS if hasattr(trt.NetworkDefinitionCreationFlag, name)]
     flags += [name for name in SET_FLAGS if hasattr(trt.BuilderFlag, name)]
@@ -112,19 +67,19 @@ def build_engine(
     timing_cache: Path | None = None,
     progress: Progress | None = None,
 ) -> bytes:
-    """The serialized engine of an ONNX file, for the GPU that CUDA shows first. It may take minutes.
+    """Build an ONNX file for CUDA's first GPU, and return the serialized engine. It may take minutes.
 
-    capability: only with TensorRT-RTX, to build for a GPU that is not here.
-    timing_cache: file that spares later builds the timing of the same kernels; made where it is not.
-    progress: called with a phase, steps done and steps in all; of phases within another the path,
-    joined by " > ". It is called from other threads; what it raises ends the build, as does
-    KeyboardInterrupt. Raises DeviceError, with TensorRT's last words, where there is no engine.
+    capability: of an absent GPU to build for; TensorRT-RTX only.
+    timing_cache: file of kernel timings, read and updated, so that later builds are faster.
+    progress: called from other threads with a phase, its finished steps and its steps; the name of a
+    nested phase is its path, joined by " > ". An exception in it stops the build, as does
+    KeyboardInterrupt. Raises DeviceError, with TensorRT's last error, if the build fails.
     """
     if capability is not None:
         check_capability(trt, capability)
     steps = _Steps(progress or (lambda *_: None))
-    # On a thread of its own: Python hears of Ctrl-C only when its main thread is not inside TensorRT.
-    with _BUILDING, ThreadPoolExecutor(1, thread_name_prefix="tensorrt") as pool:
+    # In another thread: Python handles Ctrl-C only while its main thread is not inside TensorRT.
+    with _lock, ThreadPoolExecutor(1, thread_name_prefix="tensorrt") as pool:
         log = trt_logger(trt)
         log.last_error = ""
         job = pool.submit(_build, graph, trt, log, options, capability, timing_cache, steps)
@@ -135,40 +90,8 @@ def build_engine(
             raise
 
 
-_BUILDING = threading.Lock()  # the logger is one for all, and builds at once would spoil timings
-
-
-@functools.cache
-def trt_logger(trt: Any) -> Any:
-    """TensorRT's messages to Python's logging: the one trt.ILogger of this process.
-
-    TensorRT keeps the first logger that it sees. `last_error` is what it said last.
-    """
-    severity = trt.ILogger.Severity
-    levels = {
-        severity.INTERNAL_ERROR: logging.ERROR,
-        severity.ERROR: logging.ERROR,
-        severity.WARNING: logging.WARNING,
-        severity.INFO: logging.DEBUG,
-    }  # without VERBOSE: thousands of lines
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.last_error = ""
-
-        def log(self, level: Any, text: str) -> None:
-            number = levels.get(level)
-            if number == logging.ERROR:
-                self.last_error = _line(text)
-            if number is not None:
-                logger.log(number, "TensorRT: %s", _line(text))
-
-    return Log()
-
-
 class _Steps:
-    """What a progress monitor is told, put together; phases nest, and come from several threads."""
+    """Aggregator of TensorRT's nested progress callbacks, which come from several threads."""
 
     def __init__(self, progress: Progress) -> None:
         self.stopped = False
@@ -179,23 +102,23 @@ class _Steps:
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
         with self._lock:
-            above = self._phases.get(parent or "")
-            path = f"{above[0]} > {name}" if above else name
+            outer = self._phases.get(parent or "")
+            path = f"{outer[0]} > {name}" if outer else name
             self._phases[name] = path, steps
-        self._tell(path, 0, steps)
+        self._report(path, 0, steps)
 
     def complete(self, name: str, step: int) -> bool:
-        """Whether to go on."""
+        """Report a finished step; return whether the build goes on."""
         path, steps = self._phases.get(name, (name, step + 1))
-        self._tell(path, min(step + 1, steps), steps)
+        self._report(path, min(step + 1, steps), steps)
         return not self.stopped
 
     def finish(self, name: str) -> None:
         with self._lock:
             path, steps = self._phases.pop(name, (name, 1))
-        self._tell(path, steps, steps)
+        self._report(path, steps, steps)
 
-    def _tell(self, path: str, done: int, steps: int) -> None:
+    def _report(self, path: str, done: int, steps: int) -> None:
         if self.stopped:
             return
         try:
@@ -232,17 +155,39 @@ def _build(
 ) -> bytes:
     try:
         builder = trt.Builder(log)
-    except (TypeError, RuntimeError) as err:  # its constructor gave nothing: most often no driver
+    except (
+        TypeError,
+        RuntimeError,
+    ) as err:  # the constructor returned nullptr, mostly without a driver
         raise DeviceError(
-            f"{trt.__name__} {trt.__version__} does not work here: {log.last_error or _line(err)}"
+            f"{trt.__name__} {trt.__version__} does not work here: {log.last_error or one_line(err)}"
         ) from err
     network = _parse(graph, trt, log, builder)
     for tensor in [network.get_output(i) for i in range(network.num_outputs)]:
         if options.outputs and tensor.name not in options.outputs:
             network.unmark_output(tensor)
-    config = builder.create_builder_config()
-    monitor = _monitor(trt, steps)  # has to outlive the build
+    config = _config(trt, builder, options, capability)
+    monitor = _monitor(trt, steps)  # must outlive the build
     config.progress_monitor = monitor
+    _add_profile(graph, builder, network, config, options)
+    timings = None if capabilities(trt) else timing_cache  # TensorRT-RTX has no kernel timings
+    if timings is not None:
+        _load_timings(config, timings, log)
+    engine = builder.build_serialized_network(network, config)
+    if steps.error is not None:
+        raise steps.error
+    if engine is None:
+        reason = log.last_error or "no reason given"
+        raise DeviceError(f"{trt.__name__} {trt.__version__} cannot build {graph}: {reason}")
+    if timings is not None:
+        _store_timings(config, timings)
+    return bytes(engine)
+
+
+def _config(
+    trt: Any, builder: Any, options: BuildOptions, capability: tuple[int, int] | None
+) -> Any:
+    config = builder.create_builder_config()
     for name in CLEARED_FLAGS:
         if hasattr(trt.BuilderFlag, name):
             config.clear_flag(getattr(trt.BuilderFlag, name))
@@ -258,24 +203,12 @@ def _build(
         name = f"SM{capability[0]}{capability[1]}"
         if not config.set_compute_capability(getattr(trt.ComputeCapability, name), 0):
             raise DeviceError(f"{trt.__name__} {trt.__version__} does not build for {name}")
-    _add_profile(graph, builder, network, config, options)
-    timings = timing_cache if _times_kernels(trt) else None
-    if timings is not None:
-        _load_timings(config, timings, log)
-    engine = builder.build_serialized_network(network, config)
-    if steps.error is not None:
-        raise steps.error
-    if engine is None:
-        reason = log.last_error or "it gave no reason"
-        raise DeviceError(f"{trt.__name__} {trt.__version__} built no engine of {graph}: {reason}")
-    if timings is not None:
-        _store_timings(config, timings)
-    return bytes(engine)
+    return config
 
 
 def _parse(graph: Path, trt: Any, log: Any, builder: Any) -> Any:
     if not graph.is_file():
-        raise DeviceError(f"{graph} does not exist: there is nothing to build an engine of")
+        raise DeviceError(f"{graph} does not exist: name an ONNX file")
     flags = 0
     for name in NETWORK_FLAGS:
         if hasattr(trt.NetworkDefinitionCreationFlag, name):
@@ -284,48 +217,25 @@ def _parse(graph: Path, trt: Any, log: Any, builder: Any) -> Any:
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         errors = Counter(_parser_error(parser.get_error(i)) for i in range(parser.num_errors))
-        each = [f"{text} ({n} times)" if n > 1 else text for text, n in errors.items()]
+        lines = [f"{text} ({n} times)" if n > 1 else text for text, n in errors.items()]
         raise DeviceError(
             f"{trt.__name__} {trt.__version__} cannot read {graph}: "
-            f"{'; '.join(each) or log.last_error or 'it gave no reason'}"
+            f"{'; '.join(lines) or log.last_error or 'no reason given'}"
         )
     return network
 
 
 def _parser_error(error: Any) -> str:
-    """In a line: "MatMulInteger: checkMatMulInteger, UNSUPPORTED_NODE_DATATYPE: false"."""
+    """Return a line such as "MatMulInteger: checkMatMulInteger, UNSUPPORTED_NODE_DATATYPE: false"."""
     operator, code = error.node_operator(), getattr(error.code(), "name", "")
     where = ", ".join(text for text in (error.func(), code) if text)
-    return ": ".join(_line(text) for text in (operator, where, error.desc()) if text)
-
-
-def capabilities(trt: Any) -> list[tuple[int, int]]:
-    """Of the GPUs that need not be here to build for: TensorRT-RTX's, none of TensorRT's."""
-    names = dir(getattr(trt, "ComputeCapability", None))
-    numbers = sorted(int(name[2:]) for name in names if re.fullmatch("SM[0-9]+", name))
-    return [divmod(number, 10) for number in numbers]
-
-
-def check_capability(trt: Any, capability: tuple[int, int]) -> None:
-    """Raises DeviceError unless `trt` builds for such a GPU where it is not."""
-    known = capabilities(trt)
-    if not known:
-        raise DeviceError(
-            f"{trt.__name__} builds for the GPU of this machine only; for another, "
-            f"TensorRT-RTX: {INSTALL['tensorrt_rtx']}"
-        )
-    if capability not in known:
-        names = ", ".join(f"SM{major}{minor}" for major, minor in known)
-        raise DeviceError(
-            f"{trt.__name__} {trt.__version__} builds for {names}, not "
-            f"SM{capability[0]}{capability[1]}"
-        )
+    return ": ".join(one_line(text) for text in (operator, where, error.desc()) if text)
 
 
 def _add_profile(
     graph: Path, builder: Any, network: Any, config: Any, options: BuildOptions
 ) -> None:
-    """The smallest, usual and largest sizes of every input that has symbolic ones."""
+    """Add the smallest, usual and largest shape of each input with symbolic sizes."""
     profile, used = builder.create_optimization_profile(), False
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
@@ -341,36 +251,31 @@ def _add_profile(
             profile.set_shape(tensor.name, *zip(*sizes, strict=True))
             used = True
     if used and config.add_optimization_profile(profile) < 0:
-        raise DeviceError(f"TensorRT takes no profile of {graph}")
+        raise DeviceError(f"TensorRT rejects the optimization profile of {graph}")
 
 
 def _ranges(network: Any, name: str, options: BuildOptions) -> dict[int, tuple[int, int, int]]:
-    """The sizes of an input by axis, where they are symbolic."""
-    most, length = options.max_batch, options.context_length
-    if name == "ids":  # label prompts come many at a time
-        return {0: (1, most, most), 1: (1, min(16, length), length)}
-    if name == "classes":  # as many at least as there are in an answer: outputs (N, k)
+    """Return axis -> smallest, usual and largest size, for the axes that may be symbolic."""
+    largest, length = options.max_batch, options.context_length
+    if name == "ids":  # prompts are encoded in large batches
+        return {0: (1, largest, largest), 1: (1, min(16, length), length)}
+    if name == "classes":  # at least k, for outputs (N, k)
         k = max(network.get_output(i).shape[-1] for i in range(network.num_outputs))
         return {0: (max(k, 1), max(k, 100), CLASSES)}
-    return {0: (1, options.opt_batch, most)}
-
-
-def _times_kernels(trt: Any) -> bool:
-    """Not so TensorRT-RTX, whose timing caches hold nothing and are deprecated."""
-    return not capabilities(trt)
+    return {0: (1, options.opt_batch, largest)}
 
 
 def _load_timings(config: Any, path: Path, log: Any) -> None:
     try:
-        known = path.read_bytes()
+        stored = path.read_bytes()
     except OSError:
-        known = b""
-    for data in (known, b"") if known else (b"",):
+        stored = b""
+    for data in (stored, b"") if stored else (b"",):
         with suppress(TypeError, RuntimeError, ValueError):
             cache = config.create_timing_cache(data)
             if cache is not None and config.set_timing_cache(cache, False):
                 return
-        logger.info("%s is of another TensorRT or GPU, or damaged: timing kernels again", path)
+        logger.info("%s is damaged, or from another TensorRT or GPU: timing kernels again", path)
         log.last_error = ""
 
 
@@ -381,13 +286,5 @@ def _store_timings(config: Any, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, bytes(cache.serialize()))
-    except (OSError, EdgeclipError) as err:  # costs time, never an engine
-        logger.warning("cannot keep kernel timings: %s", err)
-
-
-def _version(trt: Any) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall("[0-9]+", str(trt.__version__))[:2])
-
-
-def _line(text: object) -> str:
-    return " ".join(str(text).split())
+    except (OSError, EdgeclipError) as err:  # the engine is fine without
+        logger.warning("cannot write kernel timings, later builds take longer: %s", err)

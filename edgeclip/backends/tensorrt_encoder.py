@@ -1,4 +1,4 @@
-"""Image encoders that read and write memory of the GPU: nothing goes through the host."""
+"""Image encoder on the GPU by a TensorRT engine."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from edgeclip import _core
 from edgeclip.backends.base import EMBEDDING, PIXELS
 from edgeclip.backends.cuda_array import DeviceArray, copy, cuda_errors
-from edgeclip.backends.tensorrt_builder import import_tensorrt, trt_logger
+from edgeclip.backends.tensorrt_module import import_tensorrt, trt_logger
 from edgeclip.errors import BundleError, DeviceError
 
 
 class TensorRTEncoder:
-    """A TensorRT engine of an image encoder, pixels (N, 3, H, W) -> embedding (N, D).
+    """A GpuEncoder by a TensorRT engine, pixels (N, 3, H, W) -> embedding (N, D).
 
-    name: of the engine, for messages. Raises DeviceError where TensorRT does not take the engine,
-    BundleError where it is not made for such pixels.
+    name: the engine's, for messages. Raises DeviceError if TensorRT rejects the engine, BundleError
+    if its inputs and outputs are others.
     """
 
     def __init__(self, engine: bytes, name: str) -> None:
@@ -29,41 +29,42 @@ class TensorRTEncoder:
         self._log.last_error = ""
         try:
             runtime = trt.Runtime(self._log)
-        except (TypeError, RuntimeError) as err:  # its constructor gave nothing
-            raise DeviceError(self._said("does not work here for")) from err
+        except (TypeError, RuntimeError) as err:  # the constructor returned nullptr
+            raise DeviceError(self._message("does not work here for")) from err
         self._engine = runtime.deserialize_cuda_engine(engine)
         if self._engine is None:
-            raise DeviceError(self._said("does not take", "build it again with edgeclip build"))
+            raise DeviceError(self._message("cannot load", "build it again with edgeclip build"))
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         if sorted(names) != [EMBEDDING, PIXELS]:
             raise BundleError(
-                f"{name} has the inputs and outputs {', '.join(names)}: build it again"
+                f"{name} has the inputs and outputs {', '.join(names)}: build it again with "
+                "edgeclip build"
             )
-        most = tuple(self._engine.get_tensor_profile_shape(PIXELS, 0)[2])
+        largest = tuple(self._engine.get_tensor_profile_shape(PIXELS, 0)[2])
         dim = tuple(self._engine.get_tensor_shape(EMBEDDING))[-1]
-        self.pixels = DeviceArray(most)
-        self.embedding = DeviceArray((most[0], dim))
+        self.pixels = DeviceArray(largest)
+        self.embedding = DeviceArray((largest[0], dim))
         self.lock = threading.Lock()
-        # One context for each count, since what a graph captured of one must not change again; they
-        # take turns in the memory that their layers work in.
+        # One context for each batch size, since a context must not change once a graph captured it.
+        # All contexts share the workspace, because only one runs at a time.
         self._contexts: dict[int, Any] = {}
-        self._work = DeviceArray((self._engine.device_memory_size_v2,), np.uint8)
+        self._workspace = DeviceArray((self._engine.device_memory_size_v2,), np.uint8)
         with cuda_errors():
-            self.stream = _core.CudaStream()  # last, as attributes are let go of in this order
+            self.stream = _core.CudaStream()  # last: attributes are released in this order
 
     def check_shapes(self, inputs: tuple[int, ...], embed_dim: int) -> None:
-        """Raises BundleError where the engine is not made for inputs (N, *inputs) or embed_dim."""
+        """Raise BundleError unless the engine maps (N, *inputs) to (N, embed_dim)."""
         if (self.pixels.shape[1:], self.embedding.shape[1]) != (inputs, embed_dim):
             raise BundleError(
-                f"{self._name} takes {self.pixels.shape[1:]} and gives {self.embedding.shape[1:]}, "
-                "which is not what the manifest says"
+                f"{self._name} maps {self.pixels.shape[1:]} to {self.embedding.shape[1:]}, which "
+                "contradicts the manifest: build it again with edgeclip build"
             )
 
     def enqueue(self, count: int) -> None:
         if count not in self._contexts:
             self._contexts[count] = self._context(count)
         if not self._contexts[count].execute_async_v3(self.stream.handle):
-            raise DeviceError(self._said("failed to run"))
+            raise DeviceError(self._message("failed to run"))
 
     def is_capturable(self, count: int) -> bool:
         context = self._contexts[count]
@@ -72,14 +73,14 @@ class TensorRTEncoder:
         return bool(context.is_stream_capturable(self.stream.handle))  # TensorRT-RTX
 
     def embed(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        most, dim = self.embedding.shape
-        found = np.empty((len(inputs), dim), np.float32)
+        max_batch, dim = self.embedding.shape
+        embeddings = np.empty((len(inputs), dim), np.float32)
         with self.lock, cuda_errors():
-            for start in range(0, len(inputs), most):
-                part = np.ascontiguousarray(inputs[start : start + most], np.float32)
-                rows = found[start : start + most]
-                copy(self.pixels, part, self.stream.handle)
-                self.enqueue(len(part))
+            for start in range(0, len(inputs), max_batch):
+                batch = np.ascontiguousarray(inputs[start : start + max_batch], np.float32)
+                rows = embeddings[start : start + max_batch]
+                copy(self.pixels, batch, self.stream.handle)
+                self.enqueue(len(batch))
                 _core.cuda_copy(
                     rows.ctypes.data,
                     self.embedding.pointer,
@@ -87,38 +88,35 @@ class TensorRTEncoder:
                     stream=self.stream.handle,
                 )
                 _core.cuda_synchronize(self.stream.handle)
-        return found
-
-    def tokens(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
-        raise DeviceError("a TensorRT engine gives embeddings only: explain with --device cpu")
+        return embeddings
 
     def _context(self, count: int) -> Any:
         context = self._new_context()
         if context is None:
-            raise DeviceError(self._said("has no memory for"))
-        good = context.set_optimization_profile_async(0, self.stream.handle)
-        good = good and context.set_input_shape(PIXELS, (count, *self.pixels.shape[1:]))
+            raise DeviceError(self._message("has no memory for"))
+        accepted = context.set_optimization_profile_async(0, self.stream.handle)
+        accepted = accepted and context.set_input_shape(PIXELS, (count, *self.pixels.shape[1:]))
         for name, array in ((PIXELS, self.pixels), (EMBEDDING, self.embedding)):
-            good = good and context.set_tensor_address(name, array.pointer)
-        if not good:
-            raise DeviceError(self._said(f"does not take {count} images in"))
-        context.set_device_memory(self._work.pointer, self._work.nbytes)
+            accepted = accepted and context.set_tensor_address(name, array.pointer)
+        if not accepted:
+            raise DeviceError(self._message(f"rejects a batch of {count} images for"))
+        context.set_device_memory(self._workspace.pointer, self._workspace.nbytes)
         return context
 
     def _new_context(self) -> Any:
-        """That works in memory which it is given."""
+        """Create a context whose memory the caller provides."""
         trt, managed = self._trt, self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
             return self._engine.create_execution_context(managed)
-        # TensorRT-RTX would compile kernels for a shape in the background; a graph that was captured
-        # before would keep the others.
+        # By default TensorRT-RTX compiles kernels for a shape in the background, and a graph captured
+        # before would keep the slower ones.
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(managed)
         strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.dynamic_shapes_kernel_specialization_strategy = strategy
         return self._engine.create_execution_context(config)
 
-    def _said(self, what: str, advice: str = "see edgeclip doctor") -> str:
+    def _message(self, problem: str, advice: str = "see edgeclip doctor") -> str:
         trt = self._trt
         reason = f" ({self._log.last_error})" if self._log.last_error else ""
-        return f"{trt.__name__} {trt.__version__} {what} {self._name}{reason}: {advice}"
+        return f"{trt.__name__} {trt.__version__} {problem} {self._name}{reason}: {advice}"

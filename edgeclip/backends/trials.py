@@ -1,7 +1,7 @@
 """Trials of a bundle's precisions on this machine: golden outputs and time, measured once and cached.
 
-A precision that was right and fast where the bundle was made may be neither here. For example, int8
-products of weights in eight bits saturate on x86-64 processors without VNNI.
+A precision that is exact and fast on one machine may be neither on another. For example, int8 products
+of weights in eight bits saturate on x86-64 processors without VNNI.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from edgeclip.storage import default_folder, write
 
 logger = logging.getLogger(__name__)
 
-RECIPE = 2  # raised whenever an older trial says nothing about this version
-MIN_RUNS, SECONDS = 5, 0.2  # of timing
+RECIPE = 2  # increment to invalidate the trials of older versions
+MIN_RUNS, MIN_SECONDS = 5, 0.2  # minimum effort of a timing
 
-_lock = threading.Lock()  # trials at once would slow each other down
+_lock = threading.Lock()  # concurrent trials would distort each other's timing
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The result for one precision."""
+    """Result of one precision's trial."""
 
-    problem: str  # why it must not be used here, or ""
-    ms: float | None  # of one image, undisturbed; None where it was not timed
-    error: EdgeclipError | None = None  # a failure, which may not come again
+    problem: str  # why the precision must not be used here, or ""
+    ms: float | None  # best time of one image, in milliseconds; None: not timed
+    error: EdgeclipError | None = None  # possibly transient failure, not cached
 
-    def answers(self, timed: bool) -> bool:
-        """Return whether this is enough of a trial: one that is right may have to be timed, too."""
+    def is_complete(self, timed: bool) -> bool:
+        """Return whether the trial suffices; a precision without a problem may need a time."""
         return bool(self.problem) or self.ms is not None or not timed
 
 
-_memory: dict[str, dict[str, Trial]] = {}  # by the key's digest, for a process without a cache
+_memory: dict[str, dict[str, Trial]] = {}  # digest of the key -> precision -> trial
 
 
 def trials(
@@ -57,7 +57,7 @@ def trials(
 ) -> dict[str, Trial]:
     """Return the trial of each precision in ONNX Runtime on `device`, cpu or cuda, with `threads`.
 
-    A trial is made once for each bundle, ONNX Runtime, processor and number of threads, and cached.
+    Trials are cached by bundle, ONNX Runtime, processor and number of threads.
     """
     key = _key(bundle, device, threads)
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -66,27 +66,27 @@ def trials(
         if _missing(known, precisions, timed):
             known |= _load(digest, key) | known
         missing = _missing(known, precisions, timed)
-        found = {name: known[name] for name in precisions if name not in missing}
+        results = {name: known[name] for name in precisions if name not in missing}
         if missing:
             logger.info("trying %s on this machine, once ...", " and ".join(missing))
         for name in missing:
-            found[name] = trial = _try(bundle, name, device, threads, timed)
-            host.trim_memory()  # of the encoders, which are released
-            if trial.problem and timed:  # not asked for by its name, and not chosen
+            results[name] = trial = _try(bundle, name, device, threads, timed)
+            host.trim_memory()  # the encoders' memory
+            if trial.problem and timed:  # the caller warns about a precision that was named
                 reason = trial.problem
                 logger.warning("%s: not using %s on this %s: %s", bundle.path, name, device, reason)
             if trial.error is None:
                 known[name] = trial
-                _store(digest, key, known)  # each as it comes: the next may not fit into memory
-    return {name: found[name] for name in precisions}
+                _store(digest, key, known)  # one by one: the next may run out of memory
+    return {name: results[name] for name in precisions}
 
 
 def _missing(known: Mapping[str, Trial], precisions: Sequence[str], timed: bool) -> list[str]:
-    return [n for n in precisions if n not in known or not known[n].answers(timed)]
+    return [n for n in precisions if n not in known or not known[n].is_complete(timed)]
 
 
 def _key(bundle: Bundle, device: str, threads: int) -> dict[str, Any]:
-    """Return everything that a trial's result depends on."""
+    """Return everything that the result of a trial depends on."""
     return {
         "recipe": RECIPE,
         "bundle": bundle.digest,
@@ -105,7 +105,7 @@ def _gpu() -> str:
 
 
 def _try(bundle: Bundle, precision: str, device: str, threads: int, timed: bool) -> Trial:
-    """Compare both encoders with their golden outputs, one after the other, and time the image's."""
+    """Compare both encoders with their golden outputs, and time the image encoder."""
     manifest, ms = bundle.manifest, None
     try:
         golden = GoldenValues(bundle)
@@ -126,17 +126,17 @@ def _try(bundle: Bundle, precision: str, device: str, threads: int, timed: bool)
                 return Trial(problem, None)
             if timed and kind == "image":
                 ms = _time_ms(encoder, inputs)
-            del encoder  # before the next is opened
+            del encoder  # release its memory before the next is opened
     except EdgeclipError as err:
         return Trial(str(err), None, err)
     return Trial("", ms)
 
 
 def _time_ms(encoder: OnnxEncoder, pixels: NDArray[np.float32]) -> float:
-    """Return the least milliseconds of one image: others are disturbed, or the first ones."""
+    """Return the shortest time of one image in milliseconds, which other processes disturb least."""
     times: list[float] = []
     begin = time.perf_counter()
-    while len(times) < MIN_RUNS or time.perf_counter() - begin < SECONDS:
+    while len(times) < MIN_RUNS or time.perf_counter() - begin < MIN_SECONDS:
         start = time.perf_counter()
         encoder.embed(pixels)
         times.append(1e3 * (time.perf_counter() - start))
@@ -144,13 +144,13 @@ def _time_ms(encoder: OnnxEncoder, pixels: NDArray[np.float32]) -> float:
 
 
 def folder() -> Path | None:
-    """Return where trials are kept, None where there is no cache."""
+    """Return the folder of cached trials, None without a cache."""
     parent = default_folder()
     return None if parent is None else parent / "trials"
 
 
 def files() -> list[Path]:
-    """Return the files of the cached trials: one for each bundle, ONNX Runtime and processor."""
+    """Return the files of the cached trials, one per key."""
     parent = folder()
     return [] if parent is None else sorted(parent.glob("*.json"))
 
@@ -170,18 +170,18 @@ def clear() -> int:
 
 
 def _load(digest: str, key: Mapping[str, Any]) -> dict[str, Trial]:
-    """Return the cached trials; none where there are none, or the file is damaged."""
+    """Return the cached trials; {} if there are none, or the file is damaged."""
     if (parent := folder()) is None:
         return {}
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        found = json.loads((parent / f"{digest}.json").read_bytes())
-        if found["key"] == key:
-            return {name: _trial(**entry) for name, entry in found["trials"].items()}
+        record = json.loads((parent / f"{digest}.json").read_bytes())
+        if record["key"] == key:
+            return {name: _trial(**entry) for name, entry in record["trials"].items()}
     return {}
 
 
 def _trial(problem: str, ms: float | None) -> Trial:
-    """Return a trial as it was stored. Raises TypeError for other types."""
+    """Return a cached trial. Raises TypeError for wrong types."""
     if not isinstance(problem, str) or not isinstance(ms, (float, type(None))):
         raise TypeError(problem, ms)
     return Trial(problem, ms)
@@ -189,36 +189,36 @@ def _trial(problem: str, ms: float | None) -> Trial:
 
 def _store(digest: str, key: Mapping[str, Any], known: Mapping[str, Trial]) -> None:
     if (parent := folder()) is None:
-        return  # said by default_folder
+        return  # default_folder has warned
     rows = {name: {"problem": trial.problem, "ms": trial.ms} for name, trial in known.items()}
-    found = {"key": key, "trials": rows}
+    record = {"key": key, "trials": rows}
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        write(parent / f"{digest}.json", json.dumps(found, indent=2))
+        write(parent / f"{digest}.json", json.dumps(record, indent=2))
     except (OSError, EdgeclipError) as err:
         logger.warning(
-            "cannot cache the trials of precisions (%s): each start repeats them; set "
-            "EDGECLIP_CACHE to a folder that can be written",
+            "cannot cache the trials of precisions (%s), each start repeats them: set "
+            "EDGECLIP_CACHE to a writable folder",
             err,
         )
 
 
-def best(found: Mapping[str, Trial], plainest: str, margin: float) -> str:
-    """Return the fastest precision that is right; `plainest` unless another is faster by a margin.
+def best(results: Mapping[str, Trial], reference: str, margin: float) -> str:
+    """Return the fastest precision without a problem.
 
-    margin: the part of the plainest one's time that a faster one has to stay below. The trials of
-    several precisions are timed ones. Raises DeviceError where none is right, or the EdgeclipError of
-    the first where all of them failed.
+    The reference wins unless another takes less than `margin` of its time. Several trials must be
+    timed ones. Raises DeviceError if every precision has a problem, or the first EdgeclipError if every
+    trial failed.
     """
-    right = [name for name, trial in found.items() if not trial.problem]
-    errors = [trial.error for trial in found.values() if trial.error is not None]
-    if len(errors) == len(found):
+    usable = [name for name, trial in results.items() if not trial.problem]
+    errors = [trial.error for trial in results.values() if trial.error is not None]
+    if len(errors) == len(results):
         raise errors[0]
-    if not right:
-        reasons = "; ".join(f"{name}: {trial.problem}" for name, trial in found.items())
-        raise DeviceError(f"no precision gives its golden outputs ({reasons})")
-    times = {name: found[name].ms or 0.0 for name in right}
-    fastest = min(right, key=times.__getitem__)
-    if plainest in times and times[fastest] >= margin * times[plainest]:
-        return plainest
+    if not usable:
+        reasons = "; ".join(f"{name}: {trial.problem}" for name, trial in results.items())
+        raise DeviceError(f"no precision reproduces the golden outputs ({reasons})")
+    times = {name: results[name].ms or 0.0 for name in usable}
+    fastest = min(usable, key=times.__getitem__)
+    if reference in times and times[fastest] >= margin * times[reference]:
+        return reference
     return fastest

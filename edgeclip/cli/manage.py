@@ -1,4 +1,4 @@
-"""The subcommands that look after an installation: its cache, bundles, devices and speed."""
+"""Subcommands for an installation: cache, info, doctor, build and bench."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from edgeclip.backends.engine_cache import EngineCache
 from edgeclip.backends.select import MAX_GPU_BATCH
 from edgeclip.bundle import Bundle
 from edgeclip.cli.options import (
-    DEVICES,
     PRECISIONS,
     PRECISIONS_OF_ENGINES,
-    PURIFICATIONS,
     add_command,
+    add_device,
     add_format,
+    add_purify,
     add_threads,
     check_stdin,
     positive,
@@ -46,56 +46,60 @@ CACHE_EXAMPLES = """examples:
   edgeclip cache --format json
   edgeclip cache --clear
 
-Embeddings of labels are kept in $EDGECLIP_CACHE, or ~/.cache/edgeclip; those that were not used for
-longest make room where they are more than $EDGECLIP_CACHE_SIZE (256M; 0: none are kept). TensorRT
-engines, and the trials of precisions on this machine, are kept beside them until --clear.
+Label embeddings are cached in $EDGECLIP_CACHE (default: ~/.cache/edgeclip). Above
+$EDGECLIP_CACHE_SIZE (default: 256M; 0 caches none), least recently used entries are evicted. The folder
+also has TensorRT engines and the results of trials of precisions, until --clear.
 """
 BUILD_EXAMPLES = """examples:
   edgeclip build vit-b-32/
   edgeclip build vit-b-32/ --precision fp16 --max-batch 1 --workspace 512
   edgeclip build vit-b-32/ --images photos/ --labels labels.txt
 
-Builds a TensorRT engine of the image encoder for the GPU of this machine, which may take minutes, and
-keeps it in $EDGECLIP_CACHE/engines, or ~/.cache/edgeclip/engines. It is kept only if it gives the
-bundle's golden embedding, and the CPU's answers; with --images and --labels on pictures of yours.
+Builds a TensorRT engine of the image encoder for this machine's GPU, which may take minutes, and stores
+it in $EDGECLIP_CACHE/engines (default: ~/.cache/edgeclip/engines). An engine is stored only if it
+reproduces the bundle's golden embedding and the CPU's answers, on your images with --images and --labels.
 """
 BENCH_EXAMPLES = """examples:
   edgeclip bench
   edgeclip bench vit-b-32/ --device cpu --precision fp32 int8 --labels labels.txt
   edgeclip bench vit-b-32/ --image photo.jpg --batch-size 1 4 16 --format json > bench.json
 
-Each device and precision is measured in a process of its own, by the wall clock. Without an image, a
-frame of 640x480 is made; without labels, 1,000 with random embeddings. Nothing else should run.
-exit status: 0 done; 1 some devices or precisions failed; 2 wrong usage or bundle, or all failed.
+Each device and precision is measured in a new process, by wall clock. Nothing else should run on the
+machine meanwhile.
+exit status: 0 done; 1 some devices or precisions failed; 2 wrong usage or an error, or all failed.
 """
 
 
 def add_upkeep(commands: Any) -> None:
-    """Adds cache, info, doctor, build and bench."""
+    """Add cache, info, doctor, build and bench."""
     cache = add_command(
-        commands,
-        "cache",
-        "Show, or clear, the embeddings and engines that are kept.",
-        CACHE_EXAMPLES,
+        commands, "cache", "Show or clear cached embeddings, engines and trials.", CACHE_EXAMPLES
     )
     cache.set_defaults(run=run_cache)
-    cache.add_argument("--clear", action="store_true", help="delete them all")
+    cache.add_argument("--clear", action="store_true", help="delete everything cached")
     add_format(cache)
 
-    info = add_command(commands, "info", "Show what a bundle is.", INFO_EXAMPLES)
+    info = add_command(
+        commands, "info", "Show the contents and properties of a bundle.", INFO_EXAMPLES
+    )
     info.set_defaults(run=run_info)
     doctor = add_command(
-        commands, "doctor", "Check this installation, its devices and a bundle.", DOCTOR_EXAMPLES
+        commands, "doctor", "Check the installation, its devices and a bundle.", DOCTOR_EXAMPLES
     )
     doctor.set_defaults(run=run_doctor)
-    doctor.add_argument("--device", default="auto", choices=DEVICES)
+    add_device(doctor, "auto, all available ones")
     build = add_command(commands, "build", "Build a TensorRT engine for this GPU.", BUILD_EXAMPLES)
     _add_build_options(build)
-    bench = add_command(commands, "bench", "Measure how fast a bundle is here.", BENCH_EXAMPLES)
+    bench = add_command(
+        commands, "bench", "Measure the speed of a bundle on this machine.", BENCH_EXAMPLES
+    )
     _add_bench_options(bench)
     for command in (info, doctor, build, bench):
         command.add_argument(
-            "bundle", nargs="?", metavar="BUNDLE", help="default: the embedded demonstration"
+            "bundle",
+            nargs="?",
+            metavar="BUNDLE",
+            help="bundle directory (default: the embedded demonstration)",
         )
         add_format(command)
 
@@ -106,71 +110,85 @@ def _add_build_options(build: argparse.ArgumentParser) -> None:
         "--precision",
         default="auto",
         choices=PRECISIONS_OF_ENGINES,
-        help="default: fp16 where its answers are known to be the model's, else fp32",
+        help="engine precision (default: auto, fp16 if its answers are known to be the model's, else "
+        "fp32)",
     )
     build.add_argument(
-        "--max-batch", type=up_to(MAX_GPU_BATCH), default=8, metavar="B", help="images at once (8)"
+        "--max-batch",
+        type=up_to(MAX_GPU_BATCH),
+        default=8,
+        metavar="B",
+        help="largest batch, in images (default: 8)",
     )
     build.add_argument(
         "--workspace",
         type=positive,
         default=1024,
-        metavar="MB",
-        help="memory that TensorRT may use for trying kernels (default: 1024)",
+        metavar="MIB",
+        help="memory for TensorRT to try kernels in, in MiB (default: 1024)",
     )
     build.add_argument(
         "--level",
         type=int,
         choices=range(6),
-        help="optimization level: higher builds longer (default: TensorRT's, 3)",
+        help="optimization level; higher levels build longer (default: TensorRT's, 3)",
     )
-    build.add_argument("--images", nargs="+", metavar="IMAGE", help="to compare answers on")
-    build.add_argument("--labels", metavar="FILE", help="with --images: label file, or -")
-    build.add_argument("--force", action="store_true", help="build although it is there")
+    build.add_argument("--images", nargs="+", metavar="IMAGE", help="images to compare answers on")
+    build.add_argument("--labels", metavar="FILE", help="label file for --images, or - for stdin")
+    build.add_argument("--force", action="store_true", help="build even if a stored engine exists")
 
 
 def _add_bench_options(bench: argparse.ArgumentParser) -> None:
     bench.set_defaults(run=run_bench)
-    bench.add_argument("--image", metavar="FILE", help="default: a frame of 640x480 made here")
-    bench.add_argument("--labels", metavar="FILE", help="label file, or - (default: 1,000)")
-    bench.add_argument("--label", action="append", default=[], metavar="TEXT", help="a class")
     bench.add_argument(
-        "--device", default="auto", choices=DEVICES, help="default: auto, all that are there"
+        "--image", metavar="FILE", help="image file (default: a drawn frame of 640x480 pixels)"
     )
+    bench.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="label file, or - for stdin (default: 1,000 labels with random embeddings)",
+    )
+    bench.add_argument(
+        "--label", action="append", default=[], metavar="TEXT", help="label; repeat for more"
+    )
+    add_device(bench, "auto, all available ones")
     bench.add_argument(
         "--precision",
         nargs="+",
         default=[],
         choices=PRECISIONS,
-        help="default: all of the bundle's",
+        help="precisions to measure (default: all that the bundle has)",
     )
-    bench.add_argument("--purify", default="auto", choices=PURIFICATIONS)
+    add_purify(bench)
     bench.add_argument(
         "--batch-size",
         nargs="+",
         type=up_to(MAX_BATCH),
         default=[1, 8],
         metavar="B",
-        help="images in one call (default: 1 8)",
+        help="batch sizes to measure, in images (default: 1 8)",
     )
-    length = bench.add_mutually_exclusive_group()
-    length.add_argument(
+    duration = bench.add_mutually_exclusive_group()
+    duration.add_argument(
         "--seconds",
         type=seconds,
         default=1.0,
         metavar="S",
-        help="for each measurement (default: 1)",
+        help="duration of each measurement, in seconds (default: 1)",
     )
-    length.add_argument("--repeats", type=positive, metavar="N", help="calls, in place of seconds")
+    duration.add_argument(
+        "--repeats", type=positive, metavar="N", help="calls per measurement, instead of --seconds"
+    )
     add_threads(bench, MAX_THREADS)
 
 
 def run_build(args: argparse.Namespace) -> int:
+    """Build an engine; return the exit status."""
     from edgeclip.backends.engine_cache import BuildOptions
     from edgeclip.tools import build_engine
 
     if (args.images is None) != (args.labels is None):
-        raise EdgeclipError("--images and --labels go together: answers need both")
+        raise EdgeclipError("--images and --labels go together: give both or none")
     check_stdin(*(args.images or ()), args.labels)
     options = BuildOptions(
         max_batch=args.max_batch,
@@ -192,15 +210,16 @@ def run_build(args: argparse.Namespace) -> int:
 
 
 def run_cache(args: argparse.Namespace) -> int:
+    """Show or clear the cache; return the exit status."""
     cache = LabelCache()
     report: dict[str, Any] = {"path": "" if cache.path is None else str(cache.path)}
     engines = EngineCache()
     if args.clear:
-        report["freed bytes"] = cache.clear() + engines.remove() + trials.clear()
+        report["freed_bytes"] = cache.clear() + engines.remove() + trials.clear()
     else:
         shares = cache.shares()
         report["labels"] = sum(share.labels for share in shares)
-        report |= {"bytes": cache.size(), "limit bytes": cache.limit}
+        report |= {"bytes": cache.size(), "limit_bytes": cache.limit}
         report["encoders"] = [asdict(share) for share in shares]
         report["engines"] = [str(entry.path) for entry in engines.entries()]
         report["trials"] = len(trials.files())
@@ -209,13 +228,15 @@ def run_cache(args: argparse.Namespace) -> int:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    from edgeclip.tools import doctor  # here, and not above: it slows the start of the others down
+    """Show a bundle; return the exit status."""
+    from edgeclip.tools import doctor  # late: it would slow the start of the other commands
 
     show_report(doctor.describe(Bundle(args.bundle)), args.format)
     return 0
 
 
 def run_doctor(args: argparse.Namespace) -> int:
+    """Check the installation; return the exit status."""
     from edgeclip.tools import doctor
 
     report = doctor.examine(args.bundle, args.device)
@@ -227,6 +248,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
+    """Measure a bundle; return the exit status."""
     from edgeclip.tools import bench
 
     check_stdin(args.image, args.labels)
@@ -241,10 +263,9 @@ def run_bench(args: argparse.Namespace) -> int:
         threads=args.threads,
     )
     report = bench.run(Bundle(args.bundle), settings, args.device, args.precision)
-    for failed in report["failed"]:
-        print(
-            f"error: {failed['device']} {failed['precision']}: {failed['error']}", file=sys.stderr
-        )
+    for failure in report["failed"]:
+        target = f"{failure['device']} {failure['precision']}"
+        print(f"error: {target}: {failure['error']}", file=sys.stderr)
     if report_format(args.format) == "json":
         show_json(report, indent=2)
     else:

@@ -1,4 +1,4 @@
-"""Answers as text: a table for people; JSON, JSON lines and CSV for machines."""
+"""Output of commands: tables for people; JSON, JSON lines and CSV for programs."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from edgeclip.json_output import as_utf8, show_json
 
 @dataclass(frozen=True)
 class Answer:
-    """What one input gave: its predictions or embedding, or what was wrong with it."""
+    """Result of one input: predictions, an embedding or an error."""
 
     name: str
     result: Any  # list[Prediction], an embedding (D,), or an ImageError
 
     def record(self) -> dict[str, Any]:
-        """The answer about an image as a JSON object."""
+        """Return the answer for an image as a JSON object."""
         if isinstance(self.result, ImageError):
             return {"image": self.name, "error": str(self.result)}
         return {"image": self.name, "predictions": [asdict(p) for p in self.result]}
 
 
 def write_table(answers: Iterable[Answer], out: TextIO) -> None:
+    """Write each image and its labels with their scores in percent."""
     for answer in answers:
         if isinstance(answer.result, ImageError):
-            continue  # named on stderr
+            continue  # its error is on stderr
         print(answer.name, file=out)
         for p in answer.result:
             print(f"  {p.score:7.2%}  {p.label}", file=out)
@@ -38,16 +39,18 @@ def write_table(answers: Iterable[Answer], out: TextIO) -> None:
 
 
 def write_json(answers: Iterable[Answer], out: TextIO) -> None:
+    """Write all answers as one JSON list."""
     show_json([answer.record() for answer in answers], indent=2, out=out)
 
 
 def write_jsonl(answers: Iterable[Answer], out: TextIO) -> None:
+    """Write one JSON object per image and line."""
     for answer in answers:
         show_json(answer.record(), out=out)
 
 
 def write_csv(answers: Iterable[Answer], out: TextIO) -> None:
-    """One row per image and rank; an image that failed has one row with its error."""
+    """Write one row per image and rank; a failed image has one row with its error."""
     writer = csv.writer(as_utf8(out), lineterminator="\n")
     writer.writerow(["image", "rank", "label", "score", "index", "error"])
     for answer in answers:
@@ -68,7 +71,7 @@ WRITERS: dict[str, Callable[[Iterable[Answer], TextIO], None]] = {
 
 
 def show_trials() -> None:
-    """Let the library say on stderr, where a person watches, that it tries precisions: a few seconds."""
+    """Log trials of precisions, which take seconds, if stderr is a terminal."""
     if sys.stderr.isatty():
         logger = logging.getLogger("edgeclip.backends.trials")
         logger.setLevel(logging.INFO)
@@ -76,14 +79,15 @@ def show_trials() -> None:
 
 
 def report_format(form: str | None) -> str:
-    """json where nobody looks on, unless a form was asked for."""
+    """Return the requested format; by default table on a terminal, else json."""
     return form or ("table" if sys.stdout.isatty() else "json")
 
 
 def show_report(report: dict[str, Any], form: str | None, out: TextIO | None = None) -> None:
-    """Print entries that are values or lists of lines, by default on stdout.
+    """Print a report, whose entries are values or lists of lines, by default on stdout.
 
-    form: table, json, or None for what fits.
+    form: table, json, or None for the default of `report_format`. A table prints the underscores
+    of keys as spaces.
     """
     if report_format(form) == "json":
         show_json(report, indent=2, out=out)
@@ -93,5 +97,13 @@ def show_report(report: dict[str, Any], form: str | None, out: TextIO | None = N
         lines = value if isinstance(value, list) else [value]
         for i, line in enumerate(lines or [""]):
             if isinstance(line, dict):
-                line = ", ".join(f"{name} {entry}" for name, entry in line.items())
-            print(f"{key if i == 0 else '':{width}}  {line if line != '' else 'none'}", file=out)
+                line = ", ".join(f"{label(name)} {entry}" for name, entry in line.items())
+            print(
+                f"{label(key) if i == 0 else '':{width}}  {line if line != '' else 'none'}",
+                file=out,
+            )
+
+
+def label(key: str) -> str:
+    """Return the label of a key in a table."""
+    return key.replace("_", " ")

@@ -1,4 +1,4 @@
-"""Captions: a line of text in any script, drawn in the fonts that have its characters."""
+"""Captions: a line of text in any script, drawn with fonts that have its characters."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from edgeclip.drawing.fonts import FontFile, system_fonts
 logger = logging.getLogger(__name__)
 
 FONT_SIZE = 18
-LINE = 26  # height of a caption
-LONGEST = 200  # characters of a caption that are looked at
-# Of fonts that are pictures in one size: Noto Color Emoji, Apple Color Emoji, others.
+LINE = 26  # height of a caption in pixels
+MAX_LENGTH = 200  # characters of a caption
+# Sizes of bitmap fonts: Noto Color Emoji, Apple Color Emoji, others.
 BITMAP_SIZES = (109, 160, 136, 128, 96, 64)
 JOINER = "\u200d"
 SKIN_TONES = ("\U0001f3fb", "\U0001f3ff")
@@ -30,21 +30,25 @@ CJK_NAMES = ("CJK ", "HIRAGANA ", "KATAKANA ", "HANGUL ", "BOPOMOFO ", "IDEOGRAP
 
 @dataclass(frozen=True, eq=False)
 class _Font:
+    """Loaded font, with the scale from its size to FONT_SIZE."""
+
     font: ImageFont.FreeTypeFont
-    scale: float  # from its size to FONT_SIZE
-    file: FontFile | None  # None for Pillow's own, of ASCII
+    scale: float
+    file: FontFile | None  # None for Pillow's built-in font of ASCII
 
     @property
     def colour(self) -> bool:
         return self.file is not None and self.file.colour
 
     def has(self, cluster: str) -> bool:
+        """Return whether the font has a glyph for every character of a cluster."""
         needed = [character for character in cluster if not _is_ignorable(character)]
         if self.file is None:
             return all(" " <= character <= "~" for character in needed)
         return all(map(self.file.has, needed))
 
     def length(self, text: str) -> float:
+        """Return the width of a text in pixels."""
         return self.font.getlength(text) * self.scale
 
 
@@ -54,8 +58,8 @@ _Run = tuple[_Font, str]
 def draw_captions(texts: Sequence[str], width: int) -> list[Image.Image]:
     """Return a strip of `width` x LINE pixels for each text, cut to that width.
 
-    A character that no font here has is drawn as its number, such as [U+9774], and a warning names
-    a package with a font for it.
+    A character that no installed font has is drawn as its code point, such as [U+9774]; a warning
+    names a package with a font for it.
     """
     lines = [_clusters(_one_line(text)) for text in texts]
     fonts = _load_fonts([cluster for line in lines for cluster in line])
@@ -64,43 +68,45 @@ def draw_captions(texts: Sequence[str], width: int) -> list[Image.Image]:
 
 
 @functools.cache
-def own_font() -> ImageFont.FreeTypeFont:
-    """Return the font that Pillow brings, which has hardly more than ASCII."""
+def builtin_font() -> ImageFont.FreeTypeFont:
+    """Return Pillow's built-in font, which has little more than ASCII."""
     return cast(ImageFont.FreeTypeFont, ImageFont.load_default(FONT_SIZE))
 
 
 def _one_line(text: str) -> str:
-    return unicodedata.normalize("NFC", " ".join(text.split())[:LONGEST])
+    """Return a text as one normalized line of limited length."""
+    return unicodedata.normalize("NFC", " ".join(text.split())[:MAX_LENGTH])
 
 
 def _clusters(text: str) -> list[str]:
-    """Split a text into characters, each with the marks, modifiers and joined emoji after it."""
-    found: list[str] = []
+    """Split a text into characters, each with its marks, modifiers and joined emoji."""
+    clusters: list[str] = []
     for character in text:
         extends = unicodedata.category(character) in ("Mn", "Me", "Mc", "Cf")
         extends = extends or SKIN_TONES[0] <= character <= SKIN_TONES[1]
-        if found and (extends or found[-1].endswith(JOINER)):
-            found[-1] += character
+        if clusters and (extends or clusters[-1].endswith(JOINER)):
+            clusters[-1] += character
         else:
-            found.append(character)
-    return found
+            clusters.append(character)
+    return clusters
 
 
 def _is_ignorable(character: str) -> bool:
-    """Return whether a character has no glyph of its own: joiners, selectors, directions."""
+    """Return whether a character needs no glyph: joiners, selectors, directions."""
     return unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f"
 
 
 def _is_emoji(cluster: str) -> bool:
+    """Return whether a cluster is drawn in colour."""
     return AS_EMOJI in cluster or (EMOJI[0] <= cluster[0] <= EMOJI[1] and AS_TEXT not in cluster)
 
 
 def _load_fonts(clusters: Iterable[str]) -> list[_Font]:
-    """Load fonts until each cluster has one; emoji look for one in colour."""
-    own = _Font(own_font(), 1, None)
-    missing = {cluster for cluster in clusters if not own.has(cluster)}
+    """Load fonts until one has each cluster; emoji need a font in colour."""
+    builtin = _Font(builtin_font(), 1, None)
+    missing = {cluster for cluster in clusters if not builtin.has(cluster)}
     if not missing:
-        return [own]
+        return [builtin]
     fonts = []
     for file in system_fonts("".join(missing)):
         loaded = _load(file)
@@ -109,21 +115,22 @@ def _load_fonts(clusters: Iterable[str]) -> list[_Font]:
             missing = {c for c in missing if not (loaded.has(c) and loaded.colour == _is_emoji(c))}
         if not missing:
             break
-    return [*fonts, own]
+    return [*fonts, builtin]
 
 
 def _load(file: FontFile) -> _Font | None:
+    """Return a font in FONT_SIZE or its only size, None if it cannot be loaded."""
     for size in (FONT_SIZE, *BITMAP_SIZES):
         try:
             font = ImageFont.truetype(file.path, size, file.index)
-        except OSError:  # not of this size, or damaged
+        except OSError:  # another size, or damaged
             continue
         return _Font(font, FONT_SIZE / size, file)
     return None
 
 
 def _available(cluster: str, fonts: Sequence[_Font]) -> list[str]:
-    """Return a cluster as it can be drawn: whole, or else in parts, with numbers for the missing."""
+    """Return a cluster as drawable parts, with code points in place of missing characters."""
     if any(font.has(cluster) for font in fonts):
         return [cluster]
     if len(cluster) > 1:
@@ -136,7 +143,7 @@ _warned: set[str] = set()
 
 
 def _warn(character: str) -> None:
-    """Say once what to install for a character of a kind."""
+    """Log, once for each package, which package to install for a character."""
     package = _package(character)
     if package not in _warned:
         _warned.add(package)
@@ -146,7 +153,7 @@ def _warn(character: str) -> None:
 
 
 def _package(character: str) -> str:
-    """Return Debian's name of a package with a font for a character; nothing for control codes."""
+    """Return the Debian package of a font for a character, "" for control codes."""
     if _is_emoji(character):
         return "fonts-noto-color-emoji"
     if unicodedata.name(character, "").startswith(CJK_NAMES):
@@ -155,14 +162,14 @@ def _package(character: str) -> str:
 
 
 def _runs(clusters: Sequence[str], fonts: Sequence[_Font]) -> list[_Run]:
-    """Join neighbours of one font, which shapes them together."""
+    """Join neighbouring clusters that share a font, so that the font shapes them together."""
     runs: list[_Run] = []
     for cluster in clusters:
         emoji, last = _is_emoji(cluster), runs[-1][0] if runs else None
-        # Fonts of emoji have digits too, and those of text emoji in black.
+        # Emoji fonts have digits too, and text fonts have emoji in black.
         order = sorted(fonts, key=lambda font: (font.colour != emoji, font is not last))
         font = next(font for font in order if font.has(cluster))
-        if not features.check("raqm"):  # Pillow's basic layout draws a box for these
+        if not features.check("raqm"):  # Pillow's basic layout draws boxes for them
             cluster = "".join(c for c in cluster if not _is_ignorable(c))
         if font is last:
             runs[-1] = font, runs[-1][1] + cluster
@@ -172,7 +179,7 @@ def _runs(clusters: Sequence[str], fonts: Sequence[_Font]) -> list[_Run]:
 
 
 def _cut(clusters: list[str], width: int, fonts: Sequence[_Font]) -> list[_Run]:
-    """Return the runs of a line of `width` pixels at most, with three dots where it is longer."""
+    """Return the runs of a line cut to `width` pixels, with three dots if it is longer."""
 
     def is_too_long(count: int, end: str = "...") -> bool:
         runs = _runs([*clusters[:count], *end], fonts)
@@ -185,8 +192,9 @@ def _cut(clusters: list[str], width: int, fonts: Sequence[_Font]) -> list[_Run]:
 
 
 def _draw(runs: Sequence[_Run], width: int) -> Image.Image:
+    """Draw runs on a white strip."""
     strip = Image.new("RGB", (width, LINE), "white")
-    ascent, _ = own_font().getmetrics()
+    ascent, _ = builtin_font().getmetrics()
     x = 0.0
     for font, text in runs:
         if font.scale == 1:
@@ -199,7 +207,7 @@ def _draw(runs: Sequence[_Run], width: int) -> Image.Image:
 
 
 def _draw_scaled(strip: Image.Image, at: tuple[float, float], text: str, font: _Font) -> None:
-    """Draw in the one size that a bitmap font has, and shrink the picture."""
+    """Draw in a bitmap font's only size, and shrink the drawing."""
     left, top, right, bottom = font.font.getbbox(text, anchor="ls")
     size = round((right - left) * font.scale), round((bottom - top) * font.scale)
     if min(size) < 1:

@@ -1,7 +1,7 @@
-"""Fonts of the system, and the characters that each has.
+"""Fonts of the system, and the characters of each font.
 
-Pillow draws a box for a character that a font has not and does not say so: the font's own table of
-characters ("cmap" of OpenType) has to be read.
+Pillow draws a box for a character that a font lacks, without an error: the font's character table
+(OpenType's "cmap") has to be read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 SUFFIXES = (".ttf", ".ttc", ".otf", ".otc")
-# Where fontconfig is missing. Names come first in this order, as parts of file names.
+# Folders to search if fontconfig is missing, and parts of file names to prefer, in this order.
 FOLDERS = (
     "~/.local/share/fonts",
     "~/.fonts",
@@ -38,21 +38,21 @@ PREFERRED = (
     "Symbola",
 )
 COLOUR_TABLES = frozenset({b"CBDT", b"COLR", b"sbix"})
-LARGEST_TABLE = 1 << 24  # bytes; the largest of Noto's has a tenth of that
+LARGEST_TABLE = 1 << 24  # bytes; ten times the largest table of the Noto fonts
 
 
 @dataclass(frozen=True, eq=False)
 class FontFile:
-    """One font of a file."""
+    """Font in a file."""
 
     path: str
     index: int  # in a collection
     colour: bool  # whether it has glyphs in colour
-    cmap: bytes  # the subtable of Unicode characters, of format 4 or 12
+    cmap: bytes  # subtable of Unicode characters, in format 4 or 12
 
     @classmethod
     def read(cls, path: str, index: int = 0) -> FontFile | None:
-        """Return a font, None for a file that is damaged or no TrueType or OpenType font."""
+        """Return a font, None for a damaged file or another kind of file."""
         try:
             with open(path, "rb") as file:
                 start = 0
@@ -84,18 +84,18 @@ class FontFile:
 
 
 def _unicode_subtable(cmap: bytes) -> bytes:
-    """Return the subtable with the most characters. Raises KeyError for none of a known format."""
-    found = {}
+    """Return the subtable with the most characters. Raise KeyError if none has a known format."""
+    subtables = {}
     (count,) = struct.unpack_from(">H", cmap, 2)
     for i in range(count):
         platform, encoding, offset = struct.unpack_from(">HHI", cmap, 4 + 8 * i)
         if platform == 0 or (platform, encoding) in ((3, 1), (3, 10)):
-            found[struct.unpack_from(">H", cmap, offset)[0]] = cmap[offset:]
-    return found[12] if 12 in found else found[4]
+            subtables[struct.unpack_from(">H", cmap, offset)[0]] = cmap[offset:]
+    return subtables[12] if 12 in subtables else subtables[4]
 
 
 def _glyph_12(table: bytes, code: int) -> int:
-    """Return the glyph of a character in groups (first, last, glyph of the first); 0 for none."""
+    """Return the glyph of a character by groups (first, last, glyph of the first), 0 for none."""
     (count,) = struct.unpack_from(">I", table, 12)
     groups = np.frombuffer(table, ">u4", 3 * count, 16).reshape(count, 3)
     i = int(np.searchsorted(groups[:, 0], code, "right")) - 1
@@ -105,7 +105,7 @@ def _glyph_12(table: bytes, code: int) -> int:
 
 
 def _glyph_4(table: bytes, code: int) -> int:
-    """Return the glyph of a character in segments of the first 65,536 characters; 0 for none."""
+    """Return the glyph of a character by segments of the first 65,536 characters, 0 for none."""
     (double,) = struct.unpack_from(">H", table, 6)
     count = double // 2
     ends = np.frombuffer(table, ">u2", count, 14)
@@ -114,27 +114,27 @@ def _glyph_4(table: bytes, code: int) -> int:
     if i == count or code < starts[i]:
         return 0
     glyph, delta, offset = code, int(deltas[i]), int(offsets[i])
-    if offset:  # from its own place in the table
-        place = 16 + 3 * double + 2 * i + offset + 2 * (code - int(starts[i]))
-        (glyph,) = struct.unpack_from(">H", table, place)
+    if offset:  # relative to its own position in the table
+        position = 16 + 3 * double + 2 * i + offset + 2 * (code - int(starts[i]))
+        (glyph,) = struct.unpack_from(">H", table, position)
         if glyph == 0:
             return 0
     return (glyph + delta) & 0xFFFF
 
 
 def system_fonts(text: str) -> Iterator[FontFile]:
-    """Yield the fonts of this system, those for the characters of `text` first."""
-    found = _by_fontconfig(text)
-    for path, index in _in_folders() if found is None else found:
+    """Yield the fonts of this system, fonts for the characters of `text` first."""
+    fonts = _by_fontconfig(text)
+    for path, index in _in_folders() if fonts is None else fonts:
         font = FontFile.read(path, index)
         if font is not None:
             yield font
 
 
 def _by_fontconfig(text: str) -> list[tuple[str, int]] | None:
-    """Return files and indices in fontconfig's order, None where it is not installed.
+    """Return files and indices in fontconfig's order, None if fontconfig is not installed.
 
-    Sorting leaves out fonts that have no character which those before them have not.
+    Sorting omits fonts that add no character to the fonts before them.
     """
     codes = " ".join(f"{ord(character):x}" for character in sorted(set(text)))
     command = ["fc-match", "--sort", "--format=%{index} %{file}\n", f"sans:charset={codes}"]
@@ -142,16 +142,17 @@ def _by_fontconfig(text: str) -> list[tuple[str, int]] | None:
         done = subprocess.run(command, capture_output=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    found = []
+    fonts = []
     for line in os.fsdecode(done.stdout).splitlines():
         index, _, path = line.partition(" ")
         if index.isdecimal() and path.lower().endswith(SUFFIXES):
-            found.append((path, int(index) & 0xFFFF))  # above: the instance of a variable font
-    return found
+            fonts.append((path, int(index) & 0xFFFF))  # upper bits: a variable font's instance
+    return fonts
 
 
 def _in_folders() -> list[tuple[str, int]]:
-    found = [
+    """Return the font files of FOLDERS, preferred names first."""
+    paths = [
         os.path.join(folder, name)
         for top in FOLDERS
         for folder, _, names in os.walk(Path(top).expanduser())
@@ -161,7 +162,7 @@ def _in_folders() -> list[tuple[str, int]]:
 
     def rank(path: str) -> tuple[int, str]:
         name = os.path.basename(path)
-        places = (i for i, part in enumerate(PREFERRED) if part in name)
-        return next(places, len(PREFERRED)), path
+        ranks = (i for i, part in enumerate(PREFERRED) if part in name)
+        return next(ranks, len(PREFERRED)), path
 
-    return [(path, 0) for path in sorted(found, key=rank)]
+    return [(path, 0) for path in sorted(paths, key=rank)]

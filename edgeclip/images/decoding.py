@@ -1,4 +1,4 @@
-"""Images from files, bytes, PIL and arrays as uint8 RGB (H, W, 3)."""
+"""Decoding of files, bytes, PIL images and arrays to uint8 RGB (H, W, 3)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class CudaFrame(Protocol):
-    """A uint8 RGB array (H, W, 3) on the GPU."""
+    """Array on the GPU, uint8 RGB (H, W, 3)."""
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]: ...
@@ -33,38 +33,41 @@ class CudaFrame(Protocol):
 ImageSource: TypeAlias = (
     "str | PathLike[str] | bytes | bytearray | memoryview | Image | NDArray[np.uint8] | CudaFrame"
 )
-Attempt: TypeAlias = "tuple[str | io.BytesIO, tuple[str, ...]]"  # a file, and formats of Pillow's
+Attempt: TypeAlias = "tuple[str | io.BytesIO, tuple[str, ...]]"  # a file and the formats to try
 
-# Pillow's own limit against decompression bombs, in pixels: above any camera of today.
+# Pillow's limit against decompression bombs, in pixels; no camera of today reaches it.
 MAX_PIXELS = 178_956_970
 UNSUPPORTED = (
     "broken image, or a variant of its format that cannot be decoded; save it as PNG or JPEG"
 )
 
-# Of six photographs, as JPEGs of quality 75 and 95 in all three scales, the worst embedding had the
-# cosine 0.99992 to the exact one where twice the pixels needed were left, and 0.9994 where 1.5 times
-# (28 x 28, embedded bundle; at 224 x 224 the worst pixels differed by 12 and 19 levels of 255).
+# Pixels to keep on each side, relative to the encoder's input. Six photographs as JPEGs of quality 75
+# and 95, at all three scales: the lowest cosine to the exact embedding was 0.99992 with a margin of 2
+# and 0.9994 with 1.5 (28 x 28, embedded bundle; at 224 x 224 the largest pixel differences were 12 and
+# 19 levels of 255).
 MARGIN = 2.0
-# A side that does not divide is rounded up, and the picture shrinks a little: by half a pixel of the
-# encoder's input that cosine fell to 0.9992. So much is allowed, in such pixels.
+# Largest shift of the picture, in pixels of the encoder's input. A side that the scale does not divide
+# is rounded up, which shrinks the picture: half a pixel lowered that cosine to 0.9992.
 MAX_SHIFT = 0.1
 
 
 def is_on_gpu(source: ImageSource) -> TypeGuard[CudaFrame]:
-    """Whether a source is an array on the GPU, which only a GPU takes as a picture."""
+    """Return whether a source is an array on the GPU."""
     return hasattr(source, "__cuda_array_interface__")
 
 
 def decode(source: ImageSource, *, fast_for: ImageSpec | None = None) -> NDArray[np.uint8]:
-    """Decode a path, the bytes of a file, a PIL image, or pass through a uint8 RGB array.
+    """Decode a path, the bytes of a file or a PIL image; return a uint8 RGB array unchanged.
 
-    Any of `edgeclip.images.formats`; the first picture of an animation. The orientation is applied,
-    transparency is laid on white, greys are scaled to 8 bits, metadata that cannot be read is ignored.
-    fast_for: the encoder's input. A path or bytes of a JPEG far larger than that is decoded at 1/2,
-    1/4 or 1/8 of its size, with at least twice the pixels needed left each way. None: exactly.
-    Raises ImageError where the file cannot be read, needs a decoder that is not installed, has more
-    than MAX_PIXELS pixels or samples without an agreed range; TypeError and ValueError for an
-    argument that is no picture.
+    The formats are those of `edgeclip.images.formats`; of an animation the first picture is taken.
+    The orientation is applied, transparency becomes white, greys are scaled to 8 bits, and unreadable
+    metadata is ignored.
+    fast_for: the encoder's input. A JPEG file or bytes of a JPEG far larger than that input is decoded
+    at 1/2, 1/4 or 1/8 of its size, keeping at least twice the pixels needed on each side. None decodes
+    all pixels.
+    Raises ImageError if the file cannot be read, needs a decoder that is not installed, has more than
+    MAX_PIXELS pixels, or samples without a defined range; TypeError and ValueError for an argument
+    that is no image.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
@@ -88,6 +91,7 @@ def decode(source: ImageSource, *, fast_for: ImageSpec | None = None) -> NDArray
 def _decode_file(
     file: str | io.BytesIO, name: str, fast_for: ImageSpec | None
 ) -> NDArray[np.uint8]:
+    """Decode a file, falling back to another decoder or to a copy without metadata."""
     from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
     def read(source: str | io.BytesIO, formats: tuple[str, ...]) -> NDArray[np.uint8]:
@@ -106,8 +110,8 @@ def _decode_file(
             return read(source, formats)
         except (ImageError, Image.DecompressionBombError, MemoryError):
             raise
-        except Exception as err:  # decoders raise anything on a file that they do not like
-            if getattr(err, "errno", None) is not None:  # the system refuses it
+        except Exception as err:  # decoders raise anything on a damaged file
+            if getattr(err, "errno", None) is not None:  # an error of the operating system
                 raise
             with suppress(StopIteration):
                 return read_first(attempts)
@@ -119,10 +123,10 @@ def _decode_file(
 
 
 def _attempts(file: str | io.BytesIO) -> Iterator[Attempt]:
-    """Yield the file, then the same for the decoder that it needs, then a copy without metadata."""
+    """Yield the file, then the file for the decoder it needs, then a copy without metadata."""
     formats: tuple[str, ...] = FORMATS
     yield file, formats
-    from edgeclip.images.metadata import without_metadata  # few files need it
+    from edgeclip.images.metadata import without_metadata  # rarely needed
 
     with _contents(file) as data:
         if extra := extra_format(data[:HEAD]):
@@ -135,7 +139,7 @@ def _attempts(file: str | io.BytesIO) -> Iterator[Attempt]:
 
 @contextmanager
 def _contents(file: str | io.BytesIO) -> Iterator[bytes | mmap.mmap]:
-    """Yield the bytes of a file; none of a pipe, which can be read only once."""
+    """Yield the bytes of a file, or none for a pipe, which can be read only once."""
     if isinstance(file, io.BytesIO):
         yield file.getvalue()
     elif os.path.isfile(file) and os.path.getsize(file):
@@ -149,7 +153,7 @@ def _contents(file: str | io.BytesIO) -> Iterator[bytes | mmap.mmap]:
 
 
 def _jpeg_scale(width: int, height: int, turned: bool, spec: ImageSpec) -> int:
-    """By how much libjpeg may shrink a JPEG, as stored, on its way to an encoder: 1, 2, 4 or 8."""
+    """Return the divisor, 1, 2, 4 or 8, at which libjpeg may decode a JPEG of this stored size."""
     down, across = spec.size if not turned else spec.size[::-1]
     ratios = height / down, width / across
     shrink = max(ratios) if spec.resize == "longest" else min(ratios)
@@ -161,7 +165,7 @@ def _jpeg_scale(width: int, height: int, turned: bool, spec: ImageSpec) -> int:
 
 
 def _guard(read: Callable[[], NDArray[np.uint8]], name: str) -> NDArray[np.uint8]:
-    """Run `read`, turning whatever a decoder raises on a broken file into one ImageError."""
+    """Run `read`; turn any exception of a decoder into one ImageError."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -178,7 +182,7 @@ def _guard(read: Callable[[], NDArray[np.uint8]], name: str) -> NDArray[np.uint8
         raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller first") from err
     except MemoryError as err:
         raise ImageError(f"{name}: not enough memory to decode it") from err
-    except OSError as err:  # the system's errors have a strerror, a decoder's have only a text
+    except OSError as err:  # only errors of the operating system have a strerror
         raise ImageError(f"{name}: {err.strerror or f'broken image ({err})'}") from err
-    except Exception as err:  # decoders raise anything on a broken file, struct.error included
+    except Exception as err:  # decoders raise anything on a damaged file, struct.error included
         raise ImageError(f"{name}: broken image ({err})") from err

@@ -1,7 +1,7 @@
-"""Image files in folders, by one rule for the command line and for data sets.
+"""Image files in folders, by the same rules for the command line and for data sets.
 
-Files are taken by their suffix, links to files and folders are followed, and each folder is read once.
-Hidden ones, and those of a system or a thumbnailer, are left out. What is left out is counted.
+Files are selected by suffix, links to files and folders are followed, and each folder is read once.
+Hidden files and folders, and those of an operating system or a thumbnailer, are skipped and counted.
 """
 
 from __future__ import annotations
@@ -22,47 +22,49 @@ SYSTEM = frozenset(
     {"@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found"}
 )
 HIDDEN, DEEPER = "hidden or system", "below a class folder"
-SHOWN = 3  # suffixes of other files in a report
+MAX_SUFFIXES = 3  # of other files in a report
 CURRENT = os.path.join(os.curdir, "")
-LONGEST = 8  # characters of such a suffix
-ANY_DEPTH = re.compile(r"((?:.*?/)??)(\*\*(?:/.*)?)", re.DOTALL)  # up to the first name that is **
+MAX_SUFFIX_LENGTH = 8  # characters
+ANY_DEPTH = re.compile(
+    r"((?:.*?/)??)(\*\*(?:/.*)?)", re.DOTALL
+)  # the part before the first ** and the rest
 
 
 def is_skipped(name: str) -> bool:
-    """Return whether a file or folder of this name is hidden, a system's or a thumbnailer's."""
+    """Return whether a file or folder name is hidden, or reserved by a system or thumbnailer."""
     return name.startswith(".") or name in SYSTEM
 
 
 def expand(arguments: Iterable[str]) -> list[str]:
     """Return the image files named by paths, directories (recursive, sorted) and glob patterns.
 
-    An argument that names no image, and a directory that cannot be read, stays as it is, so that
-    `decode` says what is wrong with it. What was left out of directories is logged in one line.
+    An argument that names no image, and a directory that cannot be read, is returned unchanged, so
+    that `decode` reports the reason. Skipped files are logged in one line.
     """
     listing = Listing()
     files: list[str] = []
     folders: list[str] = []
     for argument in arguments:
-        found: list[str] = []
-        for path, patterns in _places(argument):
+        matches: list[str] = []
+        for path, patterns in _roots(argument):
             if os.path.isdir(path):
                 folders.append(path)
                 images = listing.read(path, patterns) or ([] if patterns else [path])
-                if path == os.curdir and patterns:  # of `**/*.png`, say, which names no folder
+                if path == os.curdir and patterns:  # for example `**/*.png`, which names no folder
                     images = [image.removeprefix(CURRENT) for image in images]
-                found += images
+                matches += images
             else:
-                found.append(path)
-        files += found or [argument]
+                matches.append(path)
+        files += matches or [argument]
     listing.report(folders[0] if len(folders) == 1 else f"{len(folders)} folders")
     return files
 
 
-def _places(argument: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the paths that an argument stands for, and patterns of what is taken below each.
+def _roots(argument: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the paths that an argument names, and the patterns for names below each path.
 
-    What comes before ** is expanded as by a shell. The rest is matched with the images below, since
-    glob would follow links without end, and enter folders of thumbnailers.
+    The part before ** is expanded as by a shell. The rest is matched against the images below:
+    `glob` would follow links without end and enter folders of thumbnailers.
     """
     if not glob.has_magic(argument) or os.path.lexists(argument):
         return [(argument, ())]
@@ -74,14 +76,14 @@ def _places(argument: str) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _is_ordinary(path: str) -> bool:
-    """Return whether a path is a file, a folder or a dangling link: a pipe would be waited for."""
+    """Return whether a path is a file, a folder or a dangling link, but no pipe, which would block."""
     return os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path)
 
 
 def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Return whether a path, or a folder that it is in, matches patterns of its names.
+    """Return whether a path, or one of its parent folders, matches patterns of names.
 
-    ** matches any number of names, all others match one.
+    ** matches any number of names, every other pattern matches one name.
     """
     if not patterns:
         return True
@@ -91,12 +93,12 @@ def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
 
 
 class Listing:
-    """The images of folders, and counts of what was left out of them."""
+    """Images of folders, and counts of the skipped files."""
 
     def __init__(self) -> None:
         self.unreadable: list[str] = []  # folders
-        self.left_out: Counter[str] = Counter()  # by the reason
-        self.others: Counter[str] = Counter()  # files that are no pictures, by their suffix
+        self.left_out: Counter[str] = Counter()  # by reason
+        self.others: Counter[str] = Counter()  # files that are no images, by suffix
         self._known = suffixes()
         self._missing = {
             suffix: f"{suffix} ({extra.install})"
@@ -110,34 +112,34 @@ class Listing:
     ) -> list[str]:
         """Return the images in a folder, and the folders that cannot be read, as sorted paths.
 
-        patterns: globs of the names below the folder, ** for any depth; other files count as
-        neither found nor left out.
+        patterns: globs of the names below the folder, ** for any depth; files that do not match
+        are not counted as skipped.
         """
-        found: list[str] = []
+        images: list[str] = []
         unreadable: list[str] = []
-        seen: set[tuple[int, int]] = set()
+        visited: set[tuple[int, int]] = set()
         top = os.path.join(folder, "")
-        waiting = deque([folder])  # a link's folder comes after all that are there themselves
-        while waiting:
+        pending = deque([folder])  # folders behind links are read after all others
+        while pending:
             walk = os.walk(
-                waiting.popleft(), onerror=lambda err: unreadable.append(str(err.filename))
+                pending.popleft(), onerror=lambda err: unreadable.append(str(err.filename))
             )
             for parent, below, names in walk:
                 status = os.stat(parent)
-                if (status.st_dev, status.st_ino) in seen:
+                if (status.st_dev, status.st_ino) in visited:
                     below.clear()
                     continue
-                seen.add((status.st_dev, status.st_ino))
+                visited.add((status.st_dev, status.st_ino))
                 paths = [os.path.join(parent, name) for name in names]
-                wanted = (p for p in paths if _fits(p.removeprefix(top).split("/"), patterns))
-                found += filter(self._is_image, wanted)
+                matching = (p for p in paths if _fits(p.removeprefix(top).split("/"), patterns))
+                images += filter(self._is_image, matching)
                 below[:] = self._to_enter(below, recursive)
-                waiting += filter(os.path.islink, (os.path.join(parent, name) for name in below))
+                pending += filter(os.path.islink, (os.path.join(parent, name) for name in below))
         self.unreadable += unreadable
-        return sorted(found + unreadable)
+        return sorted(images + unreadable)
 
     def _to_enter(self, below: list[str], recursive: bool) -> list[str]:
-        """Return the folders to read of those in a folder, in an order that is always the same."""
+        """Return the subfolders to read, sorted."""
         entered = sorted(name for name in below if not is_skipped(name))
         self.left_out[HIDDEN] += len(below) - len(entered)
         if not recursive:
@@ -145,6 +147,7 @@ class Listing:
         return entered if recursive else []
 
     def _is_image(self, path: str) -> bool:
+        """Return whether a file is to be read; count it if not."""
         name = os.path.basename(path)
         suffix = os.path.splitext(name)[1].lower()
         if is_skipped(name):
@@ -157,7 +160,7 @@ class Listing:
             else:
                 self.others[suffix] += 1
         elif self.is_lost(path):
-            return True  # for `decode` to name
+            return True  # `decode` reports it
         else:
             self.others[suffix] += 1
         return False
@@ -168,22 +171,22 @@ class Listing:
         return not os.path.exists(path) and (not suffix or suffix in self._known)
 
     def summary(self) -> str:
-        """Return the counts and reasons in one line; empty where nothing was left out."""
+        """Return the counts and reasons in one line, empty if nothing was skipped."""
         parts = [f"{count} {reason}" for reason, count in (+self.left_out).most_common()]
         if others := +self.others:
-            kinds = [_shown(suffix) for suffix, _ in others.most_common(SHOWN)]
-            more = ["..."] if len(others) > SHOWN else []
+            kinds = [_suffix_text(suffix) for suffix, _ in others.most_common(MAX_SUFFIXES)]
+            more = ["..."] if len(others) > MAX_SUFFIXES else []
             parts.append(f"{others.total()} not a picture ({', '.join(kinds + more)})")
         total = self.left_out.total() + self.others.total()
         return f"left out {total}: {', '.join(parts)}" if parts else ""
 
     def report(self, place: str) -> None:
-        """Log what was left out of the folders at this place, in one line."""
+        """Log the skipped files of a place in one line."""
         if summary := self.summary():
             logger.warning("%s: %s", place, summary)
 
 
-def _shown(suffix: str) -> str:
+def _suffix_text(suffix: str) -> str:
     if not suffix:
         return "no suffix"
-    return suffix if suffix[1:].isalnum() and len(suffix) <= LONGEST else "other suffixes"
+    return suffix if suffix[1:].isalnum() and len(suffix) <= MAX_SUFFIX_LENGTH else "other suffixes"

@@ -1,4 +1,4 @@
-"""Image formats: their names in Pillow, their file names, and the plug-ins that some need."""
+"""Image formats: names in Pillow, file suffixes, and plug-ins that some formats need."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUFFIXES = frozenset(
 
 @dataclass(frozen=True)
 class Extra:
-    """A format that needs a plug-in, or a Pillow that is built with it."""
+    """Format that needs a plug-in, or a build of Pillow with its decoder."""
 
     name: str  # in Pillow
     title: str
@@ -30,7 +30,7 @@ class Extra:
         return importlib.util.find_spec(self.decoder) is not None
 
     def load(self) -> None:
-        """Register the format with Pillow. Raises ImageError where its decoder is not installed."""
+        """Register the format with Pillow. Raise ImageError if its decoder is not installed."""
         if not self.installed:
             raise ImageError(f"the decoder of {self.title} files is not installed: {self.install}")
         importlib.import_module(self.plugin)
@@ -47,12 +47,12 @@ HEIF = Extra(
 JPEG_XL = Extra("JXL", "JPEG XL", (".jxl",), "pillow_jxl", "pillow_jxl", PLUGINS)
 EXTRAS = (AVIF, HEIF, JPEG_XL)
 
-HEAD = 64  # bytes that tell an extra format
+HEAD = 64  # first bytes of a file that identify an extra format
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 
 
 def extra_format(head: bytes) -> Extra | None:
-    """Return the extra format of a file by its first bytes, None for another one."""
+    """Return the extra format that the first bytes of a file identify, None for any other."""
     if head[4:8] == b"ftyp":  # followed by the brand, its version, and compatible brands
         end = min(int.from_bytes(head[:4], "big"), len(head))
         brands = {head[8:12]} | {head[i : i + 4] for i in range(16, end, 4)}

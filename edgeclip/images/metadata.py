@@ -1,7 +1,7 @@
-"""Copies of image files without metadata, for pictures that Pillow refuses because of it.
+"""Removal of metadata from image files that Pillow refuses because of it.
 
-A copy has the chunks, segments or tags that the pixels and their orientation need. Compressed text and
-colour profiles are never inflated.
+A copy keeps the chunks, segments or tags that pixels and orientation need. Compressed text and colour
+profiles are never inflated.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from edgeclip.images.pixels import ORIENTATION
 Data: TypeAlias = "bytes | mmap.mmap"  # slices of either are bytes
 
 
-# Uncompressed text in which Pillow looks for an orientation, where a PNG has no eXIf.
+# Uncompressed text chunks in which Pillow looks for an orientation if a PNG has no eXIf chunk.
 PNG_TEXT = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0\0")
 PNG_TEXT_BYTES = 1 << 20
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
 WEBP_CHUNKS = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF", b"EXIF")
-# Of TIFF 6.0 and its JPEG supplement: size, layout, compression, colours and orientation.
+# Tags of TIFF 6.0 and its JPEG supplement: size, layout, compression, colours and orientation.
 TIFF_TAGS = frozenset(
     {254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320}
     | {322, 323, 324, 325, 332, 338, 339, 347, *range(512, 522), 529, 530, 531, 532}
@@ -34,9 +34,9 @@ TIFF_TAGS = frozenset(
 
 
 def without_metadata(data: Data) -> io.BytesIO | None:
-    """Return a file of the same picture without metadata, or None for data of an unknown kind.
+    """Return a copy of an image file without metadata, None for an unknown format.
 
-    Raises ImageError for data that end too early to be taken apart.
+    Raises ImageError for a truncated file.
     """
     for offset, magic, parts in KINDS:
         if data[offset : offset + len(magic)] == magic:
@@ -48,7 +48,7 @@ def without_metadata(data: Data) -> io.BytesIO | None:
 
 
 def _png(data: Data) -> Iterator[bytes]:
-    """Yield the signature, critical chunks, and what is intact of transparency and orientation."""
+    """Yield the signature, the critical chunks, and intact chunks of transparency and orientation."""
     yield data[:8]
     at = 8
     while at + 8 <= len(data):
@@ -63,6 +63,7 @@ def _png(data: Data) -> Iterator[bytes]:
 
 
 def _is_kept(data: Data, at: int, kind: bytes, size: int) -> bool:
+    """Return whether an ancillary chunk has transparency or orientation, and a valid checksum."""
     body = data[at + 8 : at + 8 + min(size, PNG_TEXT_BYTES)]
     if kind in (b"tEXt", b"iTXt"):
         if not body.startswith(PNG_TEXT):
@@ -74,7 +75,7 @@ def _is_kept(data: Data, at: int, kind: bytes, size: int) -> bool:
 
 
 def _jpeg(data: Data) -> Iterator[bytes]:
-    """Yield all but comments and application segments; of these, JFIF, Adobe and orientation."""
+    """Yield all segments except comments and applications; keep JFIF, Adobe and orientation."""
     yield data[:2]
     at = 2
     while data[at] == 0xFF:
@@ -82,7 +83,7 @@ def _jpeg(data: Data) -> Iterator[bytes]:
         if marker == 0xFF:  # fill byte
             at += 1
             continue
-        if marker == 0xDA:  # start of scan: pixels from here on
+        if marker == 0xDA:  # start of scan: the rest is pixels
             break
         end = at + 2 + struct.unpack(">H", data[at + 2 : at + 4])[0]
         body = data[at + 4 : end]
@@ -100,20 +101,20 @@ def _jpeg(data: Data) -> Iterator[bytes]:
 
 
 def _exif_segment(exif: bytes) -> bytes:
-    """Return a segment with the orientation alone; empty where it cannot be read."""
+    """Return a segment with nothing but the orientation, empty if it cannot be read."""
     from PIL import Image
 
-    found, alone = Image.Exif(), Image.Exif()
+    original, reduced = Image.Exif(), Image.Exif()
     with suppress(Exception):  # Pillow raises anything on broken EXIF
-        found.load(exif)
-        alone[ORIENTATION] = found[ORIENTATION]
-        body = alone.tobytes()
+        original.load(exif)
+        reduced[ORIENTATION] = original[ORIENTATION]
+        body = reduced.tobytes()
         return b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body
     return b""
 
 
 def _webp(data: Data) -> Iterator[bytes]:
-    """Yield the chunks of pixels and a complete EXIF, in a container of their size."""
+    """Yield a container of the pixel chunks and a complete EXIF chunk."""
     chunks = []
     at = 12
     while at + 8 <= len(data):
@@ -127,7 +128,7 @@ def _webp(data: Data) -> Iterator[bytes]:
 
 
 def _gif(data: Data) -> Iterator[bytes]:
-    """Yield all but the extensions before the first frame; of these, a complete graphic control."""
+    """Yield all blocks; of the extensions before the first frame only complete graphic controls."""
     flags = data[10]
     at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     yield data[:at]
@@ -143,9 +144,9 @@ def _gif(data: Data) -> Iterator[bytes]:
 
 
 def _tiff(data: Data) -> Iterator[bytes]:
-    """Yield the file with another directory for its first picture, appended, of the kept tags.
+    """Yield the file with a new directory of the kept tags appended for its first picture.
 
-    An entry refers to its values by their place in the file, so that none has to move.
+    Entries refer to values by offset in the file, so that no value moves.
     """
     order = "<" if data[:2] == b"II" else ">"
     big = 43 in data[2:4]  # BigTIFF
@@ -163,7 +164,7 @@ def _tiff(data: Data) -> Iterator[bytes]:
 
 
 def _avif(data: Data) -> Iterator[bytes]:
-    """Yield the file with its EXIF marked as free space. AVIF has its orientation elsewhere."""
+    """Yield the file with its EXIF item marked as free space; AVIF stores orientation elsewhere."""
     item = rb"(infe(?:\x02.{3}.{2}|\x03.{3}.{4}).{2})Exif"  # version, flags, item, protection, type
     yield re.sub(item, rb"\1free", data, flags=re.DOTALL)
 

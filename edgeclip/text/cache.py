@@ -1,10 +1,10 @@
-"""The label cache: text embeddings on disk, one for each label, by content.
+"""Label cache: text embeddings on disk, one for each label, keyed by content.
 
-One SQLite file, which processes and threads may share: every call opens it, does one transaction
-and closes it again, so that nothing is left open across a fork. Its journal is the classic one,
-since SQLite's write-ahead log needs shared memory, which network drives have not, and a writable
-folder, which a cache that is only read has not. SQLite notices a file that is broken, but not a
-row that is: each has a checksum of its own.
+The cache is one SQLite file that processes and threads may share. Every call opens the file, does
+one transaction and closes it, so that no connection survives a fork. The journal is SQLite's
+rollback journal: a write-ahead log needs shared memory, which network drives lack, and a writable
+folder, which a read-only cache lacks. SQLite detects a damaged file but not a damaged row: each row
+has a checksum.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Vector = NDArray[np.float32]
 
-# With the number of its schema: an older edgeclip keeps its own. Raise it too where edgeclip comes
-# to clean texts or average prompts in another way, so that embeddings change.
+# The name has the schema's number, so that an older edgeclip keeps its own file. Raise the number
+# also when edgeclip cleans texts or averages prompts differently, since embeddings change.
 FILE = "labels-2.sqlite"
-OLDER_FILES = ("labels-1.sqlite",)  # which nothing but `clear` touches
+OLDER_FILES = ("labels-1.sqlite",)  # touched by `clear` alone
 SCHEMA = """
 CREATE TABLE labels (
     key BLOB NOT NULL UNIQUE,
@@ -57,10 +57,10 @@ CREATE TABLE labels (
 CREATE INDEX by_use ON labels (used);
 PRAGMA user_version = 1
 """
-PAGE = 16384  # bytes; of SQLite's own 4096 a row with D = 512 would leave half empty
-TIMEOUT = 10.0  # seconds that a call waits for another process
-KEYS = 500  # in one query; older SQLites take 999
-USE_KEPT = 3600  # seconds: how exactly the time of the last use is known
+PAGE = 16384  # bytes; with SQLite's default of 4096 a row with D = 512 leaves half a page empty
+TIMEOUT = 10.0  # seconds to wait for another process
+KEYS = 500  # in one query; older versions of SQLite take 999
+USE_RESOLUTION = 3600  # seconds: the precision of the time of last use
 DEFAULT_LIMIT = "256M"
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 LIBRARIES = ("onnxruntime", "tokenizers", "ftfy")  # whose versions may change an embedding
@@ -68,7 +68,7 @@ CUTS = frozenset(Cut)
 
 
 class CachedLabel(NamedTuple):
-    """A label's text embedding, float32 (D,), and what its prompts are to the model."""
+    """Text embedding of a label, float32 (D,), and the tokens of its prompts."""
 
     vector: Vector
     tokens: LabelTokens
@@ -76,7 +76,7 @@ class CachedLabel(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """What one encoder has in the cache."""
+    """Cached labels of one encoder."""
 
     encoder: str
     labels: int
@@ -84,20 +84,20 @@ class Share:
 
 
 class _DamagedError(EdgeclipError):
-    """The file is not what this module wrote."""
+    """Damaged cache file."""
 
 
 def label_keys(encoder: str, labels: Sequence[Label], templates: Sequence[str]) -> list[bytes]:
-    """Return for each label a hash of all that its embedding depends on.
+    """Return for each label a hash of everything that its embedding depends on.
 
-    That is `encoder` (see embedding_identity), and the label's own prompts, or else its name and
-    the templates: so the prompts of most cached labels need not even be written out.
+    The hash covers `encoder` (see embedding_identity) and the label's own prompts, or else its name
+    and the templates, so that prompts of most cached labels are never built.
     """
-    own = hashlib.sha256(json.dumps([encoder]).encode())
-    plain = hashlib.sha256(json.dumps([encoder, list(templates)]).encode())
+    with_prompts = hashlib.sha256(json.dumps([encoder]).encode())
+    with_templates = hashlib.sha256(json.dumps([encoder, list(templates)]).encode())
     keys = []
     for label in labels:
-        digest = (own if label.prompts else plain).copy()
+        digest = (with_prompts if label.prompts else with_templates).copy()
         text = label.worded(templates) if label.prompts else label.name
         digest.update(json.dumps(text).encode())
         keys.append(digest.digest())
@@ -105,34 +105,34 @@ def label_keys(encoder: str, labels: Sequence[Label], templates: Sequence[str]) 
 
 
 def embedding_identity(encoder: str, device: str) -> str:
-    """Return what embeddings depend on besides the prompts, to the last bit.
+    """Return the identity of everything but the prompts that decides an embedding's bits.
 
-    That is the encoder (Runtime.text_identity), and the device, processor and libraries that
-    compute. A library's version is in the name of its metadata folder: importlib.metadata reads
-    the same from there, but needs 25 ms to load.
+    The identity names the encoder (Runtime.text_identity), the device, the processor and the
+    versions of the libraries. A library's version is in the name of its metadata folder;
+    importlib.metadata reads the same name but takes 25 ms to load.
     """
-    found = [encoder, device, processor()]
+    names = [encoder, device, processor()]
     for library in LIBRARIES:
         spec = PathFinder.find_spec(library)
         if spec is not None and spec.origin is not None:
-            beside: list[str] = []
-            with suppress(OSError):  # within a zip file, say
-                beside = os.listdir(Path(spec.origin).parents[1])
-            found += sorted(
+            siblings: list[str] = []
+            with suppress(OSError):  # for example inside a zip file
+                siblings = os.listdir(Path(spec.origin).parents[1])
+            names += sorted(
                 name
-                for name in beside
+                for name in siblings
                 if name.lower().startswith(library) and name.endswith((".dist-info", ".egg-info"))
             )
-    return " ".join(found)
+    return " ".join(names)
 
 
 class LabelCache:
-    """Text embeddings on disk, in `folder` or else where `default_folder` says.
+    """Text embeddings on disk, in `folder`, by default `default_folder`.
 
-    limit is the largest size of its file in bytes, 0 for no cache, None for EDGECLIP_CACHE_SIZE;
-    the labels that were not used for longest make room. A cache that cannot be read or written
-    costs time, never an answer: that is logged, and the labels are encoded again.
-    Raises EdgeclipError where EDGECLIP_CACHE_SIZE is no size.
+    limit: the largest size of the file in bytes, 0 for no cache, None for EDGECLIP_CACHE_SIZE. Least
+    recently used labels are evicted. A cache that cannot be read or written costs time, never an
+    answer: the failure is logged, and the labels are encoded again.
+    Raises EdgeclipError if EDGECLIP_CACHE_SIZE is no size.
     """
 
     def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
@@ -141,7 +141,7 @@ class LabelCache:
         self.path = None if folder is None else folder / FILE
 
     def load(self, keys: Sequence[bytes], dim: int) -> dict[bytes, CachedLabel]:
-        """Return the labels, of vectors (dim,), of the keys that are in the cache."""
+        """Return the cached labels, with vectors (dim,), of the keys present."""
         if self.path is None or not os.path.exists(self.path):
             return {}
 
@@ -151,7 +151,7 @@ class LabelCache:
         return self._try(self.path, work) or {}
 
     def store(self, encoder: str, labels: Mapping[bytes, CachedLabel]) -> None:
-        """Store labels by key, all or none; `encoder` is for people, see `shares`."""
+        """Store labels by key, all or none; `encoder` is a description for `shares`."""
         if self.path is None:
             return
         now = int(time.time())
@@ -163,7 +163,7 @@ class LabelCache:
         self._try(self.path, lambda db: _insert(db, rows, self.limit), create=True)
 
     def shares(self) -> list[Share]:
-        """What is there, by encoder. Raises EdgeclipError where the file cannot be read."""
+        """Return the content by encoder. Raise EdgeclipError if the file cannot be read."""
         if self.path is None or not os.path.exists(self.path):
             return []
         query = "SELECT encoder, count(*), sum(length(vector)) FROM labels GROUP BY 1 ORDER BY 1"
@@ -177,13 +177,13 @@ class LabelCache:
             raise EdgeclipError(f"{err}; edgeclip cache --clear deletes it") from err
 
     def size(self) -> int:
-        """Bytes on disk."""
+        """Return the size on disk in bytes."""
         return 0 if self.path is None else _file_size(self.path)
 
     def clear(self) -> int:
-        """Delete the file, and those of older versions; return the bytes freed.
+        """Delete the file and the files of older versions; return the bytes freed.
 
-        Raises EdgeclipError where that is not allowed.
+        Raises EdgeclipError if deletion is not permitted.
         """
         if self.path is None:
             return 0
@@ -192,7 +192,7 @@ class LabelCache:
     def _try(
         self, path: Path, work: Callable[[sqlite3.Connection], T], *, create: bool = False
     ) -> T | None:
-        """What `work` gives; None, and a warning, where the cache is of no use."""
+        """Return the result of `work`; log a failure and return None."""
         try:
             return _with_file(path, work, create=create)
         except EdgeclipError as err:
@@ -204,8 +204,9 @@ class LabelCache:
 
 
 def _with_file(path: Path, work: Callable[[sqlite3.Connection], T], *, create: bool = False) -> T:
+    """Return the result of `work` on an open connection. Raise EdgeclipError if it fails."""
     try:
-        import sqlite3  # 5 ms, and some builds of Python are without
+        import sqlite3  # takes 5 ms, and some builds of Python lack it
     except ImportError as err:
         raise EdgeclipError(f"this Python has no sqlite3 ({err})") from err
     try:
@@ -213,7 +214,7 @@ def _with_file(path: Path, work: Callable[[sqlite3.Connection], T], *, create: b
             path.parent.mkdir(parents=True, exist_ok=True)
         uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
         with closing(sqlite3.connect(uri, TIMEOUT, isolation_level=None, uri=True)) as db:
-            # Nobody waits for the disk: a power cut may break the file, which is then made anew.
+            # Never wait for the disk: a power cut may damage the file, which is then rebuilt.
             db.execute("PRAGMA synchronous = OFF")
             return work(db)
     except (OSError, sqlite3.OperationalError) as err:
@@ -228,44 +229,48 @@ def _has_schema(db: sqlite3.Connection) -> bool:
 
 
 def _select(db: sqlite3.Connection, keys: Sequence[bytes], dim: int) -> dict[bytes, CachedLabel]:
+    """Return the undamaged labels of the keys, and mark them as used."""
     now = int(time.time())
-    sound: dict[bytes, bytes] = {}
+    valid: dict[bytes, bytes] = {}
     tokens: list[LabelTokens] = []
     stale, damaged = [], 0
     for start in range(0, len(keys), KEYS):
-        some = keys[start : start + KEYS]
-        marks = ",".join("?" * len(some))
+        page = keys[start : start + KEYS]
+        marks = ",".join("?" * len(page))
         query = f"SELECT key, used, crc, tokens, cut, vector FROM labels WHERE key IN ({marks})"
-        for key, used, crc, digest, cut, data in db.execute(query, some):
+        for key, used, crc, digest, cut, data in db.execute(query, page):
             blobs = all(isinstance(value, bytes) for value in (key, digest, data))
             sizes = blobs and (len(digest), len(data)) == (DIGEST_SIZE, 4 * dim)
             if sizes and cut in CUTS and _crc(key, digest, cut, data) == crc:
-                sound[key] = data
+                valid[key] = data
                 tokens.append(LabelTokens(digest, Cut(cut)))
-                if not isinstance(used, int) or abs(now - used) > USE_KEPT:
+                if not isinstance(used, int) or abs(now - used) > USE_RESOLUTION:
                     stale.append((now, key))
             else:
                 damaged += 1
     if stale:
         _mark_used(db, stale)
-    rows = np.frombuffer(b"".join(sound.values()), "<f4").astype(np.float32).reshape(-1, dim)
-    good: list[bool] = np.logical_and.reduce(np.isfinite(rows), axis=1).tolist()
-    damaged += good.count(False)
+    rows = np.frombuffer(b"".join(valid.values()), "<f4").astype(np.float32).reshape(-1, dim)
+    finite: list[bool] = np.logical_and.reduce(np.isfinite(rows), axis=1).tolist()
+    damaged += finite.count(False)
     if damaged:
         logger.warning("label cache: %d labels in it are damaged; encoding them again", damaged)
     labels = map(CachedLabel, rows, tokens)
-    return {key: label for key, label, sane in zip(sound, labels, good, strict=True) if sane}
+    return {
+        key: label for key, label, is_finite in zip(valid, labels, finite, strict=True) if is_finite
+    }
 
 
 def _crc(key: bytes, digest: bytes, cut: int, data: bytes) -> int:
-    """Return the checksum of a row: with its key, since a broken index may lead to another row."""
+    """Return the checksum of a row, key included: a damaged index may point to another row."""
     return zlib.crc32(data, zlib.crc32(b"%b%b%d" % (key, digest, cut)))
 
 
 def _mark_used(db: sqlite3.Connection, marks: Sequence[tuple[int, bytes]]) -> None:
+    """Update the time of last use; skip it if the file is read-only or busy."""
     import sqlite3
 
-    with suppress(sqlite3.OperationalError):  # read-only, or another is writing: no matter
+    with suppress(sqlite3.OperationalError):
         db.execute("PRAGMA busy_timeout = 0")
         db.execute("BEGIN IMMEDIATE")
         db.executemany("UPDATE labels SET used = ? WHERE key = ?", marks)
@@ -273,9 +278,10 @@ def _mark_used(db: sqlite3.Connection, marks: Sequence[tuple[int, bytes]]) -> No
 
 
 def _insert(db: sqlite3.Connection, rows: Sequence[tuple[object, ...]], limit: int) -> None:
-    if not _has_schema(db):  # these two have to come before the first table, and outside
+    """Insert rows, creating the tables and evicting labels as needed."""
+    if not _has_schema(db):  # both pragmas must precede the first table and the transaction
         db.execute(f"PRAGMA page_size = {PAGE}")
-        db.execute("PRAGMA auto_vacuum = FULL")  # what is deleted makes the file smaller
+        db.execute("PRAGMA auto_vacuum = FULL")  # deletion shrinks the file
     db.execute("BEGIN IMMEDIATE")
     if not _has_schema(db):
         for statement in SCHEMA.split(";"):
@@ -287,6 +293,7 @@ def _insert(db: sqlite3.Connection, rows: Sequence[tuple[object, ...]], limit: i
 
 
 def _size(db: sqlite3.Connection) -> int:
+    """Return the bytes in use."""
     pages, free, size = (
         db.execute(f"PRAGMA {name}").fetchone()[0]
         for name in ("page_count", "freelist_count", "page_size")
@@ -295,11 +302,11 @@ def _size(db: sqlite3.Connection) -> int:
 
 
 def _evict(db: sqlite3.Connection) -> int:
-    """Delete the tenth of the labels that was not used for longest; how many that were."""
+    """Delete the least recently used tenth of the labels; return their number."""
     (count,) = db.execute("SELECT count(*) FROM labels").fetchone()
     oldest = "SELECT rowid FROM labels ORDER BY used, rowid LIMIT ?"
-    found = db.execute(f"DELETE FROM labels WHERE rowid IN ({oldest})", (-(-count // 10),))
-    return found.rowcount
+    deleted = db.execute(f"DELETE FROM labels WHERE rowid IN ({oldest})", (-(-count // 10),))
+    return deleted.rowcount
 
 
 def _file_size(path: Path) -> int:
@@ -309,12 +316,12 @@ def _file_size(path: Path) -> int:
 
 
 def _clear(path: Path) -> int:
-    """Delete a label file that no process is writing to; return the bytes freed."""
+    """Delete a label file once no process writes to it; return the bytes freed."""
     size = _file_size(path)
     if os.path.exists(path):
 
         def work(db: sqlite3.Connection) -> None:
-            db.execute("BEGIN IMMEDIATE")  # nobody is writing, and no journal is in use
+            db.execute("BEGIN IMMEDIATE")  # no process writes, and no journal is in use
             _remove(path)
 
         with suppress(EdgeclipError):
@@ -332,7 +339,7 @@ def _remove(path: Path) -> None:
 
 
 def default_limit() -> int:
-    """EDGECLIP_CACHE_SIZE in bytes. Raises EdgeclipError where it is no size."""
+    """Return EDGECLIP_CACHE_SIZE in bytes. Raise EdgeclipError if it is no size."""
     text = os.environ.get("EDGECLIP_CACHE_SIZE") or DEFAULT_LIMIT
     match = re.fullmatch(r"([0-9]{1,12})([KMG]?)", text.strip().upper())
     if match is None:

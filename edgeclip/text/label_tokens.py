@@ -1,4 +1,4 @@
-"""Labels as the model reads them: those it cannot tell apart, and those whose prompts it cuts."""
+"""Labels as the model reads them: labels it cannot tell apart, and prompts it cuts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHOWN = 60  # characters of a label in a message
 
 
 class Cut(IntEnum):
-    """The worst that the context length did to a label's prompts."""
+    """Worst effect of the context length on a label's prompts."""
 
     NOTHING = 0
     PROMPT = 1  # the end of a prompt was cut off
@@ -30,7 +30,7 @@ class Cut(IntEnum):
 
 
 class LabelTokens(NamedTuple):
-    """The token ids of a label's prompts, as a digest, and how they were cut."""
+    """Digest of the token ids of a label's prompts, and how they were cut."""
 
     digest: bytes  # two labels with one digest have one embedding
     cut: Cut
@@ -39,40 +39,40 @@ class LabelTokens(NamedTuple):
 def read_tokens(tokenizer: Tokenizer, label: Label, templates: Sequence[str]) -> LabelTokens:
     """Tokenize a label's prompts."""
     encodings = tokenizer.encode(label.worded(templates))
-    forms = zip(label.prompts or templates, encodings, strict=True)
-    cut = [form for form, encoding in forms if encoding.overflowing]
+    sources = zip(label.prompts or templates, encodings, strict=True)
+    cut = [template for template, encoding in sources if encoding.overflowing]
     kind = Cut.PROMPT if cut else Cut.NOTHING
-    if any(_cuts_name(tokenizer, form) for form in cut):
+    if any(_cuts_name(tokenizer, template) for template in cut):
         kind = Cut.NAME
     return LabelTokens(_digest(encoding.ids for encoding in encodings), kind)
 
 
-def _cuts_name(tokenizer: Tokenizer, form: str) -> bool:
+def _cuts_name(tokenizer: Tokenizer, template: str) -> bool:
     """Return whether a template's text before the name takes up the whole context."""
-    before, name, _ = form.partition("{}")
+    before, name, _ = template.partition("{}")
     return bool(name) and len(tokenizer([before])[0]) == tokenizer.context_length
 
 
 def _digest(ids: Iterable[Sequence[int]]) -> bytes:
-    """Hash the ids of prompts, so that neither their order nor repeating all of them matters."""
+    """Hash the ids of prompts, independent of their order and of repeating all of them."""
     counts = Counter(map(tuple, ids))
-    share = math.gcd(*counts.values())
-    text = repr(sorted((prompt, count // share) for prompt, count in counts.items()))
+    repeats = math.gcd(*counts.values())
+    text = repr(sorted((prompt, count // repeats) for prompt, count in counts.items()))
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_SIZE).digest()
 
 
 def check_tokens(
     labels: Sequence[Label], tokens: Sequence[LabelTokens], templates: Sequence[str], length: int
 ) -> None:
-    """Raise LabelError for two labels that the model cannot tell apart; warn of prompts it cuts.
+    """Raise LabelError for two labels with equal tokens; warn of prompts that are cut.
 
     length: the context length, in tokens.
     """
     first: dict[bytes, int] = {}
-    for i, one in enumerate(tokens):
-        j = first.setdefault(one.digest, i)
+    for i, label_tokens in enumerate(tokens):
+        j = first.setdefault(label_tokens.digest, i)
         if j != i:
-            cut = max(one.cut, tokens[j].cut)
+            cut = max(label_tokens.cut, tokens[j].cut)
             why = _difference(labels[j].worded(templates), labels[i].worded(templates), cut, length)
             raise LabelError(
                 f"labels {_shown(labels[j].name)} and {_shown(labels[i].name)} cannot be told apart: the "
@@ -82,7 +82,7 @@ def check_tokens(
         (Cut.PROMPT, "its end is cut off"),
         (Cut.NAME, "the label itself is cut off: shorten the template"),
     ):
-        if cut_labels := [x for x, one in zip(labels, tokens, strict=True) if one.cut == kind]:
+        if cut_labels := [x for x, y in zip(labels, tokens, strict=True) if y.cut == kind]:
             logger.warning(
                 "%s: a prompt is longer than the %d tokens that the model reads, and %s",
                 _list(cut_labels),
@@ -92,7 +92,7 @@ def check_tokens(
 
 
 def check_texts(texts: Sequence[str], tokenizer: Tokenizer) -> None:
-    """Warn of texts that are cut at the context length."""
+    """Log texts that are cut at the context length."""
     pairs = zip(texts, tokenizer.encode(texts), strict=True)
     if cut := [text for text, encoding in pairs if encoding.overflowing]:
         logger.warning(
@@ -105,7 +105,7 @@ def check_texts(texts: Sequence[str], tokenizer: Tokenizer) -> None:
 
 
 def _difference(a: Sequence[str], b: Sequence[str], cut: Cut, length: int) -> str:
-    """Return what is different about the prompts of two labels, as far as one thing explains it."""
+    """Return the difference between the prompts of two labels, if one cause explains it."""
     if sorted(a) == sorted(b):
         return ", since their prompts are the same"
     for what, plain in DIFFERENCES:

@@ -1,7 +1,7 @@
-"""Prompts to token ids, the same as open_clip's on any text.
+"""Tokenizer: prompts to token ids, equal to open_clip's for any text.
 
-The vocabulary is the bundle's tokenizer.json. What open_clip does to a text before its tokenizer
-sees it is done here, in Python, since no normaliser of the tokenizers library does quite the same.
+The vocabulary is the bundle's tokenizer.json. Cleaning of texts, which open_clip does before its
+tokenizer, is written in Python: no normalizer of the tokenizers library is equal to it.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ if TYPE_CHECKING:
 
 
 def _repair(text: str) -> str:
-    """Mend wrong encodings and HTML entities, as CLIP's tokenizers do."""
+    """Repair wrong encodings and HTML entities, as CLIP's tokenizers do."""
     if text.isascii() and text.isprintable() and "&" not in text:
-        return text.strip()  # nothing below could change it, and ftfy need not be loaded
+        return text.strip()  # nothing to repair: ftfy need not be loaded
     import ftfy
 
     return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 
 def _whitespace(text: str) -> str:
+    """Repair a text and collapse its white space."""
     return " ".join(_repair(text).split())
 
 
 def _lower(text: str) -> str:
+    """Repair a text, collapse its white space and lower its case."""
     return _whitespace(text).lower()
 
 
@@ -40,7 +42,7 @@ _DROP_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
 
 def _canonicalize(text: str) -> str:
-    """SigLIP's cleaning: no punctuation, lower case, single spaces."""
+    """Clean a text as SigLIP does: no punctuation, lower case, single spaces."""
     return " ".join(_repair(text).translate(_DROP_PUNCTUATION).lower().split())
 
 
@@ -50,7 +52,7 @@ CLEANERS: dict[str, Callable[[str], str]] = dict(
 
 
 class Tokenizer:
-    """Texts to lists of ids, with start and end marks, cut at the context length."""
+    """Encoder of texts as lists of ids, with start and end marks, cut at the context length."""
 
     def __init__(self, path: Path, *, context_length: int, clean: str) -> None:
         from tokenizers import Tokenizer as Backend
@@ -67,8 +69,9 @@ class Tokenizer:
         self.context_length = context_length
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text."""
         return [encoding.ids for encoding in self.encode(texts)]
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
-        """Return for each text its `ids`, and `overflowing`, which is empty unless it was cut."""
+        """Return for each text its `ids` and `overflowing`, which is empty unless the text was cut."""
         return self._backend.encode_batch([self._clean(text) for text in texts])

@@ -1,4 +1,4 @@
-"""The text side of a bundle: prompts to embeddings, labels to LabelSets."""
+"""Text half of a bundle: prompts to embeddings, labels to LabelSets."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from edgeclip.text.cache import CachedLabel, LabelCache, embedding_identity, lab
 from edgeclip.text.label_tokens import LabelTokens, check_texts, check_tokens, read_tokens
 from edgeclip.text.tokenizer import Tokenizer
 
-# Of prompts in one run of the encoder. Fewer tokens read the weights more often than they must, more
-# do not fit into a processor's cache: 250 and 4000 are a seventh slower on two cores.
+# Tokens in one run of the encoder. Fewer read the weights too often, more overflow the processor's
+# cache: 250 and 4000 are a seventh slower on two cores.
 RUN_TOKENS = 1024
-# Of labels that are encoded and stored together: enough that prompts of one length fill runs, and
-# few enough that an interruption, or memory, costs little.
+# Prompts that are encoded and stored together: enough to fill runs with prompts of one length, few
+# enough that an interruption loses little and memory stays small.
 BLOCK_PROMPTS = 4096
-LABEL_SETS_KEPT = 8  # in memory; on disk all are
+LABEL_SETS_KEPT = 8  # in memory; the cache on disk has all
 
 
 class TextTower:
     """Tokenizer, text encoder and label cache of a bundle. May be shared by threads.
 
-    Tokenizer and encoder are loaded when they are first needed, which is never for labels in the
-    cache. `labels` lets go of them when it is done, unless `load`, `tokenize` or `embed` was called
-    before: then they stay until `release`.
+    Tokenizer and encoder are loaded on demand, which cached labels never cause. `labels` releases
+    them afterwards, unless `load`, `tokenize` or `embed` was called before: then they stay until
+    `release`.
     """
 
     def __init__(
@@ -45,39 +45,39 @@ class TextTower:
         manifest = bundle.manifest
         files, encoder = manifest.files, manifest.precisions[precision].text_encoder
         data = files.get(encoder + ".data")
-        # Not the device: labels encoded on the CPU may be used on the GPU.
+        # Without the device: labels encoded on the CPU may be used on the GPU.
         self.identity = f"{files[encoder]} {data} {files[TOKENIZER]} {manifest.text}"
         model = manifest.source.get("model", manifest.description)
-        self._called = f"{model}, {precision}, {files[encoder][:12]}"
+        self._description = f"{model}, {precision}, {files[encoder][:12]}"
         self._cache = LabelCache()
         self._lock = threading.Lock()
         self._loaded: tuple[Tokenizer, Encoder] | None = None
         self._users = 0
-        self._stays = False
+        self._kept = False
         self._label_lock = threading.Lock()
         self._label_sets: dict[tuple[tuple[Label, ...], tuple[str, ...]], LabelSet] = {}
 
     def load(self) -> None:
-        """Load the tokenizer and the encoder, to stay until `release`."""
+        """Load the tokenizer and the encoder, and keep them until `release`."""
         with self._lock:
-            self._stays = True
+            self._kept = True
             self._load()
 
     def release(self) -> None:
-        """Let go of the tokenizer and the encoder, as soon as no thread is using them."""
+        """Release the tokenizer and the encoder as soon as no thread uses them."""
         with self._lock:
-            self._stays = False
-            self._let_go()
+            self._kept = False
+            self._unload_if_unused()
         self._trim()
 
     def tokenize(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """Token ids (N, L) of texts, padded to the longest (or to the context length)."""
+        """Return token ids (N, L) of texts, padded to the longest (or to the context length)."""
         self.load()
         with self._using() as (tokenizer, _):
             return self._pad(tokenizer(texts))
 
     def embed(self, texts: Sequence[str], progress: Progress | None = None) -> NDArray[np.float32]:
-        """Unit embeddings of texts, float32 (N, D), as they are; a warning where some are cut."""
+        """Return unit embeddings (N, D), float32, of texts without templates; warn of cut texts."""
         self.load()
         with self._using() as (tokenizer, encoder):
             check_texts(texts, tokenizer)
@@ -89,28 +89,30 @@ class TextTower:
         templates: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> LabelSet:
-        """See Runtime.labels."""
+        """Return the LabelSet of labels; see `Runtime.labels`."""
         if isinstance(names, LabelSet):
-            return self._own(names, templates)
+            return self._check_label_set(names, templates)
         checked = tuple(check_labels(names))
         manifest = self._bundle.manifest
         worded = tuple(check_templates(manifest.templates if templates is None else templates))
         key = checked, worded
         with self._label_lock:
-            found = self._label_sets.get(key)
-        if found is not None:
-            return found
-        # Without the lock, which others need for labels that are there: at worst two threads
-        # encode the same ones at once.
+            label_set = self._label_sets.get(key)
+        if label_set is not None:
+            return label_set
+        # Without the lock, so that threads with known labels do not wait: at worst two threads
+        # encode the same labels at once.
         embeddings = self._class_embeddings(checked, worded, progress)
         null_scores = embeddings @ self._bundle.null_text
-        made = LabelSet(tuple(x.name for x in checked), embeddings, null_scores, self.identity)
+        names_of = tuple(label.name for label in checked)
+        label_set = LabelSet(names_of, embeddings, null_scores, self.identity)
         with self._label_lock:
             while len(self._label_sets) >= LABEL_SETS_KEPT:
                 del self._label_sets[next(iter(self._label_sets))]  # the oldest
-            return self._label_sets.setdefault(key, made)
+            return self._label_sets.setdefault(key, label_set)
 
-    def _own(self, labels: LabelSet, templates: object) -> LabelSet:
+    def _check_label_set(self, labels: LabelSet, templates: object) -> LabelSet:
+        """Return the LabelSet. Raise ValueError if it comes from another encoder."""
         if templates is not None:
             raise ValueError("a LabelSet has its prompts already: templates go with names")
         if labels.encoder != self.identity:
@@ -122,22 +124,22 @@ class TextTower:
     def _class_embeddings(
         self, labels: Sequence[Label], templates: Sequence[str], progress: Progress | None
     ) -> NDArray[np.float32]:
-        """Unit embeddings (K, D), each the mean over its prompts: cached, or encoded now."""
+        """Return unit embeddings (K, D), each the mean over its prompts, from the cache or encoded."""
         spec, dim = self._bundle.manifest.text, self._bundle.manifest.embed_dim
         keys = label_keys(self._embedding_identity, labels, templates)
-        found = self._cache.load(keys, dim)
-        missing = {key: x for key, x in zip(keys, labels, strict=True) if key not in found}
+        cached = self._cache.load(keys, dim)
+        missing = {key: x for key, x in zip(keys, labels, strict=True) if key not in cached}
 
         def check(new: Mapping[bytes, LabelTokens]) -> None:
-            tokens = [new[key] if key in new else found[key].tokens for key in keys]
+            tokens = [new[key] if key in new else cached[key].tokens for key in keys]
             check_tokens(labels, tokens, templates, spec.context_length)
 
         if missing:
-            found |= self._encode_labels(missing, templates, check, progress)
-            self._trim()  # here, where no frame holds the encoder any more
+            cached |= self._encode_labels(missing, templates, check, progress)
+            self._trim()  # here, since no frame refers to the encoder any more
         else:
             check({})
-        vectors = [found[key].vector for key in keys]
+        vectors = [cached[key].vector for key in keys]
         return np.concatenate(vectors).reshape(-1, dim)  # faster than stack
 
     @cached_property
@@ -151,11 +153,11 @@ class TextTower:
         check: Callable[[Mapping[bytes, LabelTokens]], None],
         progress: Progress | None,
     ) -> dict[bytes, CachedLabel]:
-        """Encode labels by key and store them by block: an interruption keeps what is done.
+        """Encode labels by key, storing each block: an interruption loses one block at most.
 
-        check: called with the tokens of all of them before the encoding, which may take minutes.
+        check: called with the tokens of all labels before the encoding, which may take minutes.
         """
-        found: dict[bytes, CachedLabel] = {}
+        labels_by_key: dict[bytes, CachedLabel] = {}
         prompts = {key: label.worded(templates) for key, label in labels.items()}
         total, done = sum(map(len, prompts.values())), 0
         with self._using() as (tokenizer, encoder):
@@ -163,14 +165,14 @@ class TextTower:
             check(tokens)
             for block in _blocks(prompts):
                 texts = [text for worded in block.values() for text in worded]
-                rows = self._encode(tokenizer, encoder, texts, _part(progress, done, total))
+                rows = self._encode(tokenizer, encoder, texts, _offset(progress, done, total))
                 starts = np.cumsum([0, *map(len, block.values())])[:-1]
                 means = zip(block, unit(np.add.reduceat(rows, starts)), strict=True)
                 encoded = {key: CachedLabel(mean, tokens[key]) for key, mean in means}
-                self._cache.store(self._called, encoded)
-                found |= encoded
+                self._cache.store(self._description, encoded)
+                labels_by_key |= encoded
                 done += len(texts)
-        return found
+        return labels_by_key
 
     def _encode(
         self,
@@ -179,20 +181,21 @@ class TextTower:
         texts: Sequence[str],
         progress: Progress | None,
     ) -> NDArray[np.float32]:
-        numbers: dict[tuple[int, ...], int] = {}  # equal prompts are encoded once
-        places = [numbers.setdefault(tuple(ids), len(numbers)) for ids in tokenizer(texts)]
-        prompts = list(numbers)
+        """Return unit embeddings (N, D) of texts; equal prompts are encoded once."""
+        row_of: dict[tuple[int, ...], int] = {}
+        positions = [row_of.setdefault(tuple(ids), len(row_of)) for ids in tokenizer(texts)]
+        prompts = list(row_of)
         rows = np.empty((len(prompts), self._bundle.manifest.embed_dim), np.float32)
         done = len(texts) - len(prompts)
-        for chosen in self._runs(prompts):
-            rows[chosen] = encoder.embed(self._pad([prompts[i] for i in chosen]))
-            done += len(chosen)
+        for run in self._runs(prompts):
+            rows[run] = encoder.embed(self._pad([prompts[i] for i in run]))
+            done += len(run)
             if progress is not None:
                 progress(done, len(texts))
-        return unit(rows)[np.array(places, np.intp)]
+        return unit(rows)[np.array(positions, np.intp)]
 
     def _runs(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """The prompts by number, sorted by length, so that a run is hardly longer than each."""
+        """Yield runs of prompts by index, sorted by length so that padding is short."""
         spec = self._bundle.manifest.text
         run: list[int] = []
         for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
@@ -205,6 +208,7 @@ class TextTower:
             yield run
 
     def _pad(self, ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+        """Return ids as one batch (N, L), padded at the end."""
         spec = self._bundle.manifest.text
         length = max(map(len, ids), default=1) if spec.dynamic_length else spec.context_length
         batch = np.full((len(ids), length), spec.pad_id, np.int64)
@@ -213,7 +217,7 @@ class TextTower:
         return batch
 
     def _load(self) -> tuple[Tokenizer, Encoder]:
-        """With the lock held."""
+        """Load what is not loaded; the caller holds the lock."""
         if self._loaded is None:
             spec = self._bundle.manifest.text
             tokenizer = Tokenizer(
@@ -225,19 +229,19 @@ class TextTower:
             self._loaded = tokenizer, encoder
         return self._loaded
 
-    def _let_go(self) -> None:
-        """With the lock held."""
-        if not self._users and not self._stays:
+    def _unload_if_unused(self) -> None:
+        """Unload the tokenizer and the encoder if nobody uses them; the caller holds the lock."""
+        if not self._users and not self._kept:
             self._loaded = None
 
     def _trim(self) -> None:
-        """Return a released encoder's memory to the system, 275 MB of a ViT-B/32."""
+        """Return a released encoder's memory to the system: 275 MB for a ViT-B/32."""
         if self._loaded is None:
             trim_memory()
 
     @contextmanager
     def _using(self) -> Iterator[tuple[Tokenizer, Encoder]]:
-        """The tokenizer and the encoder, which stay while this is open."""
+        """Yield the tokenizer and the encoder, which stay loaded in the block."""
         with self._lock:
             loaded = self._load()
             self._users += 1
@@ -246,11 +250,11 @@ class TextTower:
         finally:
             with self._lock:
                 self._users -= 1
-                self._let_go()
+                self._unload_if_unused()
 
 
 def _blocks(prompts: Mapping[bytes, list[str]]) -> Iterator[dict[bytes, list[str]]]:
-    """The labels' prompts by key, in parts of about BLOCK_PROMPTS."""
+    """Yield the labels' prompts by key, in blocks of about BLOCK_PROMPTS."""
     block: dict[bytes, list[str]] = {}
     count = 0
     for key, worded in prompts.items():
@@ -263,6 +267,6 @@ def _blocks(prompts: Mapping[bytes, list[str]]) -> Iterator[dict[bytes, list[str
         yield block
 
 
-def _part(progress: Progress | None, done: int, total: int) -> Progress | None:
-    """`progress` of a part of the work, before which `done` were done."""
+def _offset(progress: Progress | None, done: int, total: int) -> Progress | None:
+    """Return `progress` for a part of the work that starts at `done`."""
     return None if progress is None else lambda n, _: progress(done + n, total)

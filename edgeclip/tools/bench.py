@@ -1,7 +1,7 @@
-"""How fast a bundle is on this machine: its stages, whole answers, batches, labels, start and memory.
+"""Speed of a bundle on this machine: stages, answers, batches, labels, start and memory.
 
-Each device and precision is measured in a process of its own, so that start and memory are its own.
-Wall clock throughout: what is timed ends when the result is there for the caller, on a GPU too.
+Each device and precision is measured in a process of its own, so that start and memory are not
+shared. Times are wall clock: a call ends when the caller has the result, on a GPU too.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from edgeclip import __version__, _core, host
+from edgeclip.backends import select
 from edgeclip.backends.select import ORDER, engine_precisions, why_not
 from edgeclip.bundle import Bundle
 from edgeclip.errors import EdgeclipError
@@ -37,44 +37,48 @@ from edgeclip.purify import CosPurifier, DiffPurifier
 from edgeclip.runtime import Runtime
 from edgeclip.tools import golden
 from edgeclip.tools.doctor import PACKAGES, installed
+from edgeclip.tools.pictures import picture
 
 T = TypeVar("T")
 
-FRAME = 640, 480  # width, height: of a camera, where no image is given
-CLASSES = 1000  # where no labels are given; their embeddings are random, which changes no time
-GPU_RUNS = 50  # of which the GPU's own clock gives the median
+FRAME = 640, 480  # default width and height, those of a camera
+CLASSES = 1000  # default number of labels; random embeddings take the same time
+GPU_RUNS = 50  # runs timed by the GPU's clock
 TEXTS = 16  # labels encoded at a time
 WARM_UP = 2
 MIN_RUNS = 5
-PROGRESS_DELAY = 1  # seconds: what is done sooner needs no bar
+PROGRESS_DELAY = 1  # seconds before a progress bar appears
 PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and for how long."""
+    """Inputs of a measurement, and its length."""
 
-    image: bytes  # of a file
+    image: bytes  # an encoded file
     labels: tuple[Label, ...] = ()
     purify: str = "auto"
     batch_sizes: tuple[int, ...] = (1, 8)
-    seconds: float = 1.0  # for each of the calls that are timed
-    repeats: int | None = None  # of each, in place of seconds
+    seconds: float = 1.0  # for each timed call
+    repeats: int | None = None  # number of runs of each timed call, instead of seconds
     threads: int | None = None
 
 
 def run(
     bundle: Bundle, settings: Settings, device: str = "auto", precisions: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The report. device: auto for all that are there; precisions: none for all of the bundle's.
+    """Measure a bundle and return the report.
 
-    What cannot be measured is in "failed", with its error. Raises ImageError where the image cannot
-    be read, DeviceError where there is no device.
+    device: auto for every available device. precisions: empty for all that the bundle has. Failures
+    are listed under "failed" with their errors. Raises ImageError for an unreadable image and
+    DeviceError if no device is available.
     """
     frame = decode(settings.image)
-    # With CUDA in a process of its own, or this one would keep memory of the GPU until the end.
-    wanted = str(bundle.path), device, tuple(precisions)
-    pairs = _apart(places, *wanted) if _core.cuda_built() else places(*wanted)
+    # In another process with CUDA: this process would hold GPU memory until the end.
+    request = str(bundle.path), device, tuple(precisions)
+    targets = (
+        _in_new_process(find_targets, *request) if _core.cuda_built() else find_targets(*request)
+    )
     report: dict[str, Any] = {
         "bundle": str(bundle.path),
         "description": bundle.manifest.description,
@@ -87,68 +91,63 @@ def run(
         "measured": [],
         "failed": [],
     }
-    for name, precision in pairs:
-        place = {"device": name, "precision": precision}
+    for name, precision in targets:
+        target = {"device": name, "precision": precision}
+        arguments = str(bundle.path), name, precision
         try:
-            which = str(bundle.path), name, precision
-            problem = _apart(check, *which, settings.threads)
-            found = _apart(measure, *which, settings)
+            problem = _in_new_process(check, *arguments, settings.threads)
+            figures = _in_new_process(measure, *arguments, settings)
         except EdgeclipError as err:
-            report["failed"].append(place | {"error": str(err)})
+            report["failed"].append(target | {"error": str(err)})
         else:
-            report["measured"].append(place | {"problem": problem} | found)
-    report["warnings"] += host.hot()  # now, after the work
+            report["measured"].append(target | {"problem": problem} | figures)
+    report["warnings"] += host.hot()  # after the work, which heats
     return report
 
 
-def places(path: str, device: str, precisions: Sequence[str]) -> list[tuple[str, str]]:
-    """The devices and precisions to measure, the best first."""
-    bundle, found = Bundle(path), []
+def find_targets(path: str, device: str, precisions: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the pairs of device and precision to measure, the preferred device first."""
+    bundle, targets = Bundle(path), []
     for name in [d for d in ORDER if not why_not(bundle, d)] if device == "auto" else [device]:
         built = engine_precisions(bundle) if name == "tensorrt" and not precisions else None
-        found += [(name, p) for p in precisions or built or bundle.manifest.precisions]
-    return found
-
-
-def picture(width: int, height: int) -> Image.Image:
-    """A picture with the detail of a photograph: smooth shapes and some noise."""
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
-    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
-    noisy = smooth + rng.integers(-8, 9, smooth.shape, np.int16)
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+        targets += [(name, p) for p in precisions or built or bundle.manifest.precisions]
+    return targets
 
 
 def read_image(path: str | None) -> bytes:
-    """A file's bytes; None for a JPEG made here. Raises ImageError."""
+    """Return the bytes of a file, or of a drawn JPEG for None. Raises ImageError."""
     if path is None:
         buffer = io.BytesIO()
         picture(*FRAME).save(buffer, "JPEG", quality=90)
         return buffer.getvalue()
-    decode(path)  # raises what is wrong with it, with its name
+    decode(path)  # its error names the file
     return Path(path).read_bytes()
 
 
-def _apart(call: Callable[..., T], *arguments: Any) -> T:
-    """What it returns in a fresh process. Raises EdgeclipError."""
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=fresh, initializer=_quiet) as pool:
+def _in_new_process(call: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a new process and return its result. Raises EdgeclipError."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_prepare_process) as pool:
         try:
             return pool.submit(call, *arguments).result()
         except BrokenProcessPool as err:
-            raise EdgeclipError("the process that measured it died; is memory short?") from err
+            raise EdgeclipError("the measuring process died; is memory short?") from err
 
 
-def _quiet() -> None:
+def _prepare_process() -> None:
+    """Silence warnings that each process would repeat, and end on Ctrl-C without a traceback."""
     from tqdm import tqdm
 
     tqdm.set_lock(threading.RLock())  # its own is the system's, and stays behind an interruption
-    logging.disable(logging.WARNING)  # the note about the embedded bundle, once for each process
+    logging.getLogger(select.__name__).setLevel(logging.ERROR)  # the report has these problems
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
 
 
 def check(bundle: str, device: str, precision: str, threads: int | None) -> str:
-    """Return why a precision is not right here, or "". It is tried, too, which slows a first start."""
+    """Return the error of the golden check, or "".
+
+    Opening the runtime also runs the trials of precisions, which would slow a measured start.
+    """
     runtime = Runtime(bundle, device=device, precision=precision, purify="none", threads=threads)
     try:
         golden.check(runtime)
@@ -158,7 +157,7 @@ def check(bundle: str, device: str, precision: str, threads: int | None) -> str:
 
 
 def measure(bundle: str, device: str, precision: str, settings: Settings) -> dict[str, Any]:
-    """One device and precision. Raises EdgeclipError."""
+    """Measure one device and precision. Raises EdgeclipError."""
     gpu_before = None if device == "cpu" else host.gpu_memory_mb()
     start = time.perf_counter()
     rt = Runtime(
@@ -179,68 +178,63 @@ def measure(bundle: str, device: str, precision: str, settings: Settings) -> dic
     calls = _calls(rt, settings, labels)
     texts = _prompts(rt)
     calls["labels"] = lambda: rt.embed_texts(texts)
-    found = {}
-    for name, call in _watched(calls, f"{device} {precision}"):
-        found[name] = percentiles(times_ms(call, settings.seconds, settings.repeats))
-    encoding = found.pop("labels")
+    stages = {}
+    for name, call in _with_progress(calls, f"{device} {precision}"):
+        stages[name] = percentiles(times_ms(call, settings.seconds, settings.repeats))
+    encoding = stages.pop("labels")
     memory["peak"] = host.memory_mb().get("peak")
     if gpu_before is not None and (gpu_after := host.gpu_memory_mb()) is not None:
         memory["gpu"] = gpu_after - gpu_before
     batches = [
         {
             "size": size,
-            "prepared per second": 1e3 * size / found.pop(f"prepared {size}")["p50"],
-            "frames per second": 1e3 * size / found.pop(f"frames {size}")["p50"],
+            "prepared_per_second": 1e3 * size / stages.pop(f"prepared {size}")["p50"],
+            "frames_per_second": 1e3 * size / stages.pop(f"frames {size}")["p50"],
         }
         for size in settings.batch_sizes
     ]
     on_gpu = {} if rt.gpu is None else _gpu_stages(rt, settings, labels)
     return {
         "purification": str(rt.purifier or "none"),
-        "opened ms": 1e3 * opened,
-        "first answer ms": 1e3 * first,
-        "stages ms": found,
-        "stages on the GPU ms": on_gpu,
+        "opened_ms": 1e3 * opened,
+        "first_answer_ms": 1e3 * first,
+        "stages_ms": stages,
+        "gpu_stages_ms": on_gpu,
         "batches": batches,
-        "labels per second": 1e3 * TEXTS / encoding["p50"],
-        "prompts per label": len(rt.bundle.manifest.templates),
-        "memory MB": memory,
+        "labels_per_second": 1e3 * TEXTS / encoding["p50"],
+        "prompts_per_label": len(rt.bundle.manifest.templates),
+        "memory_mb": memory,
     }
 
 
 def _label_set(rt: Runtime, labels: Sequence[Label]) -> LabelSet:
+    """Return the encoded labels, or random ones if there are none."""
     if labels:
         return rt.labels(labels, progress=text_progress())
-    rows = np.random.default_rng(0).standard_normal(
-        (CLASSES, rt.bundle.manifest.embed_dim), np.float32
-    )
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    names = tuple(f"class {i}" for i in range(CLASSES))
-    return LabelSet(names, rows, rows @ rt.bundle.null_text, rt.text_identity())
+    return LabelSet.random(CLASSES, rt.bundle.null_text, rt.text_identity())
 
 
 def _prompts(rt: Runtime) -> list[str]:
-    """Of labels that are encoded anew each time: `embed_texts` caches nothing."""
+    """Return prompts to encode with `embed_texts`, which caches nothing."""
     labels = [Label(f"a thing of kind {i}") for i in range(TEXTS)]
     return [text for label in labels for text in label.worded(rt.bundle.manifest.templates)]
 
 
 def _calls(rt: Runtime, settings: Settings, labels: LabelSet) -> dict[str, Callable[[], object]]:
-    """What is timed, by its name."""
+    """Return the calls to time, by name."""
     image, spec = settings.image, rt.bundle.manifest.image
     frame = decode(image)
     pixels = rt.preprocess([frame])
     calls: dict[str, Callable[[], object]] = {
         "decode": lambda: decode(image, fast_for=spec),
         "preprocess": lambda: rt.preprocess([frame]),
-        "image encoder": lambda: rt.encode(pixels),
+        "image_encoder": lambda: rt.encode(pixels),
         "classify": _classify(rt, rt.encode(pixels), labels),
-        "encoder and classify": lambda: rt.classify_pixels(pixels, labels),
-        "frame to answer": lambda: rt.classify(frame, labels),
-        "file to answer": lambda: rt.classify(image, labels),
+        "encoder_and_classify": lambda: rt.classify_pixels(pixels, labels),
+        "frame_to_answer": lambda: rt.classify(frame, labels),
+        "file_to_answer": lambda: rt.classify(image, labels),
     }
-    # On a GPU it is part of what follows the encoder there, and with a prior most of it is the
-    # prior: neither can be called alone.
+    # On a GPU, and with a prior, classify cannot be called alone.
     if rt.device != "cpu" or isinstance(rt.purifier, DiffPurifier):
         del calls["classify"]
     for size in settings.batch_sizes:
@@ -251,7 +245,7 @@ def _calls(rt: Runtime, settings: Settings, labels: LabelSet) -> dict[str, Calla
 
 
 def _gpu_stages(rt: Runtime, settings: Settings, labels: LabelSet) -> dict[str, float]:
-    """The medians of one frame, by the GPU's own clock."""
+    """Return the median of each stage of one frame, in ms by the GPU's clock."""
     if rt.gpu is None or isinstance(rt.purifier, DiffPurifier):
         return {}
     frames, purifier = [decode(settings.image)], rt.purifier
@@ -262,7 +256,7 @@ def _gpu_stages(rt: Runtime, settings: Settings, labels: LabelSet) -> dict[str, 
 def _classify(
     rt: Runtime, embedding: NDArray[np.float32], labels: LabelSet
 ) -> Callable[[], object]:
-    """What a Runtime on a CPU does with an embedding (1, D): purification, scores, top-k."""
+    """Return a call that purifies an embedding (1, D) and ranks labels as a Runtime on a CPU does."""
     cos = rt.purifier if isinstance(rt.purifier, CosPurifier) else None
     purification: dict[str, Any] = {}
     if cos is not None:
@@ -275,7 +269,10 @@ def _classify(
 
 
 def times_ms(call: Callable[[], object], seconds: float, repeats: int | None) -> list[float]:
-    """Milliseconds of each call: as many as fit into `seconds`, at least MIN_RUNS, or `repeats`."""
+    """Return the milliseconds of each call.
+
+    The number of calls is `repeats`, or as many as fit into `seconds`, but at least MIN_RUNS.
+    """
     for _ in range(WARM_UP):
         call()
     times: list[float] = []
@@ -289,62 +286,61 @@ def times_ms(call: Callable[[], object], seconds: float, repeats: int | None) ->
 
 
 def percentiles(times: Sequence[float]) -> dict[str, float]:
-    """Of milliseconds, and how many there are."""
-    found = np.percentile(times, PERCENTILES).tolist()
-    return {f"p{p}": value for p, value in zip(PERCENTILES, found, strict=True)} | {
-        "runs": len(times)
-    }
+    """Return the percentiles of times, and their number."""
+    values = np.percentile(times, PERCENTILES).tolist()
+    named = {f"p{p}": value for p, value in zip(PERCENTILES, values, strict=True)}
+    return named | {"runs": len(times)}
 
 
-def _watched(
-    calls: dict[str, Callable[[], object]], what: str
+def _with_progress(
+    calls: dict[str, Callable[[], object]], title: str
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The calls, with a bar on stderr where a person watches."""
+    """Iterate over the calls, with a progress bar if stderr is a terminal."""
     from tqdm import tqdm
 
     quiet = not sys.stderr.isatty()
     return iter(
-        tqdm(calls.items(), what, unit="call", delay=PROGRESS_DELAY, leave=False, disable=quiet)
+        tqdm(calls.items(), title, unit="call", delay=PROGRESS_DELAY, leave=False, disable=quiet)
     )
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Return the report as a table for people."""
     lines = [
         f"{report['bundle']}: {report['description']}",
-        *(f"{key}: {value}" for key, value in report["machine"].items()),
+        *(f"{key.replace('_', ' ')}: {value}" for key, value in report["machine"].items()),
         ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
         f"image {report['image']}; {report['labels']} labels; milliseconds",
         *(f"warning: {text}" for text in report["warnings"]),
     ]
-    for found in report["measured"]:
-        lines += ["", *_render_one(found)]
+    for figures in report["measured"]:
+        lines += ["", *_render_one(figures)]
     return "\n".join(lines)
 
 
-def _render_one(found: dict[str, Any]) -> list[str]:
-    place = f"{found['device']} {found['precision']}, purification {found['purification']}"
+def _render_one(figures: dict[str, Any]) -> list[str]:
+    title = f"{figures['device']} {figures['precision']}, purification {figures['purification']}"
     heads = [f"p{p}" for p in PERCENTILES]
-    lines = [f"{place:<34}" + "".join(f"{head:>10}" for head in heads) + f"{'runs':>8}"]
-    if found["problem"]:
-        lines.append(f"  warning: {found['problem']}")
-    for name, ms in found["stages ms"].items():
+    lines = [f"{title:<34}" + "".join(f"{head:>10}" for head in heads) + f"{'runs':>8}"]
+    if figures["problem"]:
+        lines.append(f"  warning: {figures['problem']}")
+    for name, ms in figures["stages_ms"].items():
         cells = "".join(f"{ms[head]:>10.3f}" for head in heads)
-        lines.append(f"  {name:<32}{cells}{ms['runs']:>8}")
-    if own := found["stages on the GPU ms"]:
-        each = ", ".join(f"{name} {ms:.3f}" for name, ms in own.items())
-        lines.append(f"  by the GPU's own clock, without a graph: {each}")
-    for row in found["batches"]:
+        lines.append(f"  {name.replace('_', ' '):<32}{cells}{ms['runs']:>8}")
+    if gpu_stages := figures["gpu_stages_ms"]:
+        times = ", ".join(f"{name} {ms:.3f}" for name, ms in gpu_stages.items())
+        lines.append(f"  by the GPU's own clock, without a graph: {times}")
+    for row in figures["batches"]:
         lines.append(
-            f"  batch {row['size']}: {row['frames per second']:.1f} frames/s, "
-            f"{row['prepared per second']:.1f} images/s once prepared"
+            f"  batch {row['size']}: {row['frames_per_second']:.1f} frames/s, "
+            f"{row['prepared_per_second']:.1f} images/s after preprocessing"
         )
     lines.append(
-        f"  {found['labels per second']:.1f} labels/s encoded, "
-        f"of {found['prompts per label']} prompts each"
+        f"  {figures['labels_per_second']:.1f} labels/s encoded, "
+        f"{figures['prompts_per_label']} prompts each"
     )
     lines.append(
-        f"  opened in {found['opened ms']:.0f} ms, first answer {found['first answer ms']:.0f} ms after"
+        f"  opened in {figures['opened_ms']:.0f} ms, first answer {figures['first_answer_ms']:.0f} ms later"
     )
-    told = [f"{name} {mb:.0f}" for name, mb in found["memory MB"].items() if mb is not None]
-    return [*lines, f"  memory in MB: {', '.join(told) or 'not known'}"]
+    memory = [f"{name} {mb:.0f}" for name, mb in figures["memory_mb"].items() if mb is not None]
+    return [*lines, f"  memory in MB: {', '.join(memory) or 'unknown'}"]

@@ -1,4 +1,4 @@
-"""The TensorRT engine of a bundle's image encoder: built on this device, held to the bundle, kept."""
+"""TensorRT engine of a bundle's image encoder: built on this device, verified and stored."""
 
 from __future__ import annotations
 
@@ -13,39 +13,36 @@ from numpy.typing import NDArray
 
 from edgeclip.backends.base import EMBEDDING, Encoder, unit
 from edgeclip.backends.cuda_pipeline import GpuPipeline
-from edgeclip.backends.golden_values import TOLERANCE, GoldenValues, largest_distance
+from edgeclip.backends.engine_cache import BuildOptions, EngineCache
+from edgeclip.backends.golden_values import GoldenValues, largest_distance
 from edgeclip.backends.select import check_known, image_engine_key, preferred
-from edgeclip.backends.tensorrt_builder import (
-    BuildOptions,
-    EngineCache,
-    Progress,
-    build_engine,
-    import_tensorrt,
-)
+from edgeclip.backends.tensorrt_builder import Progress, build_engine
 from edgeclip.backends.tensorrt_encoder import TensorRTEncoder
+from edgeclip.backends.tensorrt_module import import_tensorrt
 from edgeclip.bundle import Bundle
 from edgeclip.errors import DeviceError
 from edgeclip.images.decoding import ImageSource
 from edgeclip.labels import Labels, LabelSet
+from edgeclip.precisions import PRECISIONS, REFERENCE, engine_precisions
+from edgeclip.prediction import score_table
 from edgeclip.runtime import Runtime
 from edgeclip.tools import golden
 
-CROPS = 16  # of the golden picture, each of them also turned over, upside down and both
+CROPS = 16  # crops of the golden picture, each in four orientations
 MIN_AGREEMENT = 0.98
-BATCH = 32  # pictures at a time
-CLASSES = 10  # random ones
-BUILDABLE = ("fp32", "fp16", "int8-qdq")
+BATCH = 32  # pictures encoded at a time
+CLASSES = 10  # random classes of the check of the pipeline
 
 
 @dataclass(frozen=True)
 class Built:
-    """An engine in the cache."""
+    """Engine in the cache."""
 
     path: Path
     precision: str
     is_new: bool
-    seconds: float  # of the build; 0 where it was there
-    checked: dict[str, float]  # see `check`; empty where it was there
+    seconds: float  # build time; 0 for an engine that was in the cache
+    checked: dict[str, float]  # result of `check`; empty for an engine that was in the cache
 
 
 def build(
@@ -58,29 +55,29 @@ def build(
     labels: Labels | None = None,
     progress: Progress | None = None,
 ) -> Built:
-    """Build an engine, which takes minutes, check it and keep it for `device="tensorrt"`.
+    """Build an engine, which takes minutes, verify it and store it for `device="tensorrt"`.
 
-    precision: fp16, fp32 or int8-qdq; auto for fp16 where its answers are known to be the model's, else fp32.
-    force: build although it is there. pictures, labels: what answers are compared on, see `check`.
-    progress: see build_engine. Raises DeviceError where TensorRT or a GPU is not here, or where the
-    engine is not what the bundle says: then it is not kept.
+    precision: one that TensorRT reads; auto for fp16 if its answers are known to be the model's, else
+    fp32. force: build even if the engine exists. pictures, labels: see `check`. progress: see
+    `build_engine`. Raises DeviceError if TensorRT or a GPU is missing, or if the engine differs from
+    the bundle's encoder; such an engine is not stored.
     """
     if (pictures is None) != (labels is None):
-        raise ValueError("pictures and labels go together: answers need both")
+        raise ValueError("pictures and labels go together: give both or none")
     if precision == "auto":
         precision = preferred(bundle, "tensorrt")[0]
     check_known(bundle, precision)
-    if precision not in BUILDABLE:
+    if not PRECISIONS[precision].tensorrt:
         raise DeviceError(
-            f"the {precision} encoders are for ONNX Runtime on CPUs; TensorRT takes "
-            f"{', '.join(BUILDABLE)}: export with --precision fp16"
+            f"the {precision} encoders are for ONNX Runtime on {PRECISIONS[precision].hardware}; "
+            f"TensorRT takes {', '.join(engine_precisions())}: export with --precision fp16"
         )
     trt, cache = import_tensorrt(), EngineCache()
     options = replace(options or BuildOptions(), outputs=(EMBEDDING,))
     key = image_engine_key(bundle, precision, trt, options)
-    found = None if force else cache.find(key)
-    if found is not None:
-        return Built(found, precision, False, 0.0, {})
+    stored = None if force else cache.find(key)
+    if stored is not None:
+        return Built(stored, precision, False, 0.0, {})
     start = time.perf_counter()
     engine = build_engine(
         bundle.encoder("image_encoder", precision),
@@ -99,17 +96,17 @@ def build(
 
 
 def check_pipeline(encoder: TensorRTEncoder, bundle: Bundle) -> float:
-    """The largest difference of probabilities between what the GPU does with frames, by graphs too, and
-    the softmax of the embeddings that the encoder gives of the CPU's pixels. Raises DeviceError."""
+    """Return how far the probabilities of the GPU pipeline are from those computed on the CPU.
+
+    The CPU preprocesses the frames and applies softmax to the encoder's embeddings. Raises
+    DeviceError if a probability differs by more than the golden check allows.
+    """
     manifest, image = bundle.manifest, GoldenValues(bundle).image
     reference = Runtime(bundle, device="cpu", purify="none", decode="exact")
-    rows = np.random.default_rng(0).standard_normal((CLASSES, manifest.embed_dim), np.float32)
-    labels = LabelSet(
-        tuple(map(str, range(CLASSES))), unit(rows), np.zeros(CLASSES, np.float32), ""
-    )
+    labels = LabelSet.random(CLASSES, bundle.null_text)
     pipeline = GpuPipeline(encoder, manifest, bundle.null_text)
     pipeline.warm_up()
-    frames = parts(image)[: pipeline.max_batch]
+    frames = crops(image)[: pipeline.max_batch]
     logits = (
         manifest.logit_scale
         * unit(encoder.embed(reference.preprocess(frames)))
@@ -119,14 +116,12 @@ def check_pipeline(encoder: TensorRTEncoder, bundle: Bundle) -> float:
     expected /= expected.sum(axis=1, keepdims=True)
     largest = 0.0
     for _ in range(3):  # run, captured, from the graph
-        indices, scores = pipeline.classify(frames, labels, None, CLASSES)
-        found = np.empty_like(scores)
-        np.put_along_axis(found, indices.astype(np.int64), scores, axis=1)
-        largest = max(largest, float(np.abs(found - expected).max()))
+        scores = score_table(*pipeline.classify(frames, labels, None, CLASSES))
+        largest = max(largest, float(np.abs(scores - expected).max()))
     if not largest <= golden.SCORE_TOLERANCE:
         raise DeviceError(
-            f"what the GPU computes is not what it should be: probabilities differ by {largest:.3g}, "
-            f"more than {golden.SCORE_TOLERANCE:g}; the engine was not kept: see edgeclip doctor"
+            f"the GPU's probabilities differ from the CPU's by {largest:.3g}, more than "
+            f"{golden.SCORE_TOLERANCE:g}; the engine was not stored: see edgeclip doctor"
         )
     return largest
 
@@ -138,19 +133,20 @@ def check(
     pictures: Sequence[ImageSource] | None = None,
     labels: Labels | None = None,
 ) -> dict[str, float]:
-    """How far an encoder of `precision` is from the bundle: from the golden embedding (golden), and from
-    the plainest encoder on the CPU on each of `pictures` (largest_distance), both of unit vectors;
-    and how often the most similar of `labels` is the same one (top1_agreement).
+    """Return how far an encoder of `precision` is from the bundle's encoder.
 
-    pictures: None for parts of the golden picture, with the golden prompts for labels.
-    Raises DeviceError where any of them is beyond what the precision allows.
+    golden is the distance from the golden embedding; largest_distance the distance from the CPU's
+    embedding (in fp32 if the bundle has it) of any of `pictures`, both between unit vectors;
+    top1_agreement the share of pictures with the same most similar label. pictures: None for crops
+    of the golden picture, with the golden prompts as labels. Raises DeviceError if one of these is
+    beyond the limit of the precision.
     """
-    limit = TOLERANCE[precision]
+    limit = PRECISIONS[precision].tolerance
     values = GoldenValues(bundle)
-    plain = "fp32" if "fp32" in bundle.manifest.precisions else precision
+    plain = REFERENCE if REFERENCE in bundle.manifest.precisions else precision
     reference = Runtime(bundle, device="cpu", precision=plain, purify="none")
     if pictures is None or labels is None:
-        pictures = parts(values.image)
+        pictures = crops(values.image)
         classes = reference.embed_texts(values.prompts)
     else:
         classes = reference.labels(labels).embeddings
@@ -163,48 +159,48 @@ def check(
         agree = (ours @ classes.T).argmax(axis=1) == (theirs @ classes.T).argmax(axis=1)
         agreed += int(agree.sum())
     embedding = unit(encoder.embed(values.pixels[None]))
-    found = {
+    checked = {
         "golden": largest_distance(embedding, values.embedding),
         "largest_distance": largest,
         "top1_agreement": agreed / len(pictures),
         "pictures": float(len(pictures)),
     }
     for name in ("golden", "largest_distance"):
-        if not found[name] <= limit:
+        if not checked[name] <= limit:
             raise DeviceError(
                 f"the {precision} engine is not the bundle's encoder: {name.replace('_', ' ')} of "
-                f"embeddings {found[name]:.3g}, more than {limit:g}; it was not kept"
-                + (": build it with --precision fp32" if precision != "fp32" else "")
+                f"embeddings {checked[name]:.3g}, more than {limit:g}; it was not stored"
+                + (f": build it with --precision {REFERENCE}" if precision != REFERENCE else "")
             )
-    if not found["top1_agreement"] >= MIN_AGREEMENT:
+    if not checked["top1_agreement"] >= MIN_AGREEMENT:
         raise DeviceError(
-            f"the {precision} engine gives other answers: {found['top1_agreement']:.1%} of "
-            f"{len(pictures)} as on the CPU, less than {MIN_AGREEMENT:.0%}; it was not kept"
-            + (": build it with --precision fp32" if precision != "fp32" else "")
+            f"the {precision} engine agrees with the CPU on {checked['top1_agreement']:.1%} of "
+            f"{len(pictures)} pictures, less than {MIN_AGREEMENT:.0%}; it was not stored"
+            + (f": build it with --precision {REFERENCE}" if precision != REFERENCE else "")
         )
-    return found
+    return checked
 
 
-def parts(image: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-    """Pictures made of one, uint8 (H, W, 3): different parts of it, and these turned over."""
+def crops(image: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """Return crops of a picture, uint8 (H, W, 3), each in four orientations."""
     height, width, _ = image.shape
-    found = []
+    pictures = []
     for i in range(CROPS):
         scale = 0.4 + 0.6 * i / (CROPS - 1)
         tall, wide = max(int(scale * height), 1), max(int(scale * width), 1)
         top, left = (height - tall) * (i % 4) // 3, (width - wide) * (i // 4) // 3
         crop = image[top : top + tall, left : left + wide]
-        found += [crop, crop[::-1], crop[:, ::-1], crop[::-1, ::-1]]
-    return found
+        pictures += [crop, crop[::-1], crop[:, ::-1], crop[::-1, ::-1]]
+    return pictures
 
 
 def describe(built: Built) -> dict[str, Any]:
-    """For people, and as JSON."""
+    """Return the report of a build."""
     lines = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in built.checked.items()]
     return {
         "engine": str(built.path),
         "precision": built.precision,
         "size": f"{built.path.stat().st_size / 1e6:.1f} MB",
-        "built": f"in {built.seconds:.1f} s" if built.is_new else "before; --force builds it again",
+        "built": f"in {built.seconds:.1f} s" if built.is_new else "before; --force builds again",
         "checked": lines or "when it was built",
     }

@@ -1,4 +1,4 @@
-"""What a bundle is, and whether this installation can run it: for people, and as JSON."""
+"""Reports on a bundle, and on whether this installation runs it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PACKAGES = (
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
-    """A bundle in a few entries, each a value or a list of lines."""
+    """Return the properties of a bundle; each entry is a value or a list of lines."""
     manifest = bundle.manifest
     height, width = manifest.image.size
     return {
@@ -41,7 +41,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         f"{manifest.image.interpolation}",
         "embedding": manifest.embed_dim,
         "tokens": _describe_tokens(manifest.tokens),
-        "context length": manifest.text.context_length,
+        "context_length": manifest.text.context_length,
         "templates": list(manifest.templates),
         "precisions": [
             line for name, v in manifest.precisions.items() for line in _describe_variant(name, v)
@@ -54,7 +54,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 
 
 def _describe_variant(name: str, variant: Variant) -> list[str]:
-    """How fast it was where the bundle was made, and how far from the model."""
+    """Return the speed on the exporter's CPU and the differences from the original model."""
     speed = (
         [] if variant.cpu_ms is None else [f"{name}: {variant.cpu_ms:.3g} ms on the exporter's CPU"]
     )
@@ -62,9 +62,9 @@ def _describe_variant(name: str, variant: Variant) -> list[str]:
 
 
 def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
-    """Check this installation, and a bundle against its golden outputs on each device (or on `device`).
+    """Check the installation, and a bundle against its golden outputs on each device or on `device`.
 
-    The entry "problem" is empty where what a Runtime would use works; otherwise it says what is wrong.
+    The entry "problem" has the error of the device and precision that a Runtime would use, or "".
     """
     report: dict[str, Any] = {
         "edgeclip": f"{__version__}, core {_core.simd()}, "
@@ -76,8 +76,8 @@ def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
         "gpu": "",
         "bundle": str(path or "embedded demonstration"),
         "devices": [],
-        "device used": "",
-        "precision used": "",
+        "device_used": "",
+        "precision_used": "",
         "problem": "",
     }
     try:
@@ -95,25 +95,25 @@ def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
         built = engine_precisions(bundle) if name == "tensorrt" else None
         for precision in built or bundle.manifest.precisions:
             try:
-                told = _check(bundle, name, precision)
+                result = _check(bundle, name, precision)
             except EdgeclipError as err:
-                told = problems[name, precision] = str(err)
-            report["devices"].append(f"{name} {precision}: {told}")
+                result = problems[name, precision] = str(err)
+            report["devices"].append(f"{name} {precision}: {result}")
     return report | _used(bundle, device, problems)
 
 
 def _check(bundle: Bundle, device: str, precision: str) -> str:
-    """Describe how near one precision comes to the golden outputs. Raises EdgeclipError."""
-    with _no_warnings():  # of a precision that is not right: it is said by what is raised
+    """Return the differences of one precision from the golden outputs. Raises EdgeclipError."""
+    with _no_warnings():  # the golden check raises what the warning says
         runtime = Runtime(bundle, device=device, precision=precision, purify="none")
-    found = golden.check(runtime)
-    told = ", ".join(f"{key} {value:.2g}" for key, value in found.items())
-    where = "" if device == "cpu" or runtime.gpu else ", but for the encoder on the CPU"
-    return f"works{where}; largest golden differences: {told}"
+    differences = golden.check(runtime)
+    text = ", ".join(f"{key} {value:.2g}" for key, value in differences.items())
+    part = "" if device == "cpu" or runtime.gpu else " for the encoder; all else runs on the CPU"
+    return f"works{part}; largest golden differences: {text}"
 
 
 def _used(bundle: Bundle, device: str, problems: Mapping[tuple[str, str], str]) -> dict[str, str]:
-    """Return the device and precision that a Runtime takes by itself, and what is wrong with them."""
+    """Return the device and precision that a Runtime chooses, and their problem."""
     try:
         with _no_warnings():
             runtime = Runtime(bundle, device=device, purify="none")
@@ -121,8 +121,8 @@ def _used(bundle: Bundle, device: str, problems: Mapping[tuple[str, str], str]) 
         return {"problem": str(err)}
     problem = problems.get((runtime.device, runtime.precision), "")
     return {
-        "device used": runtime.device,
-        "precision used": runtime.precision,
+        "device_used": runtime.device,
+        "precision_used": runtime.precision,
         "problem": problem,
     }
 
@@ -162,17 +162,18 @@ def _describe_tokens(tokens: TokenSpec | None) -> str:
     if tokens is None:
         return ""
     rows, columns = tokens.grid
-    return f"{rows} x {columns} patches, after {tokens.prefix} others"
+    return f"{rows} x {columns} patches after {tokens.prefix} other tokens"
 
 
 def _describe_prior(prior: PriorSpec | None) -> str | list[str]:
     if prior is None:
-        return "none: --purify diff is not there"
-    told = f"{prior.file}, {prior.gradient} gradient, {prior.timesteps} timesteps"
-    return [told, *(f"{key} {value:.3g}" for key, value in prior.parity.items())]
+        return "none: --purify diff is not available"
+    summary = f"{prior.file}, {prior.gradient} gradient, {prior.timesteps} timesteps"
+    return [summary, *(f"{key} {value:.3g}" for key, value in prior.parity.items())]
 
 
 def installed(package: str) -> str:
+    """Return the version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -14,7 +14,7 @@ from train.attacks import pgd
 from train.data import dataset
 from train.errors import DataError
 from train.models.checkpoints import Source
-from train.robustness.subjects import Shipped, Subject
+from train.robustness.subjects import BundleClassifier, Subject
 
 SAMPLES = 1000
 BATCH = 50
@@ -47,10 +47,12 @@ def measure(bundle: Bundle, source: Source, test: dataset.DataSet) -> dict[str, 
     # A diffusion purifier is left out: no precision changes its prior's step.
     purifier = recommended if isinstance(recommended, CosPurifier) else None
     defence = subject.defence(test.classes, purifier).eval()
-    shipped = {n: Shipped(subject, test.classes, purifier, n) for n in manifest.precisions}
-    preprocess = next(iter(shipped.values())).runtime.preprocess
+    classifiers = {
+        n: BundleClassifier(subject, test.classes, purifier, n) for n in manifest.precisions
+    }
+    preprocess = next(iter(classifiers.values())).runtime.preprocess
     mean, std = (torch.tensor(x)[:, None, None] for x in (manifest.image.mean, manifest.image.std))
-    agree, right = (dict.fromkeys(shipped, 0) for _ in range(2))
+    agree, right = (dict.fromkeys(classifiers, 0) for _ in range(2))
     right_in_pytorch = 0
     for indices in np.array_split(chosen, -(-len(chosen) // BATCH)):
         pairs = [test[int(i)] for i in indices]
@@ -64,16 +66,16 @@ def measure(bundle: Bundle, source: Source, test: dataset.DataSet) -> dict[str, 
         with torch.no_grad():
             answers, attacked_answers = (defence(x).argmax(1) for x in (images, attacked))
         right_in_pytorch += int((attacked_answers == labels).sum())
-        for name, runtime in shipped.items():
-            agree[name] += int((runtime.answers(images) == answers).sum())
-            right[name] += int((runtime.answers(attacked) == labels).sum())
+        for name, classifier in classifiers.items():
+            agree[name] += int((classifier.classes(images) == answers).sum())
+            right[name] += int((classifier.classes(attacked) == labels).sum())
     return {
         name: {
             "top1_agreement": agree[name] / len(chosen),
             "attacked_accuracy": right[name] / len(chosen),
             "attacked_accuracy_change": (right[name] - right_in_pytorch) / len(chosen),
         }
-        for name in shipped
+        for name in classifiers
     }
 
 

@@ -8,20 +8,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeclip.backends.base import Encoder
+from edgeclip.backends.base import TOKENS, Encoder
 from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.bundle import GOLDEN
 from edgeclip.manifest import Manifest
+from edgeclip.precisions import PRECISIONS
 from export import ExportError
 from export.golden import tokenize
 from train.models.checkpoints import Source
 from train.models.towers import image_encoder
 
-# Largest difference of unit embeddings, of one minus their cosine, and of tokens relative to their
-# norm.
-LIMIT = 1e-4
 CUT_LIMIT = 1e-5  # unit text embeddings: ids cut at their end, compared with ids of full length
-MIN_COSINE = {"fp16": 0.999, "int8": 0.99, "int8-qdq": 0.99}  # these precisions have no other limit
 BATCHES = (1, 2, 5)
 
 PROBES = (
@@ -43,23 +40,25 @@ def verify(directory: Path, source: Source, manifest: Manifest, precision: str) 
     Returns the differences, for `Variant.parity`. Raises ExportError if one is above its limit (or
     not a number), or if tokenizer.json gives other ids than open_clip.
     """
-    variant = manifest.precisions[precision]
+    row, variant = PRECISIONS[precision], manifest.precisions[precision]
     image = OnnxEncoder(directory / variant.image_encoder, device="cpu")
     text = OnnxEncoder(directory / variant.text_encoder, device="cpu")
+    tokens = None
+    if variant.image_tokens is not None:
+        tokens = OnnxEncoder(directory / variant.image_tokens, device="cpu", output=TOKENS)
     parity = {
-        **_image_parity(image, source, manifest),
+        **_image_parity(image, tokens, source, manifest),
         **_text_parity(text, directory, source, manifest),
         **_golden_parity(image, text, directory),
     }
     for name, value in parity.items():
         is_cosine = name.endswith("cosine")
-        if precision in MIN_COSINE:
-            good = not is_cosine or value >= MIN_COSINE[precision]
-            limit = MIN_COSINE[precision]
-        else:
-            limit = CUT_LIMIT if "cut" in name else LIMIT
-            good = (1 - value if is_cosine else value) <= limit
-        if not good:
+        limit = row.min_cosine if is_cosine else row.max_difference
+        if limit is None:
+            continue
+        if "cut" in name:
+            limit = CUT_LIMIT
+        if not (value >= limit if is_cosine else value <= limit):
             raise ExportError(
                 f"{precision} does not match PyTorch: {name} is {value:.3g} (limit {limit:g}); "
                 "no bundle was written"
@@ -68,19 +67,21 @@ def verify(directory: Path, source: Source, manifest: Manifest, precision: str) 
 
 
 @torch.no_grad()
-def _image_parity(encoder: Encoder, source: Source, manifest: Manifest) -> dict[str, float]:
-    reference, spec = image_encoder(source.model)
+def _image_parity(
+    encoder: Encoder, token_encoder: Encoder | None, source: Source, manifest: Manifest
+) -> dict[str, float]:
+    reference, _ = image_encoder(source.model)
     generator = torch.Generator().manual_seed(0)
     expected, actual, expected_tokens, actual_tokens = [], [], [], []
     for size in BATCHES:
         pixels = torch.randn(size, 3, *manifest.image.size, generator=generator)
         expected.append(source.model.encode_image(pixels, normalize=True).numpy())
         actual.append(encoder.embed(pixels.numpy()))
-        if spec:
+        if token_encoder:
             expected_tokens.append(reference(pixels)[1].numpy())
-            actual_tokens.append(encoder.tokens(pixels.numpy()))
+            actual_tokens.append(token_encoder.embed(pixels.numpy()))
     parity = _compare("image", np.concatenate(actual), np.concatenate(expected))
-    if spec:
+    if token_encoder:
         difference = np.concatenate(actual_tokens) - np.concatenate(expected_tokens)
         norms = np.linalg.norm(np.concatenate(expected_tokens), axis=2)
         parity["tokens_max_rel_diff"] = float((np.linalg.norm(difference, axis=2) / norms).max())

@@ -1,4 +1,4 @@
-"""The two encoders of a model as ONNX files: what goes in, what comes out, and nothing else."""
+"""ONNX graphs of a model's image and text encoders, without the exporter's metadata."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ from train.models.self_attention import plain_attention
 from train.models.towers import image_encoder
 from train.progress import brief, quiet
 
-OPSET = 20  # has Gelu, which runtimes run as one operation; TensorRT 10.3 (JetPack 6) builds it
+OPSET = 20  # includes Gelu as one operator; TensorRT 10.3 (JetPack 6) builds it
 Shape = tuple[str | int, ...]
 
 
 class TextEncoder(nn.Module):
-    """Any text tower: ids (B, L) -> embedding (B, D)."""
+    """Text tower of any kind: ids (B, L) -> embedding (B, D)."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.model.encode_text(ids, normalize=False)
+        embedding: Tensor = self.model.encode_text(ids, normalize=False)
+        return embedding
 
 
 class CutTextEncoder(nn.Module):
-    """A causal text tower on ids (B, L) of any length L up to its context length.
+    """Causal text tower for ids (B, L) of any length L up to its context length.
 
-    No token sees those behind it, so ids cut after the end mark give the same embedding. open_clip
-    always adds all positions and the whole mask: both are cut to L for the call.
+    No token attends to later ones, so ids cut after the end mark give the same embedding. open_clip
+    always adds all positions and the whole mask; the call cuts both to L.
     """
 
     def __init__(self, model: Any) -> None:
@@ -51,16 +52,17 @@ class CutTextEncoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]
-        tower = self.encoder.get_submodule(self.prefix.rstrip("."))
+        tower: Any = self.encoder.get_submodule(self.prefix.rstrip("."))
         cut = {
             self.prefix + "positional_embedding": tower.positional_embedding[:length],
             self.prefix + "attn_mask": tower.attn_mask[:length, :length],
         }
-        return torch.func.functional_call(self.encoder, cut, (ids,))
+        embedding: Tensor = torch.func.functional_call(self.encoder, cut, (ids,))
+        return embedding
 
 
 def can_cut(model: Any) -> bool:
-    """Whether ids may be cut after the longest prompt without changing any embedding."""
+    """Return whether ids may be cut after the longest prompt without changing any embedding."""
     if isinstance(model, CLIP):
         return model.attn_mask is not None and model.text_pool_type in ("argmax", "eos")
     text = model.text
@@ -75,10 +77,11 @@ def can_cut(model: Any) -> bool:
 def export_image_encoder(model: Any, size: tuple[int, int], path: Path) -> TokenSpec | None:
     """Write pixels ("batch", 3, H, W) -> embedding ("batch", D) [, tokens ("batch", T, D)].
 
-    Raises ExportError where PyTorch cannot export the tower, or fixes its batch size.
+    The bundle has the two outputs in two graphs: see `split_outputs`. Raises ExportError if PyTorch
+    cannot export the tower, or fixes its batch size.
     """
     encoder, spec = image_encoder(model)
-    example = torch.zeros(2, 3, *size)  # a batch of 1 would be taken for a constant
+    example = torch.zeros(2, 3, *size)  # a batch of 1 would become a constant
     names = ["embedding", "tokens"] if spec else ["embedding"]
     dims = ({0: torch.export.Dim("batch")},)
     with plain_attention(encoder):
@@ -92,10 +95,9 @@ def export_image_encoder(model: Any, size: tuple[int, int], path: Path) -> Token
 
 
 def export_text_encoder(model: Any, context_length: int, path: Path) -> bool:
-    """Write ids ("batch", "length") -> embedding ("batch", D); whether the length is symbolic.
+    """Write ids ("batch", "length") -> embedding ("batch", D); return whether the length is symbolic.
 
-    A tower whose tokens see what is behind them keeps the full length. Raises ExportError as
-    `export_image_encoder` does.
+    A tower that is not causal keeps the full length. Raises ExportError like `export_image_encoder`.
     """
     cut = can_cut(model)
     encoder = CutTextEncoder(model) if cut else TextEncoder(model)
@@ -113,8 +115,8 @@ def export_text_encoder(model: Any, context_length: int, path: Path) -> bool:
 
 @torch.no_grad()
 def _embed_dim(encoder: nn.Module, example: Tensor) -> int:
-    found = encoder(example)
-    return int((found if isinstance(found, Tensor) else found[0]).shape[-1])
+    output = encoder(example)
+    return int((output if isinstance(output, Tensor) else output[0]).shape[-1])
 
 
 @torch.no_grad()
@@ -127,9 +129,9 @@ def export_graph(
     path: Path,
     rewrite: Callable[[onnx_ir.Model], None] | None = None,
 ) -> None:
-    """Write a module as ONNX; dims are the symbolic sizes of each input. Raises ExportError.
+    """Write a module as ONNX. Raises ExportError.
 
-    rewrite: optimises the graph instead of the exporter.
+    dims: symbolic sizes of each input. rewrite: replaces the exporter's own optimisation.
     """
     try:
         with quiet():
@@ -156,14 +158,17 @@ def export_graph(
 
 
 def _fold_transposes(model: onnx_ir.Model) -> None:
-    """Store weights as products take them; the exporter leaves those that are used twice."""
+    """Store weights transposed; the exporter keeps the Transpose of weights that are used twice."""
     folded: dict[tuple[str, tuple[int, ...]], onnx_ir.Value] = {}
     for node in list(model.graph):
-        if node.op_type != "Transpose" or not node.inputs[0].is_initializer():
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or not weight.is_initializer():
             continue
-        weight, turn = node.inputs[0], tuple(node.attributes["perm"].as_ints())
-        if (weight.name, turn) not in folded:
-            array = np.ascontiguousarray(weight.const_value.numpy().transpose(turn))
+        if weight.name is None or weight.const_value is None:
+            raise ExportError("the exported graph has a weight without name or values")
+        order = tuple(node.attributes["perm"].as_ints())
+        if (weight.name, order) not in folded:
+            array = np.ascontiguousarray(weight.const_value.numpy().transpose(order))
             name = f"{weight.name}.transposed{len(folded)}"
             value = onnx_ir.Value(
                 name=name,
@@ -172,33 +177,34 @@ def _fold_transposes(model: onnx_ir.Model) -> None:
                 const_value=onnx_ir.tensor(array, name=name),
             )
             model.graph.register_initializer(value)
-            folded[weight.name, turn] = value
-        node.outputs[0].replace_all_uses_with(folded[weight.name, turn])
+            folded[weight.name, order] = value
+        node.outputs[0].replace_all_uses_with(folded[weight.name, order])
         model.graph.remove(node, safe=True)
     RemoveUnusedNodesPass()(model)
 
 
 def _save(model: onnx_ir.Model, path: Path) -> None:
-    _forget_origins(model)
-    _keep_names_apart(model.graph)
+    _remove_origins(model)
+    _rename_clashes(model.graph)
     save(model, path)
 
 
-def _forget_origins(model: onnx_ir.Model) -> None:
-    """Drop what the exporter notes about source code: paths of this machine, and megabytes."""
+def _remove_origins(model: onnx_ir.Model) -> None:
+    """Remove the exporter's notes on source code: megabytes, with paths of this machine."""
     model.metadata_props.clear()
     model.doc_string = None
     graph = model.graph
     values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
     for node in graph.all_nodes():
         values += node.outputs
-    for item in (graph, *graph.all_nodes(), *values):
+    items: list[onnx_ir.Graph | onnx_ir.Node | onnx_ir.Value] = [graph, *graph.all_nodes(), *values]
+    for item in items:
         item.metadata_props.clear()
         item.doc_string = None
 
 
-def _keep_names_apart(graph: onnx_ir.Graph) -> None:
-    """Rename inner values called like an output: aten's embedding would clash with ours."""
+def _rename_clashes(graph: onnx_ir.Graph) -> None:
+    """Rename inner values that have an output's name, such as the result of aten's embedding."""
     outputs = set(graph.outputs)
     taken = {value.name for value in outputs}
     for node in graph.all_nodes():
@@ -208,12 +214,12 @@ def _keep_names_apart(graph: onnx_ir.Graph) -> None:
 
 
 def check_shapes(path: Path, inputs: dict[str, Shape], outputs: dict[str, Shape]) -> None:
-    """Raises ExportError unless the file has just these inputs and outputs, symbols included."""
+    """Raise ExportError unless the file has exactly these inputs and outputs, symbols included."""
     graph = onnx.load(path, load_external_data=False).graph
-    for values, wanted in ((graph.input, inputs), (graph.output, outputs)):
-        found = {value.name: _shape(value) for value in values}
-        if found != wanted:
-            raise ExportError(f"the exported graph has the shapes {found}, not {wanted}")
+    for values, expected in ((graph.input, inputs), (graph.output, outputs)):
+        actual = {value.name: _shape(value) for value in values}
+        if actual != expected:
+            raise ExportError(f"the exported graph has the shapes {actual}, not {expected}")
 
 
 def _shape(value: onnx.ValueInfoProto) -> Shape:

@@ -19,11 +19,11 @@ from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
 from edgeclip import LabelSet
+from edgeclip._core import MIN_SINE
 from edgeclip.manifest import ImageSpec
 from edgeclip.purify import CosPurifier
 
 TOP_K = 5
-MIN_SINE = 1e-5  # csrc/math.h's kMinSine
 
 Array = NDArray[Any]
 

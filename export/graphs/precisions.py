@@ -9,11 +9,12 @@ static ranges from images of a data set; the text encoder stays fp32.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torchvision.models import ResNet18_Weights
 
 from edgeclip import _core
@@ -32,6 +33,16 @@ if TYPE_CHECKING:
 CALIBRATION_WORDS = 250
 CALIBRATION_IMAGES, CALIBRATION_BATCH = 128, 16
 
+Files = tuple[Path, Path]  # source and target
+
+
+class Calibration(NamedTuple):
+    """Inputs that converters measure errors and activation ranges on."""
+
+    golden: NDArray[np.float32]  # pixels (1, 3, H, W)
+    prompts: Sequence[Inputs]
+    images: Sequence[Inputs]
+
 
 def convert_encoders(
     folder: Path,
@@ -44,28 +55,42 @@ def convert_encoders(
 ) -> None:
     """Write the encoders of `variant` from those of `fp32`, all in `folder`.
 
-    images: calibration images for int8-qdq, see `calibration_images`. Raises ExportError.
+    images: calibration images, if the precision needs any, see `calibration_images`. Raises
+    ExportError.
     """
-    pairs = [
-        (folder / getattr(fp32, kind), folder / getattr(variant, kind))
-        for kind in ("image_encoder", "text_encoder")
-    ]
+    image = folder / fp32.image_encoder, folder / variant.image_encoder
+    text = folder / fp32.text_encoder, folder / variant.text_encoder
     try:
-        if precision == "int8-qdq":
-            to_qdq(*pairs[0], images)
-        elif precision == "fp16":
-            for original, target in pairs:
-                to_fp16(original, target)
-        else:
-            (image, image8), (text, text8) = pairs
-            with np.load(folder / GOLDEN, allow_pickle=False) as golden:
-                pixels = golden["pixels"][None]
-            to_int8(image, image8, [{"pixels": pixels}], static=False)
-            to_int8(text, text8, calibration_prompts(source, manifest), static=True)
+        with np.load(folder / GOLDEN, allow_pickle=False) as golden:
+            pixels = golden["pixels"][None]
+        calibration = Calibration(pixels, calibration_prompts(source, manifest), images)
+        CONVERTERS[precision](image, text, calibration)
     except Exception as err:  # ONNX Runtime's converters raise anything
         raise ExportError(
             f"cannot make {precision} encoders ({brief(err)}): export without {precision}"
         ) from err
+
+
+def _convert_fp16(image: Files, text: Files, calibration: Calibration) -> None:
+    to_fp16(*image)
+    to_fp16(*text)
+
+
+def _convert_int8(image: Files, text: Files, calibration: Calibration) -> None:
+    to_int8(*image, [{"pixels": calibration.golden}], static=False)
+    to_int8(*text, calibration.prompts, static=True)
+
+
+def _convert_int8_qdq(image: Files, text: Files, calibration: Calibration) -> None:
+    to_qdq(*image, calibration.images)  # its text encoder is the fp32 one
+
+
+# One converter for each precision of edgeclip.precisions except the reference.
+CONVERTERS: dict[str, Callable[[Files, Files, Calibration], None]] = {
+    "fp16": _convert_fp16,
+    "int8": _convert_int8,
+    "int8-qdq": _convert_int8_qdq,
+}
 
 
 def calibration_prompts(source: Source, manifest: Manifest) -> list[Inputs]:

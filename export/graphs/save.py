@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 import onnx_ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from edgeclip.onnx_file import locations
 
 # Bytes of weights above which they are stored beside the graph: ONNX Runtime maps that file into
 # memory instead of parsing and copying it, and a protobuf ends at 2 GiB.
@@ -24,6 +28,24 @@ def save(model: onnx_ir.Model, path: Path) -> None:
 def exceeds_protobuf(model: onnx.ModelProto) -> bool:
     """Return whether the weights are too large for one protobuf."""
     return _weight_bytes(onnx_ir.from_proto(model)) > LARGEST_MESSAGE
+
+
+def split_outputs(path: Path, targets: Mapping[str, Path]) -> None:
+    """Replace a graph by one graph for each output, with the weights of all in PATH.data.
+
+    targets: file of each output, in the folder of `path`.
+    """
+    weights = f"{path.name}.data"
+    if weights not in locations(path):
+        onnx_ir.save(onnx_ir.load(path), path, external_data=weights)
+    models = {target: onnx_ir.load(path) for target in targets.values()}
+    for output, target in targets.items():
+        graph = models[target].graph
+        remaining = [value for value in graph.outputs if value.name == output]
+        graph.outputs.clear()
+        graph.outputs.extend(remaining)
+        RemoveUnusedNodesPass()(models[target])
+        onnx_ir.save(models[target], target)
 
 
 def _weight_bytes(model: onnx_ir.Model) -> int:

@@ -84,7 +84,7 @@ def test_every_stage_and_batch_is_measured() -> None:
 REPORT: dict[str, Any] = {
     "labels": 1000,
     "gpu_mb": {"edgeclip cuda fp16": 500.4, gpu.PEER: 700.0},
-    "left out": {"edgeclip tensorrt fp16": "TensorRT is not installed"},
+    "left_out": {"edgeclip tensorrt fp16": "TensorRT is not installed"},
     "rows": [
         {"batch": batch, "stage": stage, "name": name, "p50": ms * batch, "p99": 2 * ms * batch}
         for batch in (1, 8)

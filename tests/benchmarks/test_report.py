@@ -9,11 +9,12 @@ import pytest
 
 from benchmarks import report
 from benchmarks.timing import publish
+from train import documents
 
 SHOWN = [
     (document, match[2], match[0])
     for document in report.DOCUMENTS
-    for match in report.MARK.finditer(document.read_text(encoding="utf-8"))
+    for match in documents.marks(report.PREFIX).finditer(document.read_text(encoding="utf-8"))
 ]
 
 
@@ -42,18 +43,6 @@ def test_targets_say_what_was_missed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     lines = report.targets().splitlines()
     assert "| int8, image encoder, resident | at most 170 MB | 171 MB | missed |" in lines
     assert "| int8, both encoders, resident | at most 280 MB | 280 MB |  |" in lines
-
-
-def test_a_document_keeps_what_is_beside_its_marks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    document = tmp_path / "doc.md"
-    document.write_text("a\n<!-- benchmarks.x -->\nold\n<!-- /benchmarks.x -->\nb\n")
-    monkeypatch.setattr(report, "table", lambda name: f"table of {name}")
-    for _ in range(2):
-        assert report.update(document) == 1
-        expected = "a\n<!-- benchmarks.x -->\ntable of x\n<!-- /benchmarks.x -->\nb\n"
-        assert document.read_text() == expected
 
 
 def test_published_figures_are_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

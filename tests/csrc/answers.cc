@@ -1,5 +1,5 @@
-// Prints what the operations answer, for tests that compare machines: the instruction set, then
-// lines of a name and values.
+// Prints results of the operations, for tests that compare machines: first the instruction set,
+// then one line per result with its name and values.
 
 #include <cmath>
 #include <cstdio>
@@ -18,8 +18,9 @@ void print(const char* name, const std::vector<float>& values) {
   std::printf("\n");
 }
 
-// Not of std::normal_distribution, whose values depend on the mathematical library.
-std::vector<float> some_values(int64_t count) {
+// Returns values that are equal on all machines; std::normal_distribution depends on the math
+// library.
+std::vector<float> portable_values(int64_t count) {
   std::vector<float> values;
   for (uint8_t byte : random_pixels(count)) values.push_back(byte / 128.0f - 1.0f);
   return values;
@@ -37,7 +38,7 @@ void print_preprocess(int64_t height, int64_t width, Interpolation interpolation
 }
 
 void print_classify(int64_t n, int64_t k, int64_t dim) {
-  auto z = some_values(n * dim), w = some_values(k * dim), t = some_values(dim);
+  auto z = portable_values(n * dim), w = portable_values(k * dim), t = portable_values(dim);
   std::vector<float> purified(n * dim), moved(n * dim), q(k), logits(n * k), probabilities(n * k);
   std::vector<int32_t> indices(n * k);
   for (int64_t c = 0; c < k; ++c) q[c] = w[c * dim] / 8;
@@ -64,8 +65,8 @@ int main() {
   std::printf("simd %s\n", simd().c_str());
   const int64_t sizes[][2] = {{1, 1}, {33, 2049}, {2049, 33}, {97, 101}};
   for (const auto& size : sizes) {
-    for (Interpolation how : {Interpolation::kBicubic, Interpolation::kBilinear}) {
-      print_preprocess(size[0], size[1], how);
+    for (Interpolation interpolation : {Interpolation::kBicubic, Interpolation::kBilinear}) {
+      print_preprocess(size[0], size[1], interpolation);
     }
   }
   for (int64_t dim : {2, 33, 2049}) {

@@ -1,5 +1,5 @@
-// Drives the operations at awkward sizes, for the sanitizers to watch; the values themselves are
-// tested from Python. Exits with 1 at the first check that fails.
+// Runs the operations at awkward sizes under the sanitizers; Python tests check their values. Exits
+// with 1 at the first failed check.
 
 #include "csrc/ops.h"
 
@@ -35,12 +35,14 @@ void test_preprocess() {
     const TensorView image = view(pixels, {size[0], size[1], 3}, kUint8);
     for (const auto& target : targets) {
       for (Resize resize : {Resize::kShortest, Resize::kLongest, Resize::kSquash}) {
-        for (Interpolation how : {Interpolation::kBicubic, Interpolation::kBilinear}) {
-          std::vector<float> one(3 * target[0] * target[1], NAN), five = one;
+        for (Interpolation interpolation : {Interpolation::kBicubic, Interpolation::kBilinear}) {
+          std::vector<float> serial(3 * target[0] * target[1], NAN), parallel = serial;
           const std::vector<int64_t> shape = {3, target[0], target[1]};
-          preprocess(image, view(one, shape, kFloat32), preprocess_options(resize, how, 1));
-          preprocess(image, view(five, shape, kFloat32), preprocess_options(resize, how, 5));
-          CHECK(one == five);  // also: no value was left NaN
+          preprocess(image, view(serial, shape, kFloat32),
+                     preprocess_options(resize, interpolation, 1));
+          preprocess(image, view(parallel, shape, kFloat32),
+                     preprocess_options(resize, interpolation, 5));
+          CHECK(serial == parallel);  // also fails if a value is still NaN
         }
       }
     }
@@ -118,7 +120,7 @@ void test_classify() {
   }
 }
 
-// Just enough work for two threads: over the classes, then over the samples.
+// Just enough work for two threads: split over the classes, then over the samples.
 void test_classify_with_threads() {
   const int64_t dim = 512;
   for (const auto& [n, k] : {std::pair<int64_t, int64_t>{1, 66000}, {3, 22000}, {66, 1000}}) {
@@ -155,13 +157,13 @@ void test_parallel_for() {
   for (int64_t count : {0, 1, 2, 7, 1000}) {
     for (int64_t threads : {1, 2, 5, 64}) {
       std::vector<int> visits(count, 0);
-      std::atomic<int64_t> parts{0};
+      std::atomic<int64_t> ranges{0};
       parallel_for(count, threads, [&](int64_t begin, int64_t end) {
-        ++parts;
+        ++ranges;
         for (int64_t i = begin; i < end; ++i) ++visits[i];
       });
       CHECK(std::count(visits.begin(), visits.end(), 1) == count);
-      CHECK(parts == std::min(count, threads));
+      CHECK(ranges == std::min(count, threads));
     }
   }
   const std::string error = error_of([] {
@@ -172,7 +174,7 @@ void test_parallel_for() {
   CHECK(error == "25");
 }
 
-// Callers at once, whose parts wait in one queue; and parts that have parts of their own.
+// Concurrent callers share one queue, and their ranges call parallel_for again.
 void test_parallel_for_from_many_threads() {
   std::vector<std::thread> callers;
   std::atomic<int64_t> sum{0};
@@ -192,7 +194,7 @@ void test_parallel_for_from_many_threads() {
 }  // namespace
 }  // namespace edgeclip
 
-// With the argument "threads" only what starts threads runs: the thread sanitizer is slow.
+// With the argument "threads" only tests that use threads run: the thread sanitizer is slow.
 int main(int argc, char** argv) {
   const bool all = argc < 2 || std::string(argv[1]) != "threads";
   edgeclip::test_parallel_for();

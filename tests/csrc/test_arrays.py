@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgeclip import _core
+from edgeclip import DeviceError, _core
+from edgeclip.backends.cuda_array import cuda_errors
 
 NORMALIZE = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
@@ -59,16 +60,16 @@ class _Tensor(ctypes.Structure):
 class Handmade:
     """A dense uint8 array in memory of any kind, beginning after an offset, without strides."""
 
-    def __init__(self, array: np.ndarray, kind: int) -> None:
-        self.array, self.kind = array, kind
+    def __init__(self, array: np.ndarray, kind: int, index: int = 0) -> None:
+        self.array, self.kind, self.index = array, kind, index
         self.shape = (ctypes.c_int64 * array.ndim)(*array.shape)
         address = array.ctypes.data - 5
-        self.tensor = _Tensor(address, kind, 0, array.ndim, 1, 8, 1, self.shape, None, 5)
+        self.tensor = _Tensor(address, kind, index, array.ndim, 1, 8, 1, self.shape, None, 5)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return self.kind, 0
+        return self.kind, self.index
 
-    def __dlpack__(self) -> object:
+    def __dlpack__(self, stream: int | None = None) -> object:
         new = ctypes.pythonapi.PyCapsule_New
         new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p] * 3
         return new(ctypes.addressof(self.tensor), b"dltensor", None)
@@ -138,20 +139,38 @@ def test_devices_and_producers_that_do_not_fit(image: np.ndarray) -> None:
             raise BufferError("not now")
 
     tensor = torch.from_numpy(image)
-    with pytest.raises(TypeError, match=r"\[preprocess\] image gives no DLPack capsule"):
+    with pytest.raises(
+        TypeError, match="expected image to return a DLPack capsule from __dlpack__, got object"
+    ):
         pixels(Nothing(tensor))
     with pytest.raises(BufferError, match="not now"):
         pixels(Failing(tensor))
-    with pytest.raises(TypeError, match="image is on a device of another kind, DLPack's number 15"):
+    with pytest.raises(
+        TypeError, match="expected image in CPU or CUDA memory, got DLPack device type 15"
+    ):
         pixels(Handmade(image, kind=15))
+    with pytest.raises(TypeError, match="expected image on GPU 0, got GPU 1: choose a GPU with"):
+        pixels(Handmade(image, kind=2, index=1))
     np.testing.assert_array_equal(pixels(Handmade(image, kind=1)), pixels(image))
     np.testing.assert_array_equal(pixels(Handmade(image, kind=3)), pixels(image))  # pinned
     with pytest.raises(TypeError, match="expected image to be a NumPy array, or to have __cuda_"):
         pixels([[1, 2, 3]])
 
 
-@pytest.mark.skipif(_core.cuda_built(), reason="of an extension without CUDA")
-def test_without_cuda_it_is_said() -> None:
+@pytest.mark.skipif(_core.cuda_built(), reason="built with CUDA")
+def test_cuda_objects_need_a_cuda_build() -> None:
     for make in (_core.CudaStream, _core.CudaEvent, lambda: _core.CudaMemory(8), _core.cuda_device):
-        with pytest.raises(RuntimeError, match=r"\[cuda\] edgeclip was built without CUDA"):
+        with pytest.raises(_core.CudaError, match=r"\[cuda\] edgeclip was built without CUDA"):
             make()
+
+
+def test_cuda_error_is_a_runtime_error_of_the_core() -> None:
+    assert _core.CudaError.__bases__ == (RuntimeError,)
+    assert f"{_core.CudaError.__module__}.{_core.CudaError.__name__}" == "edgeclip._core.CudaError"
+
+
+def test_only_cuda_errors_become_device_errors() -> None:
+    with pytest.raises(DeviceError, match="out of memory"), cuda_errors():
+        raise _core.CudaError("out of memory")
+    with pytest.raises(RuntimeError, match=r"\[other\] failed"), cuda_errors():
+        raise RuntimeError("[other] failed")

@@ -319,7 +319,7 @@ def with_value(array: np.ndarray, index: tuple[int, ...], value: float) -> np.nd
             {"classes": with_value(W, (5, 0), np.nan)},
             (
                 "the logits of embedding 0 contain NaN or infinity: "
-                "look at classes, null_scores and logit_scale"
+                "check classes, null_scores and logit_scale"
             ),
         ),
     ],
@@ -355,7 +355,9 @@ class OnGpu:
 
 @pytest.mark.skipif(_core.cuda_built(), reason="built with CUDA")
 def test_cuda_tensors_reach_the_missing_kernels() -> None:
-    built_without = "got a CUDA tensor, but edgeclip was built without CUDA (EDGECLIP_CUDA=OFF)"
+    built_without = (
+        "got a CUDA tensor, but edgeclip was built without CUDA: rebuild it with EDGECLIP_CUDA=ON"
+    )
     image = np.zeros((2, 2, 3), np.uint8)
     out = np.zeros((3, 2, 2), np.float32)
     calls = {
@@ -366,10 +368,10 @@ def test_cuda_tensors_reach_the_missing_kernels() -> None:
         "classify": lambda: _core.classify(OnGpu(Z), OnGpu(W), logit_scale=1.0),
     }
     for op, call in calls.items():
-        with pytest.raises(RuntimeError) as error:
+        with pytest.raises(_core.CudaError) as error:
             call()
         assert str(error.value) == f"[{op}] {built_without}"
-    with pytest.raises(RuntimeError, match=r"\[classify_workspace\] edgeclip was built without"):
+    with pytest.raises(_core.CudaError, match=r"\[classify_workspace\] edgeclip was built without"):
         _core.classify_workspace(1, 10)
 
 

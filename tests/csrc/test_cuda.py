@@ -316,7 +316,7 @@ def test_what_does_not_fit_is_refused() -> None:
     assert "expected classes in CUDA memory" in error(classes=arrays["classes"].cpu().numpy())
     half = arrays["embeddings"].half()
     assert "expected embeddings (N, 8) float32, got (2, 8) float16" in error(embeddings=half)
-    message = "[classify] expected workspace to be 4224 or more bytes of uint8 in CUDA memory"
+    message = "[classify] expected workspace of at least 4224 bytes of uint8 in CUDA memory"
     assert error(workspace=None).startswith(message)
     assert error(workspace=arrays["workspace"][:-16]).startswith(message)
     assert error(workspace=workspace(5000)[1:]).startswith(message)

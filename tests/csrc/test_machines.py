@@ -1,7 +1,7 @@
 """The CPU operations on machines that this is not, emulated by QEMU, against this one.
 
 An old x86-64 and one with AVX2 run the binary that is built here, for all; the baseline of 64-bit ARM,
-NEON, is what a Jetson's CPU runs. Without QEMU these are skipped: test_core_simd.py forces the same
+NEON, is what a Jetson's CPU runs. Without QEMU these are skipped: test_simd.py forces the same
 x86-64 versions on this machine, against NumPy and Pillow.
 """
 

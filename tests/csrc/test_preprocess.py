@@ -338,11 +338,11 @@ def misaligned(shape: tuple[int, ...]) -> np.ndarray:
             {"out": np.zeros((2, 2, 3), np.float32).transpose(2, 0, 1)},
             "expected out to be C-contiguous, got strides (4, 24, 12) for shape (3, 2, 2)",
         ),
-        ({"out": misaligned((3, 2, 2))}, "expected out to be aligned to its elements"),
+        ({"out": misaligned((3, 2, 2))}, "expected out to be aligned to its element size"),
         ({"out": read_only(GOOD["out"])}, "expected out to be writable"),
         ({"mean": (0, 0)}, "expected mean of 3 values, got 2"),
         ({"std": (1, 1, 1, 1)}, "expected std of 3 values, got 4"),
-        ({"std": (1, 0, 1)}, "expected std other than 0"),
+        ({"std": (1, 0, 1)}, "expected nonzero std"),
         ({"std": (1, float("nan"), 1)}, "expected finite std"),
         ({"mean": (0, float("inf"), 0)}, "expected finite mean"),
         ({"fill": 256}, "expected fill in 0..255, got 256"),
@@ -360,6 +360,21 @@ def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011
         _core.preprocess(arguments.pop("image"), arguments.pop("out"), **arguments)
     assert str(error.value) == "[preprocess] " + message
+
+
+def test_all_named_options_are_accepted() -> None:
+    for resize in _core.RESIZES:
+        for interpolation in _core.INTERPOLATIONS:
+            out = np.full_like(GOOD["out"], np.nan)
+            _core.preprocess(
+                GOOD["image"],
+                out,
+                mean=(0, 0, 0),
+                std=(1, 1, 1),
+                resize=resize,
+                interpolation=interpolation,
+            )
+            assert np.isfinite(out).all()
 
 
 def test_lists_are_refused() -> None:

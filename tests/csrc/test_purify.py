@@ -68,6 +68,14 @@ def test_parallel_to_the_null_text_there_is_no_tangent(factor: float, steps: int
     np.testing.assert_array_equal(_core.purify_cos(z, t, steps=steps, step_size=30.0), z)
 
 
+def test_min_sine_is_the_smallest_that_moves() -> None:
+    t = np.array([1.0, 0.0], np.float32)
+    for factor in (0.99, 1.01):
+        z = np.array([[1.0, factor * _core.MIN_SINE]], np.float32)
+        got = _core.purify_cos(z, t, steps=1, step_size=30.0)
+        assert np.array_equal(got, z) == (factor < 1)
+
+
 def test_one_dimension_has_no_tangent() -> None:
     z = np.array([[2.0], [-3.0]], np.float32)
     t = np.ones(1, np.float32)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.paths import TESTS
+from tests.support.paths import ROOT
 
 LEVELS = ["baseline", "avx2", "avx512"]
 SIZES = [1, 33, 2049]  # of embeddings, and numbers of classes
@@ -31,7 +31,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         check=False,
         capture_output=True,
         text=True,
-        cwd=TESTS,
+        cwd=ROOT,
         env=inherited | environment,
     )
 
@@ -97,7 +97,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.
     found = {}
     for level in available():
         path = tmp_path_factory.mktemp("simd") / "found.npz"
-        code = f"import test_core_simd; test_core_simd.compute({str(path)!r})"
+        code = f"from tests.csrc import test_simd; test_simd.compute({str(path)!r})"
         done = run(code, EDGECLIP_SIMD=level)
         assert done.returncode == 0, done.stderr
         with np.load(path) as arrays:
@@ -194,7 +194,7 @@ def test_doctor_prints_it(level: str) -> None:
         assert f"core {level}," in done.stdout
     else:
         assert done.returncode == 2
-        assert f"error: EDGECLIP_SIMD={level}: this machine has no more than" in done.stderr
+        assert f"error: EDGECLIP_SIMD={level}: this machine supports at most" in done.stderr
 
 
 def test_empty_is_unset() -> None:

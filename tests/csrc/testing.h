@@ -1,4 +1,4 @@
-// What the C++ tests share.
+// Helpers of the C++ tests.
 #ifndef EDGECLIP_TESTS_TESTING_H_
 #define EDGECLIP_TESTS_TESTING_H_
 

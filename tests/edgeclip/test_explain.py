@@ -43,7 +43,7 @@ def unit(vector: np.ndarray) -> np.ndarray:
 def published(
     tokens: np.ndarray, text: np.ndarray, grid: tuple[int, int], prefix: int, size: tuple[int, int]
 ) -> np.ndarray:
-    """The map in PyTorch, in float64, for any grid and prefix."""
+    """Compute the published map in PyTorch, in float64, for any grid and prefix."""
     exact = torch.from_numpy(tokens).double()
     scores = (exact / exact.norm(dim=0))[prefix:] @ torch.from_numpy(text).double()
     scores = (scores - scores.min()) / (scores.max() - scores.min())
@@ -123,7 +123,7 @@ def test_embedded_bundle(rt: Runtime) -> None:
     assert found.label == "ankle boot"
     text = rt.labels(["ankle boot"]).embeddings
     pixels = rt.preprocess([BOOT])
-    tokens = rt._image_encoder.tokens(pixels)
+    tokens = rt._open_tokens().embed(pixels)
     expected = trained_attention(torch.from_numpy(tokens), torch.from_numpy(text.copy()), 28)
     np.testing.assert_allclose(found.attention, expected[0, 0], rtol=1e-4, atol=1e-5)
     assert found.attention.dtype == np.float32
@@ -166,7 +166,7 @@ def test_grid_that_is_not_square() -> None:
 
 
 def changed(folder: Path, tokens: dict[str, object] | None) -> Path:
-    """The embedded bundle with another entry for its tokens."""
+    """Copy the embedded bundle with another entry for its tokens."""
     bundle = Path(shutil.copytree(EMBEDDED, folder / "bundle"))
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"tokens": tokens}))

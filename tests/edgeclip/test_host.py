@@ -1,4 +1,4 @@
-"""What this runs on, read from a folder that stands for `/`, and from NVIDIA's tools."""
+"""Machine facts, read from a folder that replaces `/` and from imitations of NVIDIA's tools."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tool(folder: Path, name: str, script: str) -> None:
 
 @pytest.fixture
 def jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Files and tools as JetPack 6 has them."""
+    """Create the files and tools of JetPack 6."""
     zone = "sys/class/thermal/thermal_zone"
     entries = {
         "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0",
@@ -57,10 +57,10 @@ def jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_jetson_is_described(jetson: Path) -> None:
     told = host.describe(jetson)
     assert told["board"] == "NVIDIA Jetson Orin Nano Developer Kit"
-    assert told["memory MB"] == 7803
-    assert told["power mode"] == "NV Power Mode: 25W 1"
+    assert told["memory_mb"] == 7803
+    assert told["power_mode"] == "NV Power Mode: 25W 1"
     assert told["gpu"] == "Orin (nvgpu), 540.4.0"
-    assert told["gpu clock MHz"] == "918, from 306 to 1020"
+    assert told["gpu_clock_mhz"] == "918, from 306 to 1020"
     assert told["temperature"] == 52.5
     assert host.hot(jetson) == []
     assert host.busy(jetson) == []
@@ -77,7 +77,7 @@ def test_locked_clocks_heat_and_load_are_told(jetson: Path) -> None:
             "proc/loadavg": f"{cores()}.00 0.20 0.30 1/200 4242\n",
         },
     )
-    assert host.describe(jetson)["gpu clock MHz"] == "1020, locked"
+    assert host.describe(jetson)["gpu_clock_mhz"] == "1020, locked"
     assert host.hot(jetson) == ["cpu-thermal is at 99.5 degrees, and slows down from 99"]
     (told,) = host.busy(jetson)
     assert f"{cores()}.00 on {cores()} cores" in told
@@ -110,15 +110,15 @@ def test_memory_of_the_gpu(
 def test_a_tool_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool(tmp_path, "nvpmodel", "exec sleep 60")
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(host, "PATIENCE", 0.1)
-    assert "power mode" not in host.describe(tmp_path)
+    monkeypatch.setattr(host, "TOOL_TIMEOUT", 0.1)
+    assert "power_mode" not in host.describe(tmp_path)
 
 
 def test_this_machine() -> None:
     told = host.describe()
     assert 1 <= told["cores"] <= len(os.sched_getaffinity(0))
     assert (
-        abs(told["memory MB"] - os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024e3)
+        abs(told["memory_mb"] - os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024e3)
         < 2
     )
     memory = host.memory_mb()

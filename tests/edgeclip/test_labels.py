@@ -1,20 +1,44 @@
-"""Label files, templates and other text files that people write."""
+"""Label files, template files, and their errors."""
 
 from __future__ import annotations
 
 import io
 import os
-import random
 import re
 import sys
 import threading
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from edgeclip import Label, LabelError, read_labels
 from edgeclip.labels import check_labels, check_templates, read_lines, read_templates
+
+# tmp_path is shared by the examples of a test, each of which overwrites the file.
+properties = settings(
+    derandomize=True,
+    max_examples=50,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+# All that UTF-8 encodes but control characters, as labels are stored: without outer white space.
+characters = st.characters(codec="utf-8", exclude_categories=["Cc"]) | st.sampled_from("\\#|{}\t ")
+texts = st.text(characters, max_size=12).map(str.strip).filter(bool)
+label_lists = st.lists(
+    st.builds(Label, texts, st.lists(texts, max_size=3).map(tuple)),
+    min_size=1,
+    max_size=5,
+    unique_by=lambda label: label.name,
+)
+
+
+def escaped(text: str) -> str:
+    return re.sub(r"(\\*)([#|])", lambda match: f"{match[1] * 2}\\{match[2]}", text)
 
 
 def write(tmp_path: Path, text: str, encoding: str = "utf-8") -> Path:
@@ -84,22 +108,52 @@ def test_escapes(tmp_path: Path, line: str, expected: Label) -> None:
     assert read_labels(write(tmp_path, f"# comment\n{line}\n  # comment\n")) == [expected]
 
 
-def test_every_name_can_be_written(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    names = sorted({"".join(rng.choices(r"\\#| a{}é", k=8)).strip() for _ in range(500)} - {""})
+@properties
+@given(label_lists, st.sampled_from(["\n", "\r\n", "\r"]))
+def test_all_labels_survive_a_file(tmp_path: Path, labels: list[Label], end: str) -> None:
+    lines = [" | ".join(map(escaped, (label.name, *label.prompts))) for label in labels]
+    # With a byte order mark, since a name may begin with that character.
+    assert read_labels(write(tmp_path, end.join(lines), "utf-8-sig")) == labels
+    assert check_labels(labels) == labels
 
-    def escaped(text: str) -> str:
-        return re.sub(r"(\\*)([#|])", lambda found: f"{found[1] * 2}\\{found[2]}", text)
 
-    lines = [f"{escaped(name)}|{escaped(name[::-1])}" for name in names if name[-1] != "\\"]
-    expected = [Label(name, (name[::-1],)) for name in names if name[-1] != "\\"]
-    assert read_labels(write(tmp_path, "\n".join(lines))) == expected
+@properties
+@given(st.lists(st.tuples(texts, texts).map("{}".join), min_size=1, max_size=5))
+def test_all_templates_survive_a_file(tmp_path: Path, templates: list[str]) -> None:
+    path = write(tmp_path, "\n".join(map(escaped, templates)), "utf-8-sig")
+    assert read_templates([str(path)]) == templates
+    assert read_templates(templates) == templates
+
+
+@properties
+@given(
+    st.binary(max_size=40) | st.text(max_size=20).map(lambda text: text.encode("utf-8", "replace"))
+)
+def test_other_files_are_label_errors_or_labels(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_bytes(raw)
+    with suppress(LabelError):
+        labels = read_labels(path)
+        assert check_labels(labels) == labels
+    with suppress(LabelError):
+        assert all("{}" in template for template in read_templates([str(path)]))
+
+
+@properties
+@given(st.lists(st.text(max_size=8), max_size=4))
+def test_other_names_are_label_errors_or_labels(names: list[str]) -> None:
+    try:
+        labels = check_labels(names)
+    except LabelError:
+        return
+    assert [label.name for label in labels] == [name.strip() for name in names]
+    assert len({label.name for label in labels}) == len(names) > 0
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_ends_of_lines(tmp_path: Path, end: str, encoding: str) -> None:
-    """Only those three: the others that str.splitlines knows belong to a text."""
+    # The other line ends of str.splitlines belong to a text.
     lines = ["cat\u2028dog", "", "owl\u2029ape", "a\x85b\x0bc\x0cd\x1ce\x1ef", "last"]
     for text in (end.join(lines), end.join([*lines, ""])):
         assert read_lines(write(tmp_path, text, encoding)) == lines
@@ -119,9 +173,9 @@ def test_control_characters_are_refused_in_labels_and_templates() -> None:
             with pytest.raises(LabelError, match=f"control character U.{code:04X}; remove it"):
                 check_templates([text])
     assert check_labels(["a\tb", "a\u200bb"]) == [Label("a\tb"), Label("a\u200bb")]
-    for given in (["caf\udce9"], [Label("x", ("caf\udce9",))]):
+    for names in (["caf\udce9"], [Label("x", ("caf\udce9",))]):
         with pytest.raises(LabelError, match="is not valid text"):
-            check_labels(given)
+            check_labels(names)
     with pytest.raises(LabelError, match="is not valid text"):
         read_templates(["caf\udce9 {}"])
 

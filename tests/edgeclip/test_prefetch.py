@@ -23,7 +23,7 @@ from edgeclip.prefetch import BUFFERS, batches, newest
 from examples import camera
 from tests.support.paths import EXAMPLES
 
-WAIT = 30  # seconds after which something that should happen has not: a test fails, none measures
+WAIT = 30  # seconds until a test fails; none measures time
 SIZE = 4
 
 
@@ -40,7 +40,7 @@ def frames(fashion: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
 
 
 def fill(row: np.ndarray, image: ImageSource) -> None:
-    """A stand-in for preprocessing: a number is an image, and a negative one is not readable."""
+    """Imitate preprocessing: a number is an image, and a negative one is unreadable."""
     if image < 0:
         raise ImageError(f"image {image}")
     row[:] = image
@@ -49,13 +49,13 @@ def fill(row: np.ndarray, image: ImageSource) -> None:
 def run(
     source: object, prepare: Callable[..., None] = fill, workers: int = 3
 ) -> list[float | ImageError]:
-    """What each image of the source gave, in order."""
-    found: list[float | ImageError] = []
+    """Return the value or error of each image of the source, in order."""
+    results: list[float | ImageError] = []
     for batch, errors in batches(source, prepare, (SIZE, 1), workers):
         rows = iter(batch[:, 0].tolist())
-        found += [error or next(rows) for error in errors]
+        results += [error or next(rows) for error in errors]
         assert next(rows, None) is None
-    return found
+    return results
 
 
 def drain(given: Iterator[tuple[np.ndarray, object]], seen: list[float]) -> None:
@@ -129,7 +129,6 @@ def test_source_is_read_by_one_thread_and_a_bounded_way_ahead() -> None:
 
 
 def test_full_batch_does_not_wait_for_the_source() -> None:
-    """A batch is given out while the source takes its time over the next image."""
     released = threading.Event()
 
     def source() -> Iterator[int]:
@@ -248,7 +247,7 @@ def test_one_runtime_pipelines_in_many_threads(
 
 
 def test_newest_drops_what_was_not_taken() -> None:
-    """While the first frame is at work, all others arrive: only the last of them is left."""
+    # All other frames arrive while the first one is in use.
     all_read = threading.Event()
     first_taken = threading.Event()
 
@@ -294,7 +293,7 @@ def test_newest_raises_after_the_frame_before() -> None:
 
 @pytest.mark.parametrize("buffer", [np.zeros(12, np.uint8), bytearray(12)])
 def test_newest_keeps_its_own_copy(buffer: np.ndarray | bytearray) -> None:
-    """A camera fills the same memory again while its last frame is worked on."""
+    # A camera overwrites its buffer while the last frame is in use.
     taken, overwritten = threading.Event(), threading.Event()
 
     def source() -> Iterator[ImageSource]:

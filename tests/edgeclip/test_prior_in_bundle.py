@@ -110,7 +110,7 @@ def test_spoiled_steps(tiny: Any, tmp_path: Path, how: str) -> None:
         data["files"][PRIOR_FILE] = hashlib.sha256(b"nothing").hexdigest()
         (folder / "manifest.json").write_text(json.dumps(data))
     Runtime(folder, purify="none", device="cpu")  # does not open it
-    message = "was altered" if how == "altered" else "is no ONNX file"
+    message = "was altered" if how == "altered" else "is not an ONNX file"
     with pytest.raises(BundleError, match=message) as error:
         Runtime(folder, purify="diff", device="cpu").embed_images([IMAGE])
     assert PRIOR_FILE in str(error.value)
@@ -123,5 +123,5 @@ def test_another_graph_in_its_place_is_refused(tiny: Any, tmp_path: Path) -> Non
     shutil.copy(other, folder / PRIOR_FILE)
     data["files"][PRIOR_FILE] = hashlib.sha256(other.read_bytes()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(data))
-    with pytest.raises(BundleError, match="which is not what the manifest says"):
+    with pytest.raises(BundleError, match="which contradicts the manifest"):
         Runtime(folder, purify="diff", device="cpu").embed_images([IMAGE])

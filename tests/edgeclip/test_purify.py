@@ -1,4 +1,4 @@
-"""What a purification option means."""
+"""Purification settings: validation, options, JSON and random draws."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_examples_are_named_rightly(rt: Runtime, labels: list[str]) -> None:
 
 
 def test_attacked_examples_keep_their_answer_in_sight(rt: Runtime, labels: list[str]) -> None:
-    """Made against this model's own weights, by examples/make_attacked.py."""
+    # examples/make_attacked.py attacked this model's weights.
     dress, boot = rt.classify(
         [EXAMPLES / "attacked" / f"{n}.png" for n in ("dress", "ankle-boot")], labels
     )
@@ -42,7 +42,7 @@ def test_attacked_examples_keep_their_answer_in_sight(rt: Runtime, labels: list[
 
 
 def test_embedded_bundle_tells_its_robustness(rt: Runtime) -> None:
-    """As measured, in the file that python -m train.evaluate wrote of these very weights."""
+    # The same figures as in the file that train.evaluate wrote for these weights.
     row = rt.bundle.manifest.robustness[0]
     assert rt.bundle.manifest.purification is None
     results = ROOT / "docs" / "results" / "robust-autoattack-8.json"
@@ -77,7 +77,7 @@ def test_labels_may_be_worded_freely(rt: Runtime, fashion: tuple[np.ndarray, np.
 def reference(
     rt: Runtime, images: list[np.ndarray], labels: list[str], purifier: CosPurifier | None
 ) -> np.ndarray:
-    """Softmax scores (N, K) in float64 from the published equations, step by step."""
+    """Compute softmax scores (N, K) in float64 from the published equations."""
     null_text = rt.bundle.null_text.astype(np.float64)
     scores = []
     for u in rt.encode(rt.preprocess(images)).astype(np.float64):
@@ -106,6 +106,49 @@ def test_scores_equal_numpy(
         assert [p.label for p in answer] == [labels[p.index] for p in answer]
         # An image 88 degrees from the null text lands beside it, where directions are ill-conditioned.
         np.testing.assert_allclose([p.score for p in answer], np.sort(row)[::-1][:3], atol=1e-3)
+
+
+@pytest.mark.parametrize("purifier", [None, CosPurifier(9), CosPurifier(3, 0.1)])
+def test_score_tables_equal_numpy(
+    rt: Runtime,
+    labels: list[str],
+    fashion: tuple[np.ndarray, np.ndarray],
+    purifier: CosPurifier | None,
+) -> None:
+    images = list(fashion[0][:5])
+    expected = reference(rt, images, labels, purifier)
+    runtime = Runtime(purify=purifier, precision="fp32", labels=labels, batch_size=2)
+    table = runtime.scores(images)
+    assert (table.dtype, table.shape) == (np.float32, (5, len(labels)))
+    np.testing.assert_allclose(table, expected, atol=1e-3)
+    np.testing.assert_array_equal(runtime.pixel_scores(runtime.preprocess(images)), table)
+    # Columns follow the labels, whatever their number and order.
+    swapped = reference(rt, images, labels[::-1], purifier)
+    np.testing.assert_allclose(runtime.scores(images, labels[::-1]), swapped, atol=1e-3)
+    assert runtime.scores(images[0]).shape == (1, len(labels))
+    assert runtime.scores([], ["a", "b", "c"]).shape == (0, 3)
+    np.testing.assert_array_equal(runtime.scores(images, ["one"]), np.ones((5, 1)))
+
+
+def test_score_tables_are_what_classify_ranks(
+    rt: Runtime, fashion: tuple[np.ndarray, np.ndarray]
+) -> None:
+    many = edgeclip.LabelSet.random(1000, rt.bundle.null_text, rt.text_identity())
+    images = list(fashion[0][:3])
+    for row, answer in zip(rt.scores(images, many), rt.classify(images, many), strict=True):
+        assert [p.score for p in answer] == [float(row[p.index]) for p in answer]
+        assert row.max() == answer[0].score
+
+
+def test_random_label_sets(rt: Runtime) -> None:
+    null_text = rt.bundle.null_text
+    found = edgeclip.LabelSet.random(7, null_text, "mine", seed=3)
+    rows = np.random.default_rng(3).standard_normal((7, len(null_text)), np.float32)
+    expected = rows / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    np.testing.assert_allclose(found.embeddings, expected, atol=1e-6)
+    np.testing.assert_allclose(found.null_scores, expected @ null_text, atol=1e-6)
+    assert found.embeddings.dtype == found.null_scores.dtype == np.float32
+    assert (len(set(found.names)), found.encoder) == (7, "mine")
 
 
 def test_label_embeddings_are_means_over_templates(rt: Runtime) -> None:
@@ -264,11 +307,12 @@ def test_bad_options(rt: Runtime, labels: list[str]) -> None:
         rt.labels(["bag"], "a {}")
 
 
-def test_embedded_bundle_says_what_it_is_for(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_library_logs_nothing_about_the_embedded_bundle(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with caplog.at_level(logging.WARNING):
         Runtime()
-    assert "Fashion-MNIST" in caplog.text
-    assert "python -m export" in caplog.text
+    assert caplog.text == ""
 
 
 def test_import_loads_neither_torch_nor_onnxruntime() -> None:

@@ -1,4 +1,4 @@
-"""The writer: complete files or none, and nothing of anybody else's is destroyed."""
+"""Atomic writes, modes and owners, links, pipes, devices and the cache folder."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_an_existing_file_keeps_its_mode(tmp_path: Path, before: int, by_path: b
     assert names(tmp_path) == {"old"}
 
 
-def test_the_successor_of_a_private_file_is_private_from_the_start(tmp_path: Path) -> None:
+def test_the_new_version_of_a_private_file_is_private_from_the_start(tmp_path: Path) -> None:
     path = tmp_path / "secret"
     path.touch(0o600)
     with storage.writing(path) as file:
@@ -130,7 +130,7 @@ def test_a_draft_that_is_swapped_for_a_link_changes_no_other_file(tmp_path: Path
 def test_a_mount_point_is_written_into_once_all_is_there(
     tmp_path: Path, old: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """docker run --volume "$PWD/out:/out" """
+    # docker run --volume "$PWD/out:/out"
 
     def busy(*args: object) -> None:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
@@ -249,7 +249,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def as_somebody() -> Iterator[Path]:
-    """A folder of a user whom modes of files bind, as root is not bound."""
+    """Yield a folder of an unprivileged user: root may write read-only files."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o777)
@@ -276,7 +276,7 @@ def test_what_is_read_only_is_not_replaced(as_somebody: Path, what: str) -> None
 
 
 def test_what_is_another_user_s_is_replaced_where_it_may_be_written(as_somebody: Path) -> None:
-    """The owner cannot be kept then, the mode can."""
+    # The mode can be kept, the owner cannot.
     path = as_somebody / "file"
     path.touch()
     path.chmod(0o666)
@@ -353,7 +353,7 @@ def test_a_descriptor_is_written_into(tmp_path: Path, kind: str, form: str) -> N
 
 
 def test_standard_output_that_is_a_file_is_not_truncated(tmp_path: Path) -> None:
-    """{ echo first; python; echo last; } > file"""
+    # { echo first; python; echo last; } > file
     code = (
         "from edgeclip import storage; print('printed'); storage.write('/dev/stdout', 'written ')"
     )
@@ -367,7 +367,7 @@ def test_standard_output_that_is_a_file_is_not_truncated(tmp_path: Path) -> None
 
 
 def test_a_zip_file_appended_to_a_file_is_whole(tmp_path: Path, devices: dict[str, Path]) -> None:
-    """>> file"""
+    # >> file
     path = tmp_path / "file"
     path.write_bytes(b"first ")
     with open(path, "ab") as file, storage.writing(file.fileno()) as out:
@@ -445,3 +445,6 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.delenv("EDGECLIP_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert storage.default_folder() == tmp_path / "xdg" / "edgeclip"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert storage.default_folder() == tmp_path / ".cache" / "edgeclip"

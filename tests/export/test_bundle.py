@@ -16,7 +16,7 @@ from PIL import Image
 
 from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.errors import LabelError
-from export import ExportError, golden
+from export import ExportError
 from export.bundle import export_bundle
 from tests.support.export_models import (
     CONFIGS,
@@ -43,7 +43,7 @@ def test_a_bundle_is_complete(tiny: Exported) -> None:
     assert sorted(manifest.files) == sorted(
         path.name for path in tiny.bundle.path.iterdir() if path.name != "manifest.json"
     )
-    assert len(manifest.files) == 5
+    assert len(manifest.files) == (7 if manifest.tokens else 5)
     parity = manifest.precisions["fp32"].parity
     expected = {"image_max_abs_diff", "image_min_cosine", "text_max_abs_diff", "text_min_cosine"}
     for kind in ("image", "text"):
@@ -136,12 +136,6 @@ def test_golden_is_open_clips_and_the_bundle_agrees(tiny: Exported) -> None:
     np.testing.assert_allclose(golden["text_embeddings"], text, atol=1e-6)
     encoder = OnnxEncoder(tiny.bundle.encoder("text_encoder", "fp32"), device="cpu", threads=1)
     assert cosines(encoder.embed(golden["ids"]), text).min() > 1 - 1e-9
-
-
-def test_golden_image_is_always_the_same() -> None:
-    first, second = golden.synthetic_image(48, 57), golden.synthetic_image(48, 57)
-    np.testing.assert_array_equal(first, second)
-    assert first.std() > 30  # grey levels: the image is not flat
 
 
 def test_a_difference_is_refused_and_leaves_nothing(

@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 import edgeclip
@@ -23,14 +22,13 @@ from export.checks import evidence
 from export.fused import main, write_fused
 from export.graphs import save
 from export.graphs.fused import Head
-from tests.support.export_models import Exported, exported, reuse_encoders
+from tests.support.export_models import exported, reuse_encoders
 from tests.support.fused_graphs import (
     answers,
     images_of,
-    label_set,
     open_graph,
+    random_labels,
     runtime_of,
-    unit_rows,
 )
 from tests.support.paths import EXAMPLES
 from train.models.wording import wording
@@ -40,28 +38,22 @@ def test_a_bundle_lists_its_fused_graph_which_shares_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = exported("vit")
-    folder = tmp_path / "source"
-    shutil.copytree(tiny.bundle.path, folder)
-    monkeypatch.setattr(save, "SINGLE_FILE", 1000)
-    encoder = folder / "image_encoder.fp32.onnx"
-    save.save(ir.load(encoder), encoder)
-    assert locations(encoder) == {f"{encoder.name}.data"}
-    Bundle.write_manifest(folder, tiny.bundle.manifest)
-
-    reuse_encoders(monkeypatch, Exported(tiny.folder, tiny.source, Bundle(folder)))
+    data = "image_encoder.fp32.onnx.data"
+    reuse_encoders(monkeypatch, tiny)
     purifier = CosPurifier(1, 0.4)
     words = wording(tiny.source)
     export_bundle(tiny.source, tmp_path / "b", words, purification=purifier, fused=True)
     result = Bundle(tmp_path / "b")
     path = result.file("fused.fp32.onnx")  # checks its sha256
-    assert locations(path) == {f"{encoder.name}.data"}
-    assert path.stat().st_size < 0.2 * (tmp_path / "b" / f"{encoder.name}.data").stat().st_size
+    assert locations(path) == {data}
+    assert path.stat().st_size < 0.2 * (tmp_path / "b" / data).stat().st_size
     runtime, images = runtime_of(result, purifier), images_of(result, 3)
-    labels = label_set(runtime, unit_rows(9, 48))
+    labels = random_labels(runtime, 9)
     inputs = {"image": images, "classes": labels.embeddings}
     expected = answers(runtime, images, labels, 5)[0]
     np.testing.assert_allclose(open_graph(path).run(None, inputs)[0], expected, atol=1e-5)
 
+    monkeypatch.setattr(save, "SINGLE_FILE", 1000)
     out = tmp_path / "elsewhere" / "f.onnx"  # with its own weights
     out.parent.mkdir()
     options = ["--purify", "cos", "--steps", "1", "--step-size", "0.4"]
@@ -116,7 +108,7 @@ def test_classes_for_another_runtime(tmp_path: Path) -> None:
         (["-o", "f.pb"], "f.pb: name a file that ends in .onnx"),
         (["-o", "f.onnx", "--classes-for", "l"], "f.onnx: name a file that ends in .npy or .bin"),
         (["-o", "f.npy", "--classes-for", "l", "--labels", "l"], "use one of the two"),
-        (["-o", "f.onnx", "--steps", "3"], "--steps and --step-size need --purify cos"),
+        (["-o", "f.onnx", "--steps", "3"], "--steps needs --purify cos"),
         (["-o", "f.onnx", "--precision", "int8"], "has no int8 encoders; it has fp32"),
         (["-o", "f.onnx", "--labels", "none.txt"], "none.txt: No such file or directory"),
         (["-o", "nowhere/f.onnx"], "No such file or directory"),

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from edgeclip.backends import tensorrt_builder
-from edgeclip.backends.tensorrt_builder import BuildOptions, build_engine
+from edgeclip.backends import tensorrt_module
+from edgeclip.backends.engine_cache import BuildOptions
+from edgeclip.backends.tensorrt_builder import build_engine
 from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.errors import DeviceError
 from export.graphs.encoders import export_image_encoder, export_text_encoder
@@ -32,7 +33,7 @@ from train.models.wording import image_spec
 trt: Any = pytest.importorskip("tensorrt_rtx", reason="pip install 'edgeclip[tensorrt-rtx]'")
 
 TURING = (7, 5)
-GPUS = tensorrt_builder.capabilities(trt)
+GPUS = tensorrt_module.capabilities(trt)
 FEW = (TURING, (8, 6), (12, 0))  # oldest, middle and newest family
 HARMLESS = "TensorRT: ModelImporter.cpp:1071: Make sure input ids has Int64 binding."
 SURFACES = TESTS / "support" / "tensorrt_surfaces"
@@ -59,9 +60,9 @@ def compile_for(path: Path, gpus: Any, context_length: int = 77) -> None:
 
 def sizes(path: Path) -> dict[str, list[int]]:
     """Return the shapes of inputs and outputs that TensorRT infers, -1 for symbolic sizes."""
-    builder = trt.Builder(tensorrt_builder.trt_logger(trt))
+    builder = trt.Builder(tensorrt_module.trt_logger(trt))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, tensorrt_builder.trt_logger(trt))
+    parser = trt.OnnxParser(network, tensorrt_module.trt_logger(trt))
     assert parser.parse_from_file(str(path))
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
     tensors += [network.get_output(i) for i in range(network.num_outputs)]
@@ -81,17 +82,24 @@ def test_recorded_names_of_this_version_are_complete() -> None:
 def test_encoders_of_every_family(family: str, precision: str, tmp_path: Path) -> None:
     bundle = exported(family).bundle
     manifest = bundle.manifest
-    image, text = (bundle.encoder(kind, "fp32") for kind in ("image_encoder", "text_encoder"))
+    kinds = ["image_encoder", "text_encoder", *(["image_tokens"] if manifest.tokens else [])]
+    paths = [bundle.encoder(kind, "fp32") for kind in kinds]
     if precision == "fp16":
-        for i, path in enumerate((image, text)):
-            to_fp16(path, tmp_path / f"{i}.fp16.onnx")
-        image, text = (tmp_path / f"{i}.fp16.onnx" for i in range(2))
+        halves = [tmp_path / f"{kind}.fp16.onnx" for kind in kinds]
+        for path, half in zip(paths, halves, strict=True):
+            to_fp16(path, half)
+        paths = halves
+    image, text, *tokens = paths
     actual = sizes(image)
     assert actual["pixels"] == [-1, 3, *manifest.image.size]
     assert actual["embedding"] == [-1, manifest.embed_dim]
     length = -1 if manifest.text.dynamic_length else manifest.text.context_length
     assert sizes(text) == {"ids": [-1, length], "embedding": [-1, manifest.embed_dim]}
-    for path in (image, text):
+    for path in tokens:
+        rows, columns = manifest.tokens.grid
+        count = manifest.tokens.prefix + rows * columns
+        assert sizes(path)["tokens"] == [-1, count, manifest.embed_dim]
+    for path in paths:
         compile_for(path, GPUS if family == "vit" else FEW, manifest.text.context_length)
 
 
@@ -110,9 +118,10 @@ def test_the_embedded_bundle(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert main([str(EMBEDDED), "--capability", "75", "86", "-o", str(out)]) == 0
     out_text, err = capsys.readouterr()
     assert err == ""
-    assert out_text.count("no fp32") == 3  # two graphs, and the reason
+    assert out_text.count("no fp32") == 4  # three graphs, and the reason
     assert sorted(path.name for path in out.iterdir()) == [
         "image_encoder.fp32.sm86.engine",
+        "image_tokens.fp32.sm86.engine",
         "text_encoder.fp32.sm86.engine",
     ]
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import onnx
 import pytest
 
 from edgeclip.bundle import EMBEDDED, MANIFEST, Bundle
@@ -28,12 +27,9 @@ def trt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """Return the embedded bundle, with a fused graph whose weights are in a second file."""
+    """Copy the embedded bundle, with a fused graph whose weights are in the image encoder's file."""
     path = tmp_path / "bundle"
     shutil.copytree(EMBEDDED, path)
-    model = onnx.load(path / "image_encoder.fp32.onnx")
-    onnx.save(model, path / "image_encoder.fp32.onnx", save_as_external_data=True,
-              location="image_encoder.fp32.onnx.data")  # fmt: skip
     shutil.copy(path / "image_encoder.fp32.onnx", path / "fused.fp32.onnx")
     Bundle.write_manifest(path, Bundle(path).manifest)
     return path
@@ -45,7 +41,7 @@ def test_every_graph_is_compiled_for_every_gpu(
     assert main([str(bundle)]) == 0
     head, *rows, skipped, end = capsys.readouterr().out.splitlines()
     assert head.split() == ["graph", "sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"]
-    names = ["image_encoder.fp32", "text_encoder.fp32", "fused.fp32"]
+    names = ["image_encoder.fp32", "text_encoder.fp32", "image_tokens.fp32", "fused.fp32"]
     assert [row.split()[0] for row in rows] == names
     assert all(row.count(" MB") == 6 for row in rows)
     assert "int8 graphs are quantised for ONNX Runtime on CPUs" in skipped
@@ -61,8 +57,8 @@ def test_options(trt: ModuleType, tmp_path: Path) -> None:
     options = ["--capability", "8.6", "120", "86", "--workspace", "64", "--max-batch", "4"]
     assert main([str(EMBEDDED), "--precision", "fp32", *options, "-o", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == [
-        f"{kind}_encoder.fp32.{gpu}.engine"
-        for kind in ("image", "text")
+        f"{kind}.fp32.{gpu}.engine"
+        for kind in ("image_encoder", "image_tokens", "text_encoder")
         for gpu in ("sm120", "sm86")
     ]
     image, text = (
@@ -80,11 +76,11 @@ def test_graphs_that_fail(
     trt._fake.refuses = "no kernel"
     assert main([str(EMBEDDED), "--capability", "75", "86"]) == 1
     out, err = capsys.readouterr()
-    assert out.count("fails") == 4
+    assert out.count("fails") == 6  # three graphs, two GPUs
     lines = err.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 6
     assert lines[0] == (
-        "error: image_encoder.fp32 for sm_75: tensorrt_rtx 1.7.1.116 built no engine of "
+        "error: image_encoder.fp32 for sm_75: tensorrt_rtx 1.7.1.116 cannot build "
         f"{EMBEDDED / 'image_encoder.fp32.onnx'}: no kernel"
     )
     assert not caplog.records  # TensorRT's errors are in these lines
@@ -106,7 +102,7 @@ def test_warnings_are_printed_once(trt: ModuleType, capsys: pytest.CaptureFixtur
     lines = [line for line in capsys.readouterr().out.splitlines() if "kMAX" in line]
     assert lines == [
         f"warning: {name}.fp32: TensorRT: Profile kMAX values are not self-consistent"
-        for name in ("image_encoder", "text_encoder")
+        for name in ("image_encoder", "text_encoder", "image_tokens")
     ]
 
 

@@ -186,7 +186,7 @@ def test_inputs_are_not_destroyed_and_links_and_modes_stay(
         (["--precision", "fp16"], "has no fp16 encoders; it has fp32"),
         (["--precision", "fp16", "--accelerator", "tensorrt"], "needs --precision fp32"),
         (["--labels", "none.txt"], "none.txt: No such file or directory"),
-        (["--step-size", "3"], "--steps and --step-size need --purify cos"),
+        (["--step-size", "3"], "--step-size needs --purify cos"),
     ],
 )
 def test_wrong_usage_is_one_line(

@@ -12,7 +12,7 @@ GOLDEN = VECTORS / "clipure_cos.npz"
 def purify_by_steps(
     embeddings: np.ndarray, null_text: np.ndarray, steps: int, step_size: float
 ) -> np.ndarray:
-    """The published loop over whole vectors, in float64."""
+    """Run the published loop over whole vectors, in float64."""
     z, t = embeddings.astype(np.float64), null_text.astype(np.float64)
     norms = np.linalg.norm(z, axis=1, keepdims=True)
     u, t = z / norms, t / np.linalg.norm(t)
@@ -30,7 +30,7 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 def polar_by_vectors(z: np.ndarray, g: np.ndarray, step_size: float) -> np.ndarray:
-    """The published step over whole vectors, in float64."""
+    """Take the published step over whole vectors, in float64."""
     z, g = z.astype(np.float64), g.astype(np.float64)
     norms = np.linalg.norm(z, axis=1, keepdims=True)
     moved = z / norms - step_size * g / np.linalg.norm(g, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The command line, run in this process."""
+"""Command line, run in this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from edgeclip.cli.main import main
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a command in this process."""
+    """Return exit status, stdout and stderr of a command run in this process."""
     try:
         status = main(arguments)
     except SystemExit as end:
@@ -18,5 +18,5 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def errors(stderr: str) -> list[str]:
-    """The lines of stderr that are not the note about the embedded bundle."""
+    """Return the lines of stderr without the note about the embedded bundle."""
     return [line for line in stderr.splitlines() if not line.startswith("note: ")]

@@ -1,8 +1,8 @@
-"""Tiny data sets in the formats that the real ones are shipped in.
+"""Tiny data sets in their published formats.
 
-Each writer fills a root folder and returns what is to be found there: for the training (True) and
-the test split (False), the class of every image, by its pixels. Pictures are PNG whatever their
-name says, which Pillow does not mind, so that pixels come back as they were.
+Each writer fills a root folder and returns its contents: for the training (True) and the test split
+(False), the class of every image, by its pixels. The pictures are PNG whatever their suffix, so that
+decoding is lossless; Pillow ignores the suffix.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ import numpy as np
 from PIL import Image
 from timm.data import ImageNetInfo
 
-Found = dict[bytes, str]
-Splits = dict[bool, Found]
+Classes = dict[bytes, str]  # the class of every image, by its pixels
+Splits = dict[bool, Classes]
 
 WNIDS = ImageNetInfo().label_names()
 _rng = np.random.default_rng(0)
 
 
 def picture(height: int = 3, width: int = 4) -> np.ndarray:
+    """Draw a random picture, uint8 (H, W, 3)."""
     return _rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def png(image: np.ndarray) -> bytes:
+    """Encode a picture as PNG."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
 
 
 def put(path: Path) -> bytes:
-    """Write a new picture; its pixels."""
+    """Write a new picture; return its pixels."""
     image = picture()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(image))
@@ -53,11 +55,11 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 def _cifar(folder: Path, batches: dict[bool, list[str]], meta: str, names: list[str]) -> Splits:
     fine = "fine_" if len(names) == 100 else ""
     folder.mkdir()
-    # As Python 2 and its NumPy wrote them: the dtype's flags are integers, and the module older.
+    # Python 2's NumPy wrote the dtype's flags as integers, and named an older module.
     flags, old_flags = b"\x89\x88\x87", b"K\x00K\x01\x87"
-    found: Splits = {}
+    splits: Splits = {}
     for train, files in batches.items():
-        found[train] = {}
+        splits[train] = {}
         for file in files:
             images, labels = _rng.integers(0, 256, (2, 32, 32, 3), np.uint8), [3, len(names) - 1]
             batch = {"data": images.transpose(0, 3, 1, 2).reshape(2, -1), f"{fine}labels": labels}
@@ -66,9 +68,9 @@ def _cifar(folder: Path, batches: dict[bool, list[str]], meta: str, names: list[
             old = pickled.replace(flags, old_flags).replace(b"numpy._core.", b"numpy.core.")
             (folder / file).write_bytes(old)
             for image, label in zip(images, labels, strict=True):
-                found[train][image.tobytes()] = names[label].replace("_", " ")
+                splits[train][image.tobytes()] = names[label].replace("_", " ")
     (folder / meta).write_bytes(pickle.dumps({f"{fine}label_names": names}, protocol=2))
-    return found
+    return splits
 
 
 def cifar10(root: Path) -> Splits:
@@ -86,16 +88,16 @@ def stl10(root: Path) -> Splits:
     folder = root / "stl10_binary"
     names = list("abcdefghij")
     write_lines(folder / "class_names.txt", names)
-    found: Splits = {}
+    splits: Splits = {}
     for train, split in ((True, "train"), (False, "test")):
         images = _rng.integers(0, 256, (3, 96, 96, 3), np.uint8)
         labels = np.array([1, 10, 4], np.uint8)
         (folder / f"{split}_X.bin").write_bytes(images.transpose(0, 3, 2, 1).tobytes())
         (folder / f"{split}_y.bin").write_bytes(labels.tobytes())
         pairs = zip(images, labels, strict=True)
-        found[train] = {image.tobytes(): names[label - 1] for image, label in pairs}
+        splits[train] = {image.tobytes(): names[label - 1] for image, label in pairs}
     (folder / "unlabeled_X.bin").write_bytes(bytes(3 * 96 * 96))
-    return found
+    return splits
 
 
 def sun397(root: Path) -> Splits:
@@ -114,33 +116,33 @@ def sun397(root: Path) -> Splits:
 def food101(root: Path) -> Splits:
     folder = root / "food-101"
     names = ["apple_pie", *(f"dish_{i}" for i in range(100))]
-    found: Splits = {}
+    splits: Splits = {}
     for train, split in ((True, "train"), (False, "test")):
         files = {name: [f"{name}/{split}{i}" for i in range(2)] for name in reversed(names)}
         write_lines(folder / "meta" / f"{split}.json", [json.dumps(files)])
-        found[train] = {
+        splits[train] = {
             put(folder / "images" / f"{path}.jpg"): name.replace("_", " ")
             for name, paths in files.items()
             for path in paths
         }
-    return found
+    return splits
 
 
 def pets(root: Path) -> Splits:
     folder = root / "oxford-iiit-pet"
     breeds = ["Abyssinian", "american_bulldog", *(f"breed_{i}" for i in range(35))]
-    found: Splits = {}
+    splits: Splits = {}
     for train, split in ((True, "trainval"), (False, "test")):
         ids = [f"{breed}_{split}" for breed in breeds]  # as in Abyssinian_100
         write_lines(
             folder / "annotations" / f"{split}.txt",
             [f"{name} {index} 1 1" for index, name in enumerate(ids, 1)],
         )
-        found[train] = {
+        splits[train] = {
             put(folder / "images" / f"{name}.jpg"): breed.replace("_", " ").title()
             for name, breed in zip(ids, breeds, strict=True)
         }
-    return found
+    return splits
 
 
 def flowers102(root: Path) -> Splits:
@@ -158,12 +160,12 @@ def flowers102(root: Path) -> Splits:
 
 def dtd(root: Path) -> Splits:
     folder = root / "dtd" / "dtd"
-    found: Splits = {}
+    splits: Splits = {}
     for train, split in ((True, "train"), (False, "test")):
         paths = [f"texture{i}/texture{i}_{split}.jpg" for i in range(47)]
         write_lines(folder / "labels" / f"{split}1.txt", paths)
-        found[train] = {put(folder / "images" / path): path.partition("/")[0] for path in paths}
-    return found
+        splits[train] = {put(folder / "images" / path): path.partition("/")[0] for path in paths}
+    return splits
 
 
 def eurosat(root: Path) -> Splits:
@@ -187,15 +189,15 @@ def fgvc_aircraft(root: Path) -> Splits:
     folder = root / "fgvc-aircraft-2013b" / "data"
     names = ["707-320", "F/A-18", *(f"Variant {i}" for i in range(98))]
     write_lines(folder / "variants.txt", names)
-    found: Splits = {}
+    splits: Splits = {}
     for train, split in ((True, "trainval"), (False, "test")):
         files = {f"{split}{i}": name for i, name in enumerate(names[:3])}
         rows = [f"{file} {name}" for file, name in files.items()]
         write_lines(folder / f"images_variant_{split}.txt", rows)
-        found[train] = {
+        splits[train] = {
             put(folder / "images" / f"{file}.jpg"): name for file, name in files.items()
         }
-    return found
+    return splits
 
 
 def caltech101(root: Path) -> Splits:
@@ -218,12 +220,12 @@ def caltech256(root: Path) -> Splits:
     names |= {"198.spider": "spider", "232.t-shirt": "t-shirt", "240.watch-101": "watch"}
     free = [i for i in range(1, 257) if f"{i:03d}" not in {key[:3] for key in names}]
     names |= {f"{i:03d}.some-thing{i}": f"some thing{i}" for i in free}
-    found = {put(folder / key / f"{key[:3]}_0001.jpg"): name for key, name in names.items()}
+    classes = {put(folder / key / f"{key[:3]}_0001.jpg"): name for key, name in names.items()}
     put(folder / "257.clutter" / "257_0001.jpg")
-    # The real archive has these two oddities.
+    # The real archive has these two stray entries.
     put(folder / "056.dog" / "greg" / "vision309" / "056_0001.jpg")
     (folder / "198.spider" / "RENAME2").write_text("#!/bin/sh\n")
-    return {False: found}
+    return {False: classes}
 
 
 def cars(root: Path) -> Splits:
@@ -234,15 +236,15 @@ def cars(root: Path) -> Splits:
     (folder / "devkit").mkdir(parents=True)
     savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array([names], object)})
     files = {True: "devkit/cars_train_annos.mat", False: "cars_test_annos_withlabels.mat"}
-    found: Splits = {}
+    splits: Splits = {}
     for train, file in files.items():
         split = "cars_train" if train else "cars_test"
         rows = [("00001.jpg", 1), ("00002.jpg", 196), ("00003.jpg", 2)]
         kind = [("bbox_x1", object), ("class", object), ("fname", object)]
         table = np.array([(1, np.uint8(label), name) for name, label in rows], kind)
         savemat(folder / file, {"annotations": table[None]})
-        found[train] = {put(folder / split / name): names[label - 1] for name, label in rows}
-    return found
+        splits[train] = {put(folder / split / name): names[label - 1] for name, label in rows}
+    return splits
 
 
 def pcam(root: Path) -> Splits:
@@ -250,7 +252,7 @@ def pcam(root: Path) -> Splits:
 
     names = ("lymph node", "lymph node containing metastatic tumor tissue")
     (root / "pcam").mkdir()
-    found: Splits = {}
+    splits: Splits = {}
     for train, split in ((True, "train"), (False, "test")):
         images = _rng.integers(0, 256, (3, 96, 96, 3), np.uint8)
         labels = np.array([1, 0, 1], np.uint8)
@@ -260,8 +262,8 @@ def pcam(root: Path) -> Splits:
         with h5py.File(f"{stem}_y.h5", "w") as file:
             file["y"] = labels.reshape(-1, 1, 1, 1)
         pairs = zip(images, labels, strict=True)
-        found[train] = {image.tobytes(): names[label] for image, label in pairs}
-    return found
+        splits[train] = {image.tobytes(): names[label] for image, label in pairs}
+    return splits
 
 
 def tiny_imagenet(root: Path) -> Splits:
@@ -298,8 +300,8 @@ NAMED = {
 }
 
 
-def wordnet(folder: Path, count: int) -> Found:
-    """Class folders of ImageNet, with these of `NAMED` to be found."""
+def wordnet(folder: Path, count: int) -> Classes:
+    """Write class folders of ImageNet; return the images of the classes in `NAMED`."""
     wnids = sorted([*NAMED, *(wnid for wnid in WNIDS if wnid not in NAMED)][:count])
     return {
         pixels: NAMED[wnid]
@@ -314,7 +316,7 @@ def imagenet(root: Path) -> Splits:
 
 
 def imagenet_r(root: Path) -> Splits:
-    write_lines(root / "imagenet-r" / "README.txt", ["of the real archive"])
+    write_lines(root / "imagenet-r" / "README.txt", ["as in the real archive"])
     return {False: wordnet(root / "imagenet-r", 200)}
 
 

@@ -1,8 +1,10 @@
-"""A machine with a GPU, emulated: `pytest -p tests.support.emulation -m gpu tests/edgeclip/backends/test_cuda_pipeline.py`, see tests/edgeclip/backends/test_emulated.py.
+"""Emulation of a GPU, as a pytest plugin; tests/edgeclip/backends/test_emulated.py uses it.
 
-The compiled core is the one of EDGECLIP_EMULATED_CORE: its CUDA kernels, streams and graphs on the host,
-by tests/csrc/cuda_shim. TensorRT is tests/support/fake_tensorrt.py with the names of EDGECLIP_FAKE_TENSORRT;
-ONNX Runtime's CUDA provider is its CPU provider, on the memory that counts as the GPU's.
+    pytest -p tests.support.emulation -m gpu tests/edgeclip/backends/test_cuda_pipeline.py
+
+EDGECLIP_EMULATED_CORE is a core whose CUDA kernels, streams and graphs run on the host, by
+tests/csrc/cuda_shim. EDGECLIP_FAKE_TENSORRT is the surface of fake_tensorrt. ONNX Runtime's CPU provider
+replaces its CUDA provider, on memory that stands for the GPU's.
 """
 
 from __future__ import annotations
@@ -14,28 +16,26 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from edgeclip.backends import onnx_cuda
-
 CORE = os.environ["EDGECLIP_EMULATED_CORE"]
 spec = importlib.util.spec_from_file_location("edgeclip._core", CORE)
 assert spec is not None
 assert spec.loader is not None
 core = importlib.util.module_from_spec(spec)
-sys.modules["edgeclip._core"] = core
+sys.modules["edgeclip._core"] = core  # before anything imports edgeclip
 spec.loader.exec_module(core)
 
-from edgeclip.backends import onnx_runtime, select
+from edgeclip.backends import onnx_cuda, onnx_runtime, select
 from tests.support import fake_tensorrt
 
 HostFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 launch = ctypes.CDLL(CORE).cudaLaunchHostFunc
 launch.argtypes = [ctypes.c_void_p, HostFunction, ctypes.c_void_p]
-alive: list[object] = []  # what graphs may call again
+callbacks: list[object] = []  # kept alive: graphs may call them again
 
 
 def queue(stream: int, work: Callable[[], None]) -> None:
     function = HostFunction(lambda _: work())
-    alive.append(function)
+    callbacks.append(function)
     assert launch(stream, function, None) == 0
 
 
@@ -46,10 +46,8 @@ sys.modules[trt.__name__] = trt
 open_session = onnx_runtime.open_session
 
 
-def open_on_cpu(
-    path: Any, device: str, threads: Any = None, stream: Any = None, without: str = ""
-) -> Any:
-    return open_session(path, "cpu", threads, without=without)
+def open_on_cpu(path: Any, device: str, threads: Any = None, stream: Any = None) -> Any:
+    return open_session(path, "cpu", threads)
 
 
 onnx_runtime.open_session = open_on_cpu
@@ -58,11 +56,10 @@ run_encoder = onnx_cuda.OnnxGpuEncoder.enqueue
 
 
 def enqueue_on_cpu(encoder: Any, count: int) -> None:
-    """After what was queued before it."""
+    """Run the encoder after the work that was queued before."""
     queue(encoder.stream.handle, lambda: run_encoder(encoder, count))
 
 
 onnx_cuda.OnnxGpuEncoder.enqueue = enqueue_on_cpu
 for module in (select, onnx_runtime):
-    if hasattr(module, "available_devices"):
-        module.available_devices = lambda: ["cuda", "cpu"]
+    module.available_devices = lambda: ["cuda", "cpu"]

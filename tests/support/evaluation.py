@@ -1,4 +1,4 @@
-"""train.evaluate, run in this process."""
+"""Runs of train.evaluate in this process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from train.evaluate import build_parser
 
 
 def run(words: list[str], *more: str) -> dict[str, Any]:
+    """Run train.evaluate and return the contents of its result file."""
     args = build_parser().parse_args([*words, *more])
     evaluate.main(args)
     return json.loads(args.out.read_text())

@@ -250,22 +250,33 @@ class Exported:
     folder: Path
     source: Source
     bundle: Bundle
+    encoders: Path  # folder of the fp32 encoders before the tokens' graph was split off
 
 
 @cached
 def exported(root: Path, family: str) -> Exported:
     folder = write_folder(root / family, family)
     source = load(str(folder), None)
-    out = root / f"{family}-bundle"
-    export_bundle(source, out, wording(source))
-    return Exported(folder, source, Bundle(out))
+    out, encoders = root / f"{family}-bundle", root / f"{family}-encoders"
+    write_encoders = bundle._write_encoders
+
+    def write_and_copy(staging: Path, *arguments: Any) -> Manifest:
+        manifest = write_encoders(staging, *arguments)
+        shutil.copytree(staging, encoders)
+        return manifest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundle, "_write_encoders", write_and_copy)
+        export_bundle(source, out, wording(source))
+    return Exported(folder, source, Bundle(out), encoders)
 
 
 @cached
 def quantized(folder: Path, family: str) -> Bundle:
     """Return a bundle of a tiny model in fp32, fp16 and int8."""
     tiny = exported(family)
-    shutil.copytree(tiny.bundle.path, folder, dirs_exist_ok=True)
+    for path in (tiny.bundle.path, tiny.encoders):
+        shutil.copytree(path, folder, dirs_exist_ok=True)
     precisions = ["fp32", "fp16", "int8"]
     manifest = bundle._write_precisions(folder, tiny.source, tiny.bundle.manifest, precisions)
     Bundle.write_manifest(folder, manifest)
@@ -284,7 +295,7 @@ def reuse_encoders(patch: pytest.MonkeyPatch, tiny: Exported, spoil: str = "") -
     """
 
     def copy_files(staging: Path, *_: object) -> Manifest:
-        for path in tiny.bundle.path.iterdir():
+        for path in tiny.encoders.iterdir():
             shutil.copy(path, staging)
         if spoil:
             model = onnx.load(staging / spoil)

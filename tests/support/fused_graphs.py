@@ -32,10 +32,10 @@ def unit_rows(count: int, dim: int, seed: int = 1) -> NDArray[np.float32]:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def label_set(runtime: edgeclip.Runtime, rows: NDArray[np.float32]) -> edgeclip.LabelSet:
-    names = tuple(f"class {i}" for i in range(len(rows)))
-    null_scores = rows @ runtime.bundle.null_text
-    return edgeclip.LabelSet(names, rows, null_scores, runtime.text_identity())
+def random_labels(runtime: edgeclip.Runtime, count: int) -> edgeclip.LabelSet:
+    return edgeclip.LabelSet.random(
+        count, runtime.bundle.null_text, runtime.text_identity(), seed=1
+    )
 
 
 def images_of(bundle: Bundle, count: int) -> NDArray[np.uint8]:
@@ -65,7 +65,7 @@ def halved(folder: Path) -> Bundle:
     shutil.copytree(EMBEDDED, folder, dirs_exist_ok=True)
     manifest = Bundle(folder).manifest
     fp16.to_fp16(folder / "image_encoder.fp32.onnx", folder / "image_encoder.fp16.onnx")
-    half = Variant("image_encoder.fp16.onnx", "text_encoder.fp32.onnx")
+    half = Variant("image_encoder.fp16.onnx", "text_encoder.fp32.onnx", "image_tokens.fp32.onnx")
     precisions = {**manifest.precisions, "fp16": half}
     Bundle.write_manifest(folder, dataclasses.replace(manifest, precisions=precisions))
     return Bundle(folder)

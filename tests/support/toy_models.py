@@ -15,7 +15,7 @@ from train.robustness.purification import NullPrior
 
 
 def toy(classes: int = 5, side: int = 8, purifier: Purifier = None, seed: int = 0) -> Defence:
-    """A defence whose every number can be said: class k is sign pattern k."""
+    """Return a defence whose every number is known: class k is sign pattern k."""
     patterns = Patterns(classes, side, seed)
     texts = 0.8 * torch.eye(classes + 1)[1:]
     texts[:, 0] = 0.6
@@ -28,7 +28,7 @@ def toy(classes: int = 5, side: int = 8, purifier: Purifier = None, seed: int = 
 def toy_images(
     defence: Defence, count: int, weakest: float = 4 / 255, strongest: float = 20 / 255
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and classes: the class's pattern, from hardly visible to clear, in a little noise."""
+    """Return images and classes: the class's pattern in slight noise, from faint to clear."""
     patterns = defence.model.encoder.model
     rng = torch.Generator().manual_seed(1)
     labels = torch.arange(count) % len(patterns.signs)
@@ -40,7 +40,7 @@ def toy_images(
 
 
 def null_prior(dim: int, seed: int = 0, *, exact: bool = True, size: float = 0.3) -> NullPrior:
-    """A small prior in float64 whose prediction depends on everything it is given, and a text."""
+    """Return a small prior in float64, with a text; its prediction depends on every input."""
     torch.manual_seed(seed)
     prior = DiffusionPrior(Shape(dim, depth=1, heads=1))
     for parameter in prior.parameters():
@@ -54,10 +54,10 @@ def null_prior(dim: int, seed: int = 0, *, exact: bool = True, size: float = 0.3
 
 
 class Patterns(nn.Module):
-    """As much of an open_clip model as a Classifier needs: how much of each sign pattern is there.
+    """Part of an open_clip model that a Classifier needs: an encoder of sign patterns.
 
-    The first dimension is the same for all images, so that they lie around it as CLIP's lie around
-    the prompts without a class.
+    The first dimension is the same for all images: their embeddings lie around it, as those of CLIP
+    lie around the prompts without a class.
     """
 
     def __init__(self, classes: int, side: int, seed: int) -> None:
@@ -72,5 +72,5 @@ class Patterns(nn.Module):
     def encode_image(self, pixels: torch.Tensor, normalize: bool) -> torch.Tensor:
         assert not normalize
         flat = pixels.flatten(1)
-        found = flat @ self.signs.T / flat.shape[1]
-        return torch.cat([torch.full_like(found[:, :1], 0.06), found], dim=1)
+        similarity = flat @ self.signs.T / flat.shape[1]
+        return torch.cat([torch.full_like(similarity[:, :1], 0.06), similarity], dim=1)

@@ -1,11 +1,14 @@
-"""PGD on models whose worst perturbation is known."""
+"""PGD, on models with a known worst perturbation."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from train.attacks import LOSSES, margin, pgd
+from train.attacks import LOSSES, Fooled, margin, pgd
 
 SHAPE = (5, 3, 4, 4)
 
@@ -24,8 +27,8 @@ def images() -> torch.Tensor:
 LABELS = torch.tensor([0, 1, 2, 0, 1])
 
 
-def binary(model: torch.nn.Module):  # type: ignore[no-untyped-def]
-    """Of two classes, so that the worst perturbation of a linear model is known exactly."""
+def binary(model: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Keep two classes: the worst perturbation of a linear model is then known exactly."""
     return lambda x: model(x)[:, :2]
 
 
@@ -48,8 +51,12 @@ def test_linear_model_is_attacked_optimally(
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("steps", [0, 3])
-def test_stays_in_the_ball_and_in_the_range(model: torch.nn.Module, norm: str, steps: int) -> None:
-    images = torch.rand(SHAPE, generator=torch.Generator().manual_seed(2)).round()  # at the edges
+def test_attacked_images_stay_in_the_ball_and_in_range(
+    model: torch.nn.Module, norm: str, steps: int
+) -> None:
+    images = torch.rand(
+        SHAPE, generator=torch.Generator().manual_seed(2)
+    ).round()  # at the ends of the range
     found = pgd(model, images, LABELS, eps=0.2, step_size=0.15, steps=steps, norm=norm, restarts=3)
     assert found.min() >= 0
     assert found.max() <= 1
@@ -68,7 +75,7 @@ def test_weights_gradients_are_untouched(model: torch.nn.Module, images: torch.T
     assert not images.requires_grad
 
 
-def test_seeded(model: torch.nn.Module, images: torch.Tensor) -> None:
+def test_attack_follows_from_its_seed(model: torch.nn.Module, images: torch.Tensor) -> None:
     def attack(seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         return pgd(model, images, LABELS, eps=0.1, step_size=0.01, steps=2, generator=generator)
@@ -96,7 +103,7 @@ def test_more_restarts_are_never_weaker(images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_generators_of_images_make_them_independent(
+def test_one_generator_for_each_image_makes_images_independent(
     model: torch.nn.Module, images: torch.Tensor, norm: str
 ) -> None:
     def attack(chosen: list[int]) -> torch.Tensor:
@@ -109,8 +116,10 @@ def test_generators_of_images_make_them_independent(
     torch.testing.assert_close(attack([3, 1]), together[[3, 1]], rtol=0, atol=1e-6)
 
 
-def test_own_loss_moves_towards_another_image(model: torch.nn.Module, images: torch.Tensor) -> None:
-    """A feature-matching attack: labels are the outputs to match, and no class is involved."""
+def test_loss_function_moves_images_towards_another_image(
+    model: torch.nn.Module, images: torch.Tensor
+) -> None:
+    """Match features: the labels are the outputs to match, and no class is involved."""
     target = model(images.flip(0)).detach()
 
     def nearness(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -127,7 +136,9 @@ def test_own_loss_moves_towards_another_image(model: torch.nn.Module, images: to
     assert (reached(3) >= reached(1) - 1e-5).all()
 
 
-def test_as_many_generators_as_images(model: torch.nn.Module, images: torch.Tensor) -> None:
+def test_wrong_number_of_generators_is_refused(
+    model: torch.nn.Module, images: torch.Tensor
+) -> None:
     with pytest.raises(ValueError, match="got 2 generators for 5 images"):
         pgd(
             model, images, LABELS, eps=0.1, step_size=0.1, steps=1,
@@ -135,24 +146,25 @@ def test_as_many_generators_as_images(model: torch.nn.Module, images: torch.Tens
         )  # fmt: skip
 
 
-# Images that are fooled, and attacked no longer.
+# The attack on an image stops once it is fooled.
 
 
 def seeds(chosen: list[int]) -> list[torch.Generator]:
-    """So that an image's noise is its own, whatever becomes of the others."""
+    """Return a generator for each image, so that its noise does not depend on the others."""
     return [torch.Generator().manual_seed(i) for i in chosen]
 
 
-def above(limit: float):  # type: ignore[no-untyped-def]
+def above(limit: float) -> Fooled:
+    """Return whether the margin is above a limit, for `fooled`."""
     return lambda logits, labels: margin(logits, labels) > limit
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("limit", [-1.0, -0.2, 0.0, 0.1, 100.0])
-def test_fooled_images_stay_as_they_were_then(
+def test_attack_stops_where_an_image_is_fooled(
     model: torch.nn.Module, images: torch.Tensor, norm: str, limit: float
 ) -> None:
-    """Each is where it first was fooled on the way that it takes without; or at the way's end."""
+    """Compare with the steps of an attack that does not stop: the first fooled one, or the last."""
     images, labels = images.repeat(7, 1, 1, 1)[:33], LABELS.repeat(7)[:33]
     settings = {"eps": 0.2, "step_size": 0.02, "norm": norm}
     if norm == "l2":
@@ -164,24 +176,26 @@ def test_fooled_images_stay_as_they_were_then(
         )
 
     steps = 8
-    way = [attack(k) for k in range(steps + 1)]
+    path = [attack(k) for k in range(steps + 1)]
     found = attack(steps, fooled=above(limit))
     stops = []
     for i in range(33):
-        wrong = [k for k in range(steps) if margin(model(way[k][i, None]), labels[i, None]) > limit]
+        wrong = [
+            k for k in range(steps) if margin(model(path[k][i, None]), labels[i, None]) > limit
+        ]
         stops.append(min(wrong, default=steps))
-        torch.testing.assert_close(found[i], way[stops[i]][i], rtol=0, atol=1e-6)
+        torch.testing.assert_close(found[i], path[stops[i]][i], rtol=0, atol=1e-6)
     if abs(limit) >= 1:
         assert set(stops) == {0 if limit < 0 else steps}
     if limit == 0:
         assert len(set(stops)) > 2
 
 
-def test_fooled_images_are_not_asked_about_again(images: torch.Tensor) -> None:
-    asked = []
+def test_model_does_not_see_fooled_images_again(images: torch.Tensor) -> None:
+    batch_sizes = []
 
     def count(x: torch.Tensor) -> torch.Tensor:
-        asked.append(len(x))
+        batch_sizes.append(len(x))
         return x.flatten(1)[:, :3]
 
     calls = iter([[False, True, False, False, True], [True, False, False], [False, False]])
@@ -191,43 +205,43 @@ def test_fooled_images_are_not_asked_about_again(images: torch.Tensor) -> None:
         return torch.tensor(next(calls))
 
     pgd(count, images, LABELS, eps=0.1, step_size=0.1, steps=3, fooled=fooled)
-    assert asked == [5, 3, 2]
+    assert batch_sizes == [5, 3, 2]
 
 
-def test_all_fooled_is_the_end(images: torch.Tensor) -> None:
-    asked = []
+def test_attack_ends_when_all_images_are_fooled(images: torch.Tensor) -> None:
+    batch_sizes = []
 
     def count(x: torch.Tensor) -> torch.Tensor:
-        asked.append(len(x))
+        batch_sizes.append(len(x))
         return x.flatten(1)[:, :3]
 
     found = pgd(
         count, images, LABELS, eps=0.1, step_size=0.1, steps=9, random_start=False,
         fooled=lambda outputs, labels: torch.ones(len(outputs), dtype=torch.bool),
     )  # fmt: skip
-    assert asked == [5]
+    assert batch_sizes == [5]
     assert torch.equal(found, images)
 
 
-def test_fooled_is_given_the_labels_of_what_is_left(images: torch.Tensor) -> None:
-    """Anything with a row for each image may be a label."""
+def test_fooled_gets_the_labels_of_the_remaining_images(images: torch.Tensor) -> None:
+    """Labels may be anything with a row for each image."""
     rows = torch.stack([torch.arange(5), LABELS], dim=1)
-    seen = []
+    calls = []
 
     def fooled(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        seen.append(labels.tolist())
-        return labels[:, 0] == len(seen)  # the second image at once, then the third
+        calls.append(labels.tolist())
+        return labels[:, 0] == len(calls)  # the second image at once, then the third
 
     pgd(
         lambda x: x.flatten(1)[:, :3], images, rows, eps=0.1, step_size=0.1, steps=3, fooled=fooled,
         loss=lambda outputs, labels: margin(outputs, labels[:, 1]),
     )  # fmt: skip
     rows = rows.tolist()
-    assert seen == [rows, [rows[0], *rows[2:]], [rows[0], *rows[3:]]]
+    assert calls == [rows, [rows[0], *rows[2:]], [rows[0], *rows[3:]]]
 
 
 @pytest.mark.parametrize("loss", ["ce", "cw", margin], ids=["ce", "cw", "own"])
-def test_of_restarts_the_first_that_fools_is_kept(
+def test_first_restart_that_fools_is_kept(
     model: torch.nn.Module, images: torch.Tensor, loss: object
 ) -> None:
     images, labels = images.repeat(7, 1, 1, 1)[:33], LABELS.repeat(7)[:33]
@@ -259,25 +273,25 @@ def test_restarts_in_other_precisions(
         assert (found.double() - images.double()).abs().max() < 0.11
 
 
-# Gradients of random models.
+# Random models.
 
 
-def test_as_many_gradients_as_draws(images: torch.Tensor) -> None:
-    asked = []
+def test_each_step_sums_the_gradients_of_its_draws(images: torch.Tensor) -> None:
+    batch_sizes = []
 
     def count(x: torch.Tensor) -> torch.Tensor:
-        asked.append(len(x))
+        batch_sizes.append(len(x))
         return x.flatten(1)[:, :3]
 
     pgd(count, images, LABELS, eps=0.1, step_size=0.1, steps=3, draws=7)
-    assert asked == [5] * 21
+    assert batch_sizes == [5] * 21
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_draws_find_the_optimum_of_a_random_models_mean(
     model: torch.nn.Module, images: torch.Tensor, norm: str
 ) -> None:
-    """Its weights are lost in noise that is drawn at each call; only an average shows them."""
+    """Hide the weights in noise drawn at each call: only an average reveals them."""
     labels, eps = LABELS % 2, 0.1
     towards = (model[1].weight[1 - labels] - model[1].weight[labels]).detach()
 
@@ -286,7 +300,7 @@ def test_draws_find_the_optimum_of_a_random_models_mean(
         return x.flatten(1) @ weight.T
 
     def share(draws: int) -> float:
-        """Of what the best perturbation gains."""
+        """Return the gain of the attack, as a share of the best perturbation's."""
         torch.manual_seed(0)
         found = pgd(
             noisy, images, labels, eps=eps, step_size=10 * eps, steps=1, norm=norm, loss="cw",
@@ -300,7 +314,7 @@ def test_draws_find_the_optimum_of_a_random_models_mean(
     assert share(1) < 0.6
 
 
-def test_draws_of_a_model_that_is_not_random_change_nothing(
+def test_draws_of_a_deterministic_model_change_nothing(
     model: torch.nn.Module, images: torch.Tensor
 ) -> None:
     def attack(draws: int) -> torch.Tensor:
@@ -314,7 +328,7 @@ def test_draws_of_a_model_that_is_not_random_change_nothing(
 
 @pytest.mark.parametrize("loss", ["ce", "cw"])
 def test_losses_are_not_taken_in_half_precision(loss: str) -> None:
-    """Else differences of logits below their spacing would have no gradient."""
+    """Differences of logits below the spacing of bfloat16 would have no gradient."""
     logits = torch.tensor([[30.0, 10.0, 0.0]], dtype=torch.bfloat16)
     value = LOSSES[loss](logits, torch.tensor([0]))
     assert value.dtype == torch.float32
@@ -345,7 +359,7 @@ def test_margin_equals_a_plain_loop() -> None:
     ],
 )
 def test_bad_settings(
-    model: torch.nn.Module, images: torch.Tensor, change: dict, message: str
+    model: torch.nn.Module, images: torch.Tensor, change: dict[str, Any], message: str
 ) -> None:
     settings = {"eps": 0.1, "step_size": 0.1, "steps": 1} | change
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Accuracy under attack, whole: on a tiny CLIP and a few images, in seconds."""
+"""Evaluation under attack as a whole, on a tiny CLIP and a few images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edgeclip import LabelError
+from edgeclip import EdgeclipError, LabelError
 from edgeclip.storage import sha256
 from tests.support.data_sets import cifar10
 from tests.support.evaluation import run
@@ -26,7 +26,7 @@ from tests.support.paths import ROOT
 from train import evaluate
 from train.data import dataset
 from train.data.loader import Pictures, batches, draw
-from train.errors import ModelError, SettingsError
+from train.errors import DataError, ModelError, SettingsError
 from train.evaluate import build_parser
 from train.models.checkpoints import load
 from train.models.classifier import Classifier, class_embeddings
@@ -48,7 +48,7 @@ def subject(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def words(subject: Path, fashion_folder: Path, tmp_path: Path) -> list[str]:
-    """Without checks, which have tests of their own."""
+    """Return a command without checks, which have their own tests."""
     line = f"{subject} --data fashion-mnist:{fashion_folder} --eps 4/255 --steps 3 -n 40"
     line += " --batch-size 16 --queries 20 --check-samples 0 --device cpu"
     return [*line.split(), "--out", str(tmp_path / "found.json")]
@@ -126,7 +126,7 @@ def test_all_of_the_range_fools_every_image(words: list[str]) -> None:
 
 
 def test_killed_evaluation_goes_on(words: list[str]) -> None:
-    """Killed for good between two writes; nothing finished is computed again."""
+    """Kill a run between two writes; finished marks are not computed again."""
     attacks = ["--attack", "apgd-ce", "pgd", "--steps", "20", "--threads", "1"]
     out = Path(words[-1])
     child = subprocess.Popen(
@@ -197,7 +197,7 @@ def test_partial_figures_are_over_finished_images(words: list[str]) -> None:
     work = Measurement(checked(words, "--attack", "pgd"), 0, 1, torch.device("cpu"))
     Path(words[-1]).write_text(json.dumps(half))
     work.resume()
-    found = work.results.figures()
+    found = work.recorder.result().to_dict()
     assert found["finished"] == 16
     assert found["clean_accuracy"] == pytest.approx(marks(whole, "clean")[0, :16].mean())
     assert found["worst_case_accuracy"] == pytest.approx(marks(whole)[:, :16].all(0).mean())
@@ -250,7 +250,7 @@ def test_ten_checks_are_run_and_kept(words: list[str], capsys: pytest.CaptureFix
     assert all(row["passed"] in (True, False, None) and row["figure"] for row in found["checks"])
     failed = [str(i) for i, row in enumerate(found["checks"], 1) if row["passed"] is False]
     shown = capsys.readouterr().out
-    warning = f"DO NOT BELIEVE THESE FIGURES: checks {', '.join(failed)} FAILED"
+    warning = f"DO NOT TRUST THESE FIGURES: checks {', '.join(failed)} FAILED"
     assert (warning in shown) == bool(failed)
     out = Path(words[words.index("--out") + 1])
     spoilt = found | {"checks": [found["checks"][0] | {"figure": "kept"}]}
@@ -298,9 +298,11 @@ def test_bundle_recommends_its_purification(bundled: list[str], tmp_path: Path) 
 def test_bundle_whose_runtime_disagrees_is_refused(
     bundled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = subjects.Shipped.probabilities
+    wrong = subjects.BundleClassifier.probabilities
     monkeypatch.setattr(
-        subjects.Shipped, "probabilities", lambda self, images: wrong(self, images)[:, ::-1]
+        subjects.BundleClassifier,
+        "probabilities",
+        lambda self, images: wrong(self, images)[:, ::-1],
     )
     with pytest.raises(SettingsError, match="does not compute what its checkpoint computes"):
         run(bundled)
@@ -323,7 +325,7 @@ def test_bundle_needs_its_own_weights(bundled: list[str], subject: Path, tmp_pat
 
 
 def write_tower(folder: Path, path: Path) -> Path:
-    """A file of another image tower alone, as FARE's are."""
+    """Write a file with only an image tower, like those of FARE."""
     state = load_file(folder / "open_clip_model.safetensors")
     tower = {k.removeprefix("visual."): v / 2 for k, v in state.items() if k.startswith("visual.")}
     torch.save(tower, path)
@@ -387,7 +389,7 @@ def test_protocol_measures_each_of_its_data_sets(
     def follow(*more: str) -> None:
         evaluate.main(build_parser().parse_args([*words, *more]))
 
-    with pytest.raises(SettingsError, match="1 of the 2 data sets of clipure-13 are not here"):
+    with pytest.raises(SettingsError, match="1 of the 2 data sets of clipure-13 are missing"):
         follow("--protocol", "clipure-13")
     assert "no STL-10 in" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -404,7 +406,7 @@ def test_protocol_measures_each_of_its_data_sets(
     capsys.readouterr()
     follow("--protocol", "clipure-13", "--list")
     assert "no STL-10 in" in capsys.readouterr().out
-    with pytest.raises(SettingsError, match="leave --data and --eps out"):
+    with pytest.raises(SettingsError, match="omit --data and --eps"):
         follow("--protocol", "clipure-13", "--eps", "1/255")
     with pytest.raises(SettingsError, match="unknown protocol 'clipure', did you mean"):
         follow("--protocol", "clipure")
@@ -417,7 +419,9 @@ def test_results_of_other_settings_are_not_mixed(words: list[str]) -> None:
     found = json.loads(Path(words[-1]).read_text())
     for text in ("{}", "[", json.dumps(found | {"samples": {"nothing": "1"}})):
         Path(words[-1]).write_text(text)
-        with pytest.raises(SettingsError, match="is not a result file"):
+        with pytest.raises(
+            SettingsError, match=r"is no result of python -m train\.evaluate: .*: remove the file"
+        ):
             run(words, "--attack", "pgd")
 
 
@@ -433,14 +437,12 @@ def test_results_of_other_settings_are_not_mixed(words: list[str]) -> None:
         (["--queries", "0"], "--queries must be 1 or more"),
         (["--eot", "0"], "--eot must be 1 or more"),
         (["--check-samples=-1"], "--check-samples must be 0 or more"),
-        (["--purify-steps", "3"], "go with --purify cos"),
-        (["--purify", "none", "--purify-step-size", "3"], "go with --purify cos"),
-        (["--purify", "cos", "--purify-steps=-3"], "purification steps must be"),
-        (["--purify", "cos", "--purify-step-size=-1"], "step size must be 0 or more"),
+        (["--purify-steps", "3"], "--purify-steps needs --purify cos or diff"),
+        (["--purify", "none", "--purify-step-size", "3"], "--purify-step-size needs --purify cos"),
     ],
 )
 def test_bad_settings(words: list[str], more: list[str], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(EdgeclipError, match=message):
         run(words, *more)
 
 
@@ -456,7 +458,7 @@ def test_bad_subjects_and_data(words: list[str]) -> None:
         run(words, "--out", str(Path(words[-1]).parent))
     with pytest.raises(ModelError, match="unknown model"):
         run(["nothing-of-this-name", *words[1:]])
-    with pytest.raises(dataset.DataError, match="unknown data set"):
+    with pytest.raises(DataError, match="unknown data set"):
         run(words, "--data", "mnist-of-mars")
     for option in ("--data", "--eps", "--out"):
         at = words.index(option)

@@ -1,4 +1,4 @@
-"""Weights between two encoders: the arithmetic, the run and the sweep."""
+"""Interpolation of two encoders: the arithmetic, the run and the sweep."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_si
 
 @pytest.fixture
 def pair(tmp_path: Path) -> list[str]:
-    """Two models that differ in the image encoder alone, as before and after fine-tuning."""
+    """Write two models that differ in the image encoder alone, as before and after fine-tuning."""
     folders = [write_folder(tmp_path / str(i), "vit", **SMALL) for i in range(2)]
     weights = folders[1] / "open_clip_model.safetensors"
     rng = torch.Generator().manual_seed(0)
@@ -34,7 +34,7 @@ def pair(tmp_path: Path) -> list[str]:
 
 
 def half_tower(folder: str, path: Path) -> Path:
-    """A file of another image tower alone, as FARE's are."""
+    """Write a file with another image tower alone, as FARE publishes."""
     state = load_file(Path(folder) / "open_clip_model.safetensors")
     tower = {k.removeprefix("visual."): v / 2 for k, v in state.items() if k.startswith("visual.")}
     torch.save(tower, path)
@@ -42,6 +42,7 @@ def half_tower(folder: str, path: Path) -> Path:
 
 
 def run(words: list[str]) -> None:
+    """Run the command line in this process."""
     interpolate.main(build_parser().parse_args(words))
 
 
@@ -55,9 +56,9 @@ def test_run_holds_the_weights_between(pair: list[str], tmp_path: Path, alpha: s
     for key, value in states[2].items():
         wanted = (1 - share) * states[0][key].double() + share * states[1][key].double()
         torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=1e-7)
-    told = json.loads((out / "open_clip_config.json").read_text())["interpolation"]
-    assert told["alpha"] == pytest.approx(share)
-    assert told["weights_sha256"]["robust"] == second.weights_sha256
+    record = json.loads((out / "open_clip_config.json").read_text())["interpolation"]
+    assert record["alpha"] == pytest.approx(share)
+    assert record["weights_sha256"]["robust"] == second.weights_sha256
     assert between.config["model_cfg"] == second.config["model_cfg"]
     assert between.wording["templates"] == second.wording["templates"]
     assert between.tokenizer(["a cat"]).tolist() == second.tokenizer(["a cat"]).tolist()
@@ -71,15 +72,15 @@ def test_sweep(
     out = tmp_path / "frontier"
     words = [*pair, "--sweep", "--points", "3", "--data", f"fashion-mnist:{fashion_folder}"]
     run([*words, "--eps", "2/255", "--steps", "2", "-n", "20", "--out", str(out)])
-    found = json.loads((out / "frontier.json").read_text())
-    assert [row["alpha"] for row in found["results"]] == [0, 0.5, 1]
-    for row in found["results"]:
+    result = json.loads((out / "frontier.json").read_text())
+    assert [row["alpha"] for row in result["results"]] == [0, 0.5, 1]
+    for row in result["results"]:
         assert 0 <= row["robust_accuracy"] <= row["clean_accuracy"] <= 1
     with Image.open(out / "frontier.png") as picture:
         assert picture.width > 500
-    shown = capsys.readouterr().out
-    assert "eps 2/255" in shown
-    assert f"{found['results'][1]['clean_accuracy']:.1%}" in shown
+    text = capsys.readouterr().out
+    assert "eps 2/255" in text
+    assert f"{result['results'][1]['clean_accuracy']:.1%}" in text
 
 
 def test_bad_settings(pair: list[str], tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_bad_settings(pair: list[str], tmp_path: Path) -> None:
         run([pair[0], str(other), "--alpha", "0.5", *out])
 
 
-def test_the_original_may_have_another_image_tower(pair: list[str], tmp_path: Path) -> None:
+def test_original_with_another_image_tower(pair: list[str], tmp_path: Path) -> None:
     tower, out = half_tower(pair[0], tmp_path / "fare.pt"), tmp_path / "out"
     run([*pair, "--visual", str(tower), "--alpha", "0", "--out", str(out)])
     found, original = load(str(out), None).model.state_dict(), load(pair[0], None).model
@@ -110,6 +111,6 @@ def test_the_original_may_have_another_image_tower(pair: list[str], tmp_path: Pa
         assert torch.equal(found[key], value / 2 if key.startswith("visual.") else value)
 
 
-def test_two_activations_are_not_mixed(pair: list[str], tmp_path: Path) -> None:
+def test_different_activations_are_refused(pair: list[str], tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="one of the two models has QuickGELU"):
         run([*pair, "--quickgelu", "--alpha", "0", "--out", str(tmp_path / "out")])

@@ -20,7 +20,7 @@ def golden() -> dict[str, torch.Tensor]:
 
 
 def maps(golden: dict[str, torch.Tensor], kind: str) -> list[torch.Tensor]:
-    """The maps of the three views; kind is "" or "comp_"."""
+    """Return the maps of the three views; kind is "" or "comp_"."""
     text, non_class = (golden[name][golden["labels"]] for name in ("text", "non_class_text"))
     size = int(golden["image_size"])
     if kind:
@@ -77,7 +77,7 @@ def test_gradients_equal_finite_differences() -> None:
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 def test_prefix_tokens_count_in_the_norm_alone(prefix: int) -> None:
-    """Against a plain loop over the published definition."""
+    """Compare with a plain loop over the published definition."""
     rng = np.random.default_rng(0)
     tokens, text = rng.normal(size=(2, prefix + 9, 6)), rng.normal(size=(2, 6))
     found = attention_map(torch.tensor(tokens), torch.tensor(text), 3, prefix=prefix)
@@ -88,7 +88,7 @@ def test_prefix_tokens_count_in_the_norm_alone(prefix: int) -> None:
         np.testing.assert_allclose(found[i, 0].numpy().ravel(), wanted, rtol=1e-12)
 
 
-def test_image_whose_patches_agree_has_no_attention() -> None:
+def test_image_of_equal_patches_has_no_attention() -> None:
     tokens = torch.ones(1, 10, 6, requires_grad=True)
     found = attention_map(tokens, torch.full((1, 6), 6**-0.5), 9)
     found.sum().backward()
@@ -119,12 +119,12 @@ def test_pmg_terms_equal_plain_sums() -> None:
     np.testing.assert_allclose([term.item() for term in found], wanted, rtol=1e-10)
 
 
-def test_squared_distance_is_of_each_image() -> None:
+def test_squared_distance_of_each_image() -> None:
     a, b = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0], [3.0, 4.0]])
     assert squared_distance(a, b).tolist() == [4.0, 25.0]
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_wrong_shapes_and_weights_are_refused() -> None:
     tokens, text = torch.randn(2, 10, 6), torch.randn(2, 6)
     with pytest.raises(ValueError, match=r"expected tokens \(B, prefix \+ P, D\)"):
         attention_map(tokens, text[:1], 9)

@@ -1,4 +1,4 @@
-"""Pretraining: the loss against a plain loop, and a run that stops and goes on."""
+"""Pretraining: the loss against a plain loop, and runs that are killed, resumed or refused."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import random
 import subprocess
 import sys
 import time
-from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -18,8 +19,8 @@ import torch
 
 from train.data import fashion_mnist
 from train.errors import SettingsError
-from train.pretrain import Settings, contrastive_loss, draw_prompts, learning_rate, main
-from train.run.folder import Metrics, save_checkpoint, write_small_bpe
+from train.pretrain import Settings, contrastive_loss, draw_prompts, train
+from train.run.folder import save_checkpoint
 
 TINY = {"width": 32, "layers": 1, "text_layers": 1, "batch_size": 10, "bpe_merges": 100}
 
@@ -50,20 +51,10 @@ def test_contrastive_loss_equals_a_plain_loop(rng: np.random.Generator) -> None:
             if y in labels
         ]
     )
-    found = contrastive_loss(
+    loss = contrastive_loss(
         *(torch.from_numpy(x) for x in (images, texts, labels, text_labels)), torch.tensor(4.0)
     )
-    assert found.item() == pytest.approx((to_text + to_image) / 2, rel=1e-6)
-
-
-def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    chosen = Settings(data="", out=Path(), learning_rate=0.5, warmup_steps=10)
-    rates = [learning_rate(step, 100, chosen) for step in range(100)]
-    assert rates[0] == pytest.approx(0.05)
-    assert max(rates) == rates[9] == 0.5
-    assert rates[54] == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi * 44 / 90)))
-    assert rates[-1] < 1e-3
-    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert loss.item() == pytest.approx((to_text + to_image) / 2, rel=1e-6)
 
 
 def test_prompts_name_every_class_in_many_ways() -> None:
@@ -77,24 +68,11 @@ def test_prompts_name_every_class_in_many_ways() -> None:
     assert any("running shoe" in prompt for prompt in sneakers)
 
 
-def test_small_bpe_encodes_any_text(tmp_path: Path) -> None:
-    small = write_small_bpe(tmp_path / "bpe.txt.gz", 100)
-    assert small.vocab_size == 512 + 100 + 2
-    for text in ("a photo of a sneaker.", "Käse 猫 🐈", ""):
-        ids = small.encode(text)
-        assert max(ids, default=0) < small.vocab_size - 2
-        assert small.decode(ids).replace(" ", "") == text.lower().replace(" ", "")
-    whole = write_small_bpe(tmp_path / "all.txt.gz", 49152 - 512 - 2 + 256)
-    assert whole.encode("a photo of a sneaker") == open_clip.SimpleTokenizer().encode(
-        "a photo of a sneaker"
-    )
-
-
 def test_resumed_run_equals_an_uninterrupted_one(fashion_folder: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    main(settings(fashion_folder, whole, epochs=12))
+    train(settings(fashion_folder, whole, epochs=6))
     command = [sys.executable, "-m", "train.pretrain", "--data", f"fashion-mnist:{fashion_folder}"]
-    command += ["--out", str(parts), "--epochs", "12", "--warmup-steps", "2"]
+    command += ["--out", str(parts), "--epochs", "6", "--warmup-steps", "2"]
     for name, value in TINY.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -104,8 +82,8 @@ def test_resumed_run_equals_an_uninterrupted_one(fashion_folder: Path, tmp_path:
     child.kill()
     child.communicate()
     done = len(metrics.read_text().splitlines())
-    assert 1 <= done < 12, "the run was to be killed half way"
-    main(settings(fashion_folder, parts, epochs=12, resume=True))
+    assert 1 <= done < 6, "the run was to be killed half way"
+    train(settings(fashion_folder, parts, epochs=6, resume=True))
 
     weights = [
         torch.load(run / "checkpoint.pt", weights_only=True)["model"] for run in (whole, parts)
@@ -114,69 +92,116 @@ def test_resumed_run_equals_an_uninterrupted_one(fashion_folder: Path, tmp_path:
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=0, atol=0)
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [row["epoch"] for row in rows][-2:] == [11, 12]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
 def test_run_folder_loads_in_open_clip(fashion_folder: Path, tmp_path: Path) -> None:
-    main(settings(fashion_folder, tmp_path / "run", epochs=1, limit_batches=2))
+    train(settings(fashion_folder, tmp_path / "run", epochs=1, limit_batches=2))
     model = open_clip.create_model(f"local-dir:{tmp_path / 'run'}")
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, saved[key], rtol=0, atol=0)
 
 
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 def test_existing_run_is_not_overwritten(fashion_folder: Path, tmp_path: Path) -> None:
     chosen = settings(fashion_folder, tmp_path / "run", epochs=1, limit_batches=1)
-    main(chosen)
+    train(chosen)
+    before = read_files(chosen.out)
     with pytest.raises(SettingsError, match="add --resume"):
-        main(chosen)
+        train(replace(chosen, bpe_merges=50))
+    for change, message in (
+        ({"bpe_merges": 50}, "bpe-merges 100, not 50"),
+        ({"learning_rate": 0.1}, "learning-rate 0.001, not 0.1"),
+        ({"epochs": 2}, "epochs 1, not 2"),
+        ({"seed": 1}, "seed 0, not 1"),
+    ):
+        with pytest.raises(SettingsError, match=f"was begun with {message}: resume it with"):
+            train(replace(chosen, resume=True, **change))
+    assert read_files(chosen.out) == before
+
+
+def test_rows_of_metrics_after_the_checkpoint_are_dropped(
+    fashion_folder: Path, tmp_path: Path
+) -> None:
+    chosen = settings(fashion_folder, tmp_path / "run", epochs=1, limit_batches=2)
+    train(chosen)
+    metrics = chosen.out / "metrics.jsonl"
+    before = metrics.read_text()
+    assert json.loads(before)["step"] == 2
+    with metrics.open("a") as file:
+        file.write('{"step": 4, "epoch": 2}\n{"step": 6, "ep')
+    train(replace(chosen, resume=True))
+    assert metrics.read_text() == before
+
+
+def test_resumed_run_writes_a_model_that_is_older_than_its_checkpoint(
+    fashion_folder: Path, tmp_path: Path
+) -> None:
+    chosen = settings(fashion_folder, tmp_path / "run", epochs=1, limit_batches=1)
+    train(chosen)
+    weights = chosen.out / "open_clip_model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(b"older")
+    train(replace(chosen, resume=True))
+    assert weights.read_bytes() == before
 
 
 def test_finished_model_is_not_overwritten(fashion_folder: Path, tmp_path: Path) -> None:
     for name in ("open_clip_config.json", "open_clip_model.safetensors", "bpe.txt.gz"):
         (tmp_path / name).write_text("mine")
-    with pytest.raises(SettingsError, match="holds a finished model: name another folder"):
-        main(settings(fashion_folder, tmp_path, epochs=1, limit_batches=1))
+    with pytest.raises(SettingsError, match="holds a model or a bundle: name another folder"):
+        train(settings(fashion_folder, tmp_path, epochs=1, limit_batches=1))
     assert (tmp_path / "bpe.txt.gz").read_text() == "mine"
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_files_of_a_run_are_replaced_whole(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint.pt.part").write_text("mine")
-    path = tmp_path / "checkpoint.pt"
-    for _ in range(2):
-        save_checkpoint(tmp_path, {"weights": torch.ones(3)})
-        path.chmod(0o600)
-    first = path.read_bytes()
-    with pytest.raises(AttributeError):  # of what cannot be pickled
-        save_checkpoint(tmp_path, {"weights": lambda: None})
-    assert path.read_bytes() == first
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert (tmp_path / "checkpoint.pt.part").read_text() == "mine"
-    assert len(list(tmp_path.iterdir())) == 2
-    save_checkpoint(tmp_path, {"weights": torch.ones(3)})
-    assert path.read_bytes() == first  # no name of a temporary file in it
+def test_run_of_another_kind_is_not_resumed(fashion_folder: Path, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"training": {"variant": "tga"}})
+    (tmp_path / "bpe.txt.gz").write_text("mine")
+    with pytest.raises(SettingsError, match="holds a run of another kind"):
+        train(settings(fashion_folder, tmp_path, resume=True))
+    assert (tmp_path / "bpe.txt.gz").read_text() == "mine"
 
 
-def test_figures_that_are_not_finite_are_json(tmp_path: Path) -> None:
-    with closing(Metrics(tmp_path, 0)) as metrics:
-        metrics.write({"step": 1, "loss": math.nan})
-    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None}
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "--epochs must be 1 or more, got 0"),
+        ({"learning_rate": math.nan}, "--learning-rate must be 0 or more, got nan"),
+        ({"batch_size": 151}, "fewer images than --batch-size 151: give --batch-size 150 or less"),
+    ],
+)
+def test_wrong_settings(
+    fashion_folder: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        train(settings(fashion_folder, tmp_path / "run", **change))
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_loss_that_is_not_finite_stops_the_run(fashion_folder: Path, tmp_path: Path) -> None:
+    chosen = settings(fashion_folder, tmp_path / "run", epochs=1, learning_rate=1e30)
+    with pytest.raises(SettingsError, match=r"step \d+: .* is not finite: lower --learning-rate"):
+        train(chosen)
 
 
 def test_missing_data_is_one_clear_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "train.pretrain", "--out", str(tmp_path / "run")]
-    found = subprocess.run(
+    result = subprocess.run(
         [*command, "--data", f"fashion-mnist:{tmp_path}"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert found.returncode == 2
-    assert found.stderr.startswith("error: no Fashion-MNIST in")
-    assert found.stderr.count("\n") == 1
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: no Fashion-MNIST in")
+    assert result.stderr.count("\n") == 1
 
 
 def test_class_names_are_the_first_synonyms() -> None:

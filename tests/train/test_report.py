@@ -1,4 +1,4 @@
-"""Tables and plots that say what the marks of result files say, and no more."""
+"""Tables and plots of the marks in result files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from PIL import Image
 
 from edgeclip import EdgeclipError
 from train.errors import SettingsError
-from train.report import MARKS, main
+from train.report import BLOCK, main
 
+MARKS = (f"<!-- {BLOCK} -->", f"<!-- /{BLOCK} -->")
 PASSED = [{"name": f"name {i}", "passed": True, "figure": f"{i}.5 %"} for i in range(1, 11)]
 NOTE = "± is half the width of the 95 % Wilson interval of the worst case."
 COS = {"steps": 10, "step_size": 30.0}
@@ -23,13 +24,13 @@ COS = {"steps": 10, "step_size": 30.0}
 
 @pytest.fixture(autouse=True)
 def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.robustness.result_file.ENOUGH", 1)
+    monkeypatch.setattr("train.report.MIN_IMAGES", 1)
 
 
 def test_few_images_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.robustness.result_file.ENOUGH", 9)
+    monkeypatch.setattr("train.report.MIN_IMAGES", 9)
     text = shown(capsys, plain(tmp_path / "few.json", "1" * 8, "1" * 8))
     assert rows(text, "runs/few")[0][2] == "**8**"
     assert "A **bold n** is below 9: a first look." in text
@@ -39,15 +40,16 @@ def test_few_images_are_told(
 
 
 def result(path: Path, samples: dict[str, str], **changes: Any) -> str:
-    """A result file; changes are of the settings, but for checks, seconds and devices."""
-    rest = {"checks": PASSED, "seconds": {}, "devices": ["some GPU"]}
+    """Write a result file; changes are of the settings, but for checks, seconds and devices."""
+    rest = {"checks": PASSED, "agreement": None, "seconds": {}, "devices": ["some GPU"]}
     rest |= {name: changes.pop(name) for name in tuple(rest) if name in changes}
-    attacked = [key.partition("/") for key in samples if key != "clean"]
+    attacked = [key.split("/") for key in samples if key != "clean"]
     settings = {
         "subject": f"runs/{path.stem}", "checkpoint": None, "pretrained": None,
         "weights_sha256": path.stem, "data": "some", "purification": None,
-        "attack": list(dict.fromkeys(name.split()[0] for name, _, _ in attacked)),
-        "gradient": list(dict.fromkeys(gradient for _, _, gradient in attacked)),
+        "visual": None, "quick_gelu": False, "templates": ["a {}"],
+        "attack": list(dict.fromkeys(key[0] for key in attacked)),
+        "gradient": list(dict.fromkeys(key[-1] for key in attacked)),
         "norm": "linf", "eps": 8 / 255, "steps": 100, "restarts": 1, "queries": 5000, "eot": 1,
         "samples": len(samples["clean"]), "seed": 0,
     } | changes  # fmt: skip
@@ -66,7 +68,7 @@ def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def rows(text: str, start: str) -> list[list[str]]:
-    """Cells of the table rows whose first cell is `start`."""
+    """Return the cells of the table rows whose first cell is `start`."""
     cells = [[c.strip() for c in line.strip("|").split(" | ")] for line in text.splitlines()]
     return [row for row in cells if row[0] == start]
 
@@ -125,7 +127,6 @@ def test_table_of_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ("checks", "verdict"),
     [
         ([], "NOT CHECKED"),
-        (None, "NOT CHECKED"),
         (PASSED[:9], "UNFINISHED"),
         ([c | {"passed": i not in (4, 6)} for i, c in enumerate(PASSED)], "FAILED: 5, 7"),
         ([PASSED[0], PASSED[1] | {"passed": False}], "FAILED: 2; UNFINISHED"),
@@ -196,32 +197,14 @@ def test_first_images_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         main([file, "--samples", "0"])
 
 
-def test_older_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {
-        "subject": "ViT-B-32", "pretrained": "openai", "data": "some", "attack": ["apgd-ce", "apgd-t"],
-        "norm": "linf", "eps": 1 / 255, "steps": 100, "restarts": 1, "samples": 4, "seed": 0,
-        "purification": "none",
-    }  # fmt: skip
-    samples = {"clean": "1111", "apgd-ce": "1100", "apgd-t": "101"}
-    file = tmp_path / "old.json"
-    file.write_text(json.dumps({"settings": settings, "samples": samples}))
-    text = shown(capsys, str(file), "--brief")
-    assert text.startswith(
-        "some, linf eps 1/255, seed 0; apgd-ce, apgd-t; 100 steps; restarts 1; white box"
-    )
-    assert "| model | n | clean | apgd-ce | apgd-t | worst case |" in text
-    assert "| ViT-B-32 openai | 3 of 4 | 100.0 | 66.7 | 66.7 | **! 33.3 ± " in text
-    assert "NOT CHECKED: ViT-B-32 openai." in text
-
-
 def test_autoattack_by_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples = {
         "clean": "1111",
-        "autoattack apgd-ce/exact": "1110",
-        "autoattack square/exact": "1000",
+        "autoattack/apgd-ce/exact": "1110",
+        "autoattack/square/exact": "1000",
         "feature/exact": "0111",
     }
-    seconds = {"clean": 9, "autoattack apgd-ce/exact": 2.0, "autoattack square/exact": 4.0}
+    seconds = {"clean": 9, "autoattack/apgd-ce/exact": 2.0, "autoattack/square/exact": 4.0}
     files = [
         result(tmp_path / "a.json", samples, seconds=seconds | {"feature/exact": 50}),
         plain(tmp_path / "b.json", "1111", "1100"),
@@ -397,7 +380,7 @@ def test_unusable_files(tmp_path: Path) -> None:
         "no JSON": "Expecting value",
         "[]": "list indices",
         '{"settings": {}}': "no 'samples'",
-        '{"settings": {"subject": "a"}, "samples": {}}': "no data, norm, eps, seed",
+        '{"settings": {"subject": "a"}, "samples": {}}': "no pretrained, visual",
     }.items():
         other.write_text(text)
         with pytest.raises(SettingsError, match=f"is no result of python -m train.evaluate: {why}"):
@@ -428,7 +411,7 @@ DIFF = {
 
 
 def diff_rows(folder: Path) -> list[str]:
-    """A model with no purification, with two settings of cos, and with two of diff."""
+    """Write results of a model without purification, with two settings of cos, and with two of diff."""
     clean = "1" * 100
     given = [
         (None, 40), (COS, 41), (COS | {"steps": 2}, 42), (DIFF, 50), (DIFF | {"step_size": 0.1}, 60),

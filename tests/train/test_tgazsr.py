@@ -1,4 +1,4 @@
-"""Adversarial fine-tuning, whole: on a tiny CLIP and a few images, in seconds."""
+"""Whole runs of adversarial fine-tuning, on a tiny CLIP and a few images."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from train import tgazsr
 from train.attacks import pgd
 from train.data import dataset
 from train.data.loader import Pictures, draw, generators
-from train.errors import ModelError, SettingsError
+from train.errors import DataError, ModelError, SettingsError
 from train.models.checkpoints import load
 from train.models.classifier import Classifier, class_embeddings
 from train.models.weight_files import join_sha256
-from train.run.optimizer import learning_rate
 from train.run.settings import parse_settings
 from train.run.settings import run as run_command
 from train.tgazsr import Settings, checked, epoch_keys
@@ -62,7 +61,7 @@ def settings(model: Path, fashion_folder: Path, tmp_path: Path) -> Settings:
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
-    """Train in this process; the rows of metrics."""
+    """Train in this process; return the rows of metrics."""
     tgazsr.train(checked(settings, 1), 0, 1, CPU)
     return rows(settings.out)
 
@@ -116,7 +115,7 @@ def test_every_variant_lowers_its_loss(settings: Settings, variant: str, model: 
 
 
 def test_tecoa_is_tga_without_its_terms(settings: Settings) -> None:
-    """With SGD, whose steps are proportional to the gradient: rounding stays rounding."""
+    """SGD, whose steps are proportional to the gradient, keeps rounding errors small."""
     tecoa = replace(settings, variant="tecoa", optimizer="sgd", learning_rate=0.02)
     without = replace(tecoa, variant="tga", alpha=0.0, beta=0.0, out=settings.out.parent / "tga")
     run(tecoa)
@@ -142,8 +141,8 @@ def test_attack_on_the_loss_is_stronger_than_noise(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize("variant", ["tga", "comp"])
-def test_terms_of_an_untrained_encoder(settings: Settings, variant: str) -> None:
-    """The two encoders are one: no clean distance, a finite gradient, and L_AR from the attack."""
+def test_terms_before_training(settings: Settings, variant: str) -> None:
+    """Take one encoder as both: L_AMC is zero, L_AR comes from the attack, gradients are finite."""
     source = load(settings.model, None)
     texts = class_embeddings(source, ["cat", "dog", "bird"], ["a {}"])
     classifier = Classifier(source, texts).eval()
@@ -161,17 +160,17 @@ def test_terms_of_an_untrained_encoder(settings: Settings, variant: str) -> None
     assert all(g is not None and g.isfinite().all() for g in grads)
 
 
-# Without pmg, whose reference is a constant although it sees the attacked images.
+# Without pmg: its reference sees the attacked images, but counts as a constant.
 @pytest.mark.parametrize("variant", ["tga", "comp", "tecoa", "at", "fare"])
 def test_image_gradients_equal_finite_differences(
     settings: Settings, variant: str, tmp_path: Path
 ) -> None:
-    """In float64, through a whole tiny encoder that differs from the original one."""
+    """Check in float64, through a tiny encoder that differs from the original one."""
     narrow = SMALL | {"image_size": 8, "layers": 1, "width": 16}
     folders = [write_folder(tmp_path / str(i), "vit", seed=i, **narrow) for i in range(2)]
     sources = [load(str(folder), None) for folder in folders]
     texts = class_embeddings(sources[0], ["cat", "dog", "bird"], ["a {}"]).double()
-    denied = class_embeddings(sources[0], ["cat", "dog", "bird"], ["no {}"]).double()
+    negated = class_embeddings(sources[0], ["cat", "dog", "bird"], ["no {}"]).double()
     models = []
     for source in sources:
         source.model.visual.double()
@@ -183,7 +182,7 @@ def test_image_gradients_equal_finite_differences(
 
     def loss(attacked: torch.Tensor) -> torch.Tensor:
         labels = torch.tensor([0, 2])
-        return sum(loss_terms(chosen, *models, denied, images, attacked, labels).values())
+        return sum(loss_terms(chosen, *models, negated, images, attacked, labels).values())
 
     attacked = (images + noise).requires_grad_()
     assert torch.autograd.gradcheck(loss, attacked, eps=1e-6, atol=1e-6, fast_mode=True)
@@ -202,7 +201,7 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(settings: Settings) 
     done = torch.load(parts.out / "checkpoint.pt", weights_only=True)["step"]
     assert 0 < done < 48, f"the run was to be killed half way: {text}"
     with (parts.out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 99, "loss')  # what a killed writer leaves
+        file.write('{"step": 99, "loss')  # a killed writer leaves half a row
     run(replace(parts, resume=True))
     run(whole)
     assert_same(parts.out, whole.out, rtol=0, atol=0)
@@ -218,7 +217,7 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(settings: Settings) 
     np.testing.assert_allclose(shown, wanted, rtol=1e-6)
 
 
-def test_finished_run_is_left_as_it_is(settings: Settings) -> None:
+def test_finished_run_is_left_unchanged(settings: Settings) -> None:
     run(settings)
     before = weights(settings.out)
     found = run(replace(settings, resume=True, workers=1))
@@ -254,7 +253,7 @@ def test_accumulated_parts_equal_the_whole_batch(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"norm": "l2", "eps": 1.0}])
-def test_other_precision_and_norm(settings: Settings, changes: dict[str, Any]) -> None:
+def test_bf16_and_l2(settings: Settings, changes: dict[str, Any]) -> None:
     found = run(replace(settings, step_size=0.02, limit_batches=2, epochs=3, **changes))
     steps = [row for row in found if "loss" in row]
     assert len(steps) == 6
@@ -262,7 +261,7 @@ def test_other_precision_and_norm(settings: Settings, changes: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("variant", ["tecoa", "fare"])
-def test_tower_without_patch_tokens_has_baselines(
+def test_baselines_train_a_tower_without_patch_tokens(
     settings: Settings, tmp_path: Path, variant: str
 ) -> None:
     resnet = write_folder(tmp_path / "resnet", "resnet")
@@ -271,9 +270,7 @@ def test_tower_without_patch_tokens_has_baselines(
 
 
 @pytest.mark.parametrize("variant", ["tga", "comp"])
-def test_siglip_is_trained_by_the_tokens_that_its_pooling_reads(
-    settings: Settings, tmp_path: Path, variant: str
-) -> None:
+def test_siglip_has_patch_tokens(settings: Settings, tmp_path: Path, variant: str) -> None:
     siglip = write_folder(tmp_path / "siglip", "siglip")  # its texts are eight tokens
     short = replace(settings, template="a {}", non_class_template="no {}")
     found = run(replace(short, model=str(siglip), variant=variant, limit_batches=2))
@@ -282,15 +279,6 @@ def test_siglip_is_trained_by_the_tokens_that_its_pooling_reads(
     assert (
         again.tokenizer(["a cat"]).tolist() == load(str(siglip), None).tokenizer(["a cat"]).tolist()
     )
-
-
-def test_schedule(settings: Settings) -> None:
-    chosen = replace(settings, warmup_steps=10, learning_rate=0.5)
-    rates = [learning_rate(step, 110, chosen) for step in range(111)]
-    assert rates[0] == pytest.approx(0.05)
-    assert max(rates) == rates[9] == rates[10] == 0.5
-    assert rates[60] == pytest.approx(0.25)
-    assert rates[110] == pytest.approx(0, abs=1e-12)
 
 
 def test_every_epoch_takes_each_image_once_in_another_order(settings: Settings) -> None:
@@ -345,7 +333,7 @@ def test_tower_without_patch_tokens_is_refused(settings: Settings, tmp_path: Pat
         run(replace(settings, model=str(resnet)))
 
 
-# Each of these settings must reach the weights.
+# Each of these settings must change the weights.
 OTHERS: list[dict[str, Any]] = [
     {"gradient_clip": 1e-3}, {"weight_decay": 5.0}, {"momentum": 0.1}, {"learning_rate": 2e-3},
     {"warmup_steps": 1}, {"attack_steps": 6}, {"eps": 0.2}, {"step_size": 0.1}, {"norm": "l2"},
@@ -354,7 +342,7 @@ OTHERS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def test_every_setting_counts(settings: Settings) -> None:
+def test_every_setting_changes_the_weights(settings: Settings) -> None:
     base = replace(settings, limit_batches=2, validate=0, learning_rate=1e-3)
 
     def trained(name: str, **changes: Any) -> torch.Tensor:
@@ -369,7 +357,7 @@ def test_every_setting_counts(settings: Settings) -> None:
 
 
 def test_validation_is_an_attack(settings: Settings) -> None:
-    """Counted again image by image, with the attack that it claims."""
+    """Count again image by image, with PGD on the logits."""
     source = load(settings.model, None)
     test_set = dataset.load(settings.data, train=False)
     classifier = Classifier(source, class_embeddings(source, test_set.classes, ["a {}"])).eval()
@@ -389,16 +377,16 @@ def test_validation_is_an_attack(settings: Settings) -> None:
     assert found == {"clean_accuracy": right[0] / 20, "robust_accuracy": right[1] / 20}
 
 
-def test_model_of_the_run_is_not_overwritten(settings: Settings, model: Path) -> None:
+def test_model_and_file_are_not_overwritten(settings: Settings, model: Path) -> None:
     before = (model / "open_clip_model.safetensors").read_bytes()
-    with pytest.raises(SettingsError, match="holds a finished model"):
+    with pytest.raises(SettingsError, match="holds a model or a bundle"):
         run(replace(settings, out=model))
     assert (model / "open_clip_model.safetensors").read_bytes() == before
     with pytest.raises(SettingsError, match="is a file"):
         run(replace(settings, out=model / "bpe.txt.gz"))
 
 
-def test_foreign_and_damaged_checkpoints(settings: Settings) -> None:
+def test_other_and_damaged_checkpoints_are_refused(settings: Settings) -> None:
     settings.out.mkdir()
     torch.save({"model": {}, "settings": {}}, settings.out / "checkpoint.pt")
     with pytest.raises(SettingsError, match="a run of another kind"):
@@ -408,7 +396,7 @@ def test_foreign_and_damaged_checkpoints(settings: Settings) -> None:
         run(replace(settings, resume=True))
 
 
-def test_data_that_changed_is_not_mixed(settings: Settings, fashion_folder: Path) -> None:
+def test_changed_data_is_refused(settings: Settings, fashion_folder: Path) -> None:
     run(replace(settings, epochs=1, batch_size=12))
     for kind in ("images-idx3", "labels-idx1"):
         test, train = (fashion_folder / f"{n}-{kind}-ubyte.gz" for n in ("t10k", "train"))
@@ -435,7 +423,7 @@ def test_broken_image_in_a_worker_is_one_line(
     assert "photos" in line
 
 
-def test_template_goes_into_a_run_that_had_none(settings: Settings, model: Path) -> None:
+def test_template_is_recorded_where_the_model_has_none(settings: Settings, model: Path) -> None:
     file = model / "open_clip_config.json"
     config = json.loads(file.read_text())
     del config["edgeclip"]
@@ -444,7 +432,9 @@ def test_template_goes_into_a_run_that_had_none(settings: Settings, model: Path)
     assert load(str(settings.out), None).wording["templates"] == ["one {} here"]
 
 
-def test_run_is_neither_overwritten_nor_mixed(settings: Settings, tmp_path: Path) -> None:
+def test_run_is_not_overwritten_or_resumed_with_other_settings(
+    settings: Settings, tmp_path: Path
+) -> None:
     run(replace(settings, epochs=1, limit_batches=3))
     with pytest.raises(SettingsError, match="add --resume"):
         run(settings)
@@ -456,16 +446,16 @@ def test_run_is_neither_overwritten_nor_mixed(settings: Settings, tmp_path: Path
         run(other)
 
 
-def test_weights_of_another_architecture(settings: Settings, tmp_path: Path) -> None:
+def test_weights_of_another_architecture_are_refused(settings: Settings, tmp_path: Path) -> None:
     wide = write_folder(tmp_path / "wide", "vit", **SMALL | {"width": 64})
     file = wide / "open_clip_model.safetensors"
     with pytest.raises(ModelError, match="does not hold this model's weights"):
         run(replace(settings, pretrained=str(file)))
 
 
-def test_folder_without_classes(settings: Settings, tmp_path: Path) -> None:
+def test_folder_without_classes_is_refused(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(dataset.DataError, match="no class folders in"):
+    with pytest.raises(DataError, match="no class folders in"):
         run(replace(settings, data=f"folder:{tmp_path / 'empty'}"))
 
 
@@ -478,7 +468,7 @@ def test_mistakes_on_the_command_line_are_one_line(settings: Settings) -> None:
     assert found.stderr == wanted
 
 
-def test_a_robust_image_tower_over_the_models_weights_is_trained_further(
+def test_robust_image_tower_is_trained_further(
     settings: Settings, model: Path, tmp_path: Path
 ) -> None:
     base = load(str(model), None).model.state_dict()
@@ -498,7 +488,7 @@ def test_a_robust_image_tower_over_the_models_weights_is_trained_further(
 @pytest.mark.parametrize(
     ("words", "wanted"), [([], None), (["--quickgelu"], True), (["--no-quickgelu"], False)]
 )
-def test_an_activation_on_the_command_line(
+def test_activation_on_the_command_line(
     monkeypatch: pytest.MonkeyPatch, words: list[str], wanted: bool | None
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["tgazsr", "--data", "x", "--out", "y", *words])

@@ -1,4 +1,4 @@
-"""Each variant's attack and loss, between two different encoders, against plain arithmetic."""
+"""Attack and loss of each variant, for two different encoders, against plain arithmetic."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ LABELS = torch.tensor([2, 0, 1, 1])
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, Classifier, torch.Tensor]:
-    """The trained encoder, the original one, and the denying texts."""
+    """Return the trained classifier, the original one, and the negated text embeddings."""
     folder = tmp_path_factory.mktemp("models")
     sources = [
         load(str(write_folder(folder / str(i), "vit", seed=i, **SMALL)), None) for i in range(2)
     ]
     names = ["cat", "dog", "bird"]
-    texts, denied = (class_embeddings(sources[0], names, [t]) for t in ("a {}", "not a {}"))
+    texts, negated = (class_embeddings(sources[0], names, [t]) for t in ("a {}", "not a {}"))
     trained, original = (Classifier(source, texts).eval() for source in sources)
-    return trained, original, denied
+    return trained, original, negated
 
 
 @pytest.fixture
@@ -69,12 +69,12 @@ DISTANCES = {
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("variant", ["tga", "comp", "tecoa", "at", "pmg", "fare"])
 def test_terms(models: Any, images: torch.Tensor, variant: str, distance: str) -> None:
-    trained, original, denied = models
+    trained, original, negated = models
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     attacked = (images + 0.1 * noise).clamp(0, 1)
     settings = chosen(variant, distance=distance)
     with torch.no_grad():
-        found = loss_terms(settings, trained, original, denied, images, attacked, LABELS)
+        found = loss_terms(settings, trained, original, negated, images, attacked, LABELS)
         adv, clean = trained(attacked), trained(images)
         source, reference = original(images), original(attacked)
     probabilities = adv.logits.double().softmax(1).numpy()
@@ -91,7 +91,7 @@ def test_terms(models: Any, images: torch.Tensor, variant: str, distance: str) -
 
         def attention(tokens: torch.Tensor) -> np.ndarray:
             if variant == "comp":
-                return complementary_attention_map(tokens, text, denied[LABELS], 16).numpy()
+                return complementary_attention_map(tokens, text, negated[LABELS], 16).numpy()
             return attention_map(tokens, text, 16).numpy()
 
         maps = [attention(output.tokens) for output in (adv, source, clean)]
@@ -131,7 +131,7 @@ def test_attack(models: Any, images: torch.Tensor, variant: str, norm: str) -> N
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_two_steps_of_the_optimizer(optimizer: str) -> None:
-    """Matrices decay, vectors do not; momentum is what the setting says."""
+    """Compare with plain arithmetic: matrices decay, vectors do not."""
     settings = replace(
         SETTINGS, optimizer=optimizer, learning_rate=0.1, momentum=0.6, weight_decay=0.5
     )
@@ -159,9 +159,9 @@ def test_two_steps_of_the_optimizer(optimizer: str) -> None:
     np.testing.assert_allclose(vector.detach().numpy(), expected(0.0)[0], rtol=1e-6)
 
 
-def test_cross_entropy_is_not_of_the_original(models: Any, images: torch.Tensor) -> None:
-    trained, original, denied = models
-    terms = loss_terms(chosen("tecoa"), trained, original, denied, images, images, LABELS)
+def test_cross_entropy_is_that_of_the_trained_encoder(models: Any, images: torch.Tensor) -> None:
+    trained, original, negated = models
+    terms = loss_terms(chosen("tecoa"), trained, original, negated, images, images, LABELS)
     with torch.no_grad():
         other = F.cross_entropy(original(images).logits, LABELS)
     assert abs(terms["ce"].item() - other.item()) > 1e-3

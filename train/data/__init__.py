@@ -1,1 +1,1 @@
-"""Data sets, and the batches of them."""
+"""Data sets and their loader."""

@@ -1,9 +1,9 @@
-"""The public data sets: where their files are, how they are read, and how their classes are asked.
+"""Catalogue of the public data sets: their files, readers, class names and templates.
 
-Splits are the official ones: ImageNet and TinyImageNet are tested on their validation images, of
-Flowers-102 and DTD (partition 1) the validation images are in neither split, of Oxford-IIIT Pet and
-FGVC-Aircraft they are training images. Where there is no official split (SUN397, EuroSAT,
-Caltech-101, Caltech-256) all images are the test split, and none are for training.
+The splits are the official ones. ImageNet and TinyImageNet are tested on their validation images. The
+validation images of Flowers-102 and DTD (partition 1) are in neither split; those of Oxford-IIIT Pet
+and FGVC-Aircraft are training images. Sets without an official split (SUN397, EuroSAT, Caltech-101,
+Caltech-256) have a test split of all images, and no training split.
 """
 
 from __future__ import annotations
@@ -19,11 +19,18 @@ import numpy as np
 from edgeclip.images.decoding import decode
 from train.data import class_names, fashion_mnist
 from train.data.folders import plain_classes, tiny_imagenet, wordnet_classes
-from train.data.samples import Arrays, ImageFiles, Loaded, Samples, class_files, default_root
+from train.data.samples import (
+    GreyArrays,
+    ImageFiles,
+    Samples,
+    TorchvisionSamples,
+    class_files,
+    default_root,
+)
 from train.errors import DataError
 
-# (root, train, download) -> class names and samples. A FileNotFoundError without a file's name
-# says that the data set is not there.
+# (root, train, download) -> class names and samples. A FileNotFoundError without a file name means
+# that the data set is missing.
 Read = Callable[[Path, bool, bool], tuple[Sequence[str], Samples]]
 
 DEFAULT = ("This is a photo of a {}",)
@@ -33,9 +40,9 @@ DEFAULT = ("This is a photo of a {}",)
 class Source:
     """A public data set.
 
-    folder: where its files are below the root. flexible: `read` looks for them in the root too.
-    web: where to get them, for a person; empty where torchvision can download them.
-    needs: a package that only this set needs. trains: whether it has a training split.
+    count: number of classes. folder: folder of its files, relative to the root. flexible: `read` also
+    looks in the root itself. web: address for a manual download; empty where torchvision downloads.
+    needs: a package that this set alone needs. trains: whether it has a training split.
     """
 
     title: str
@@ -50,34 +57,37 @@ class Source:
 
 
 def _torchvision(name: str, root: Path, download: bool, **options: Any) -> Any:
+    """Open a data set of torchvision by its class name."""
     from torchvision import datasets
 
     with warnings.catch_warnings():
-        # NumPy 2.4.0 to 2.4.4 warns of the old pickles that CIFAR is made of.
+        # NumPy 2.4.0 to 2.4.4 warns about the old pickles of CIFAR.
         warnings.filterwarnings("ignore", message=r"dtype\(\): align")
         return getattr(datasets, name)(str(root), download=download, **options)
 
 
-def _split(
+def _torchvision_set(
     loader: str,
     train: dict[str, Any],
     test: dict[str, Any],
     rename: Callable[[str], str] = class_names.words,
 ) -> Read:
-    """A set that torchvision reads; train and test are the options that choose the split."""
+    """Return the reader of a torchvision set; train and test are its options for each split."""
 
     def read(root: Path, training: bool, download: bool) -> tuple[Sequence[str], Samples]:
         data = _torchvision(loader, root, download, **(train if training else test))
-        return [rename(name) for name in data.classes], Loaded(data)
+        return [rename(name) for name in data.classes], TorchvisionSamples(data)
 
     return read
 
 
-def _whole(
+def _class_folders(
     loader: str, folder: str, rename: Callable[[str], str], without: Sequence[str] = ()
 ) -> Read:
-    """A set of class folders that torchvision downloads; read here, in an order that is the same
-    everywhere, and with the file's name in every error."""
+    """Return the reader of a set of class folders, which torchvision only downloads.
+
+    Files are sorted, so that their order is the same on every machine, and errors name the file.
+    """
 
     def read(root: Path, training: bool, download: bool) -> tuple[Sequence[str], Samples]:
         if download:
@@ -97,7 +107,7 @@ def _sun397(root: Path, train: bool, download: bool) -> tuple[Sequence[str], Sam
 
 
 def _pets(root: Path, train: bool, download: bool) -> tuple[Sequence[str], Samples]:
-    """Read the list of a split here, since torchvision's takes no loader."""
+    """Read the list of a split: torchvision's reader of this set takes no loader."""
     if download:
         _torchvision("OxfordIIITPet", root, True)
     folder = root / "oxford-iiit-pet"
@@ -117,11 +127,11 @@ def _flowers(root: Path, train: bool, download: bool) -> tuple[Sequence[str], Sa
         raise DataError(
             "the class names of Flowers-102 need a newer torchvision: pip install -U torchvision"
         )
-    return [class_names.flower(name) for name in data.classes], Loaded(data)
+    return [class_names.flower(name) for name in data.classes], TorchvisionSamples(data)
 
 
 def _wordnet(*folders: str) -> Read:
-    """An ImageNet-like set in the first of these folders that has class folders."""
+    """Return the reader of an ImageNet-like set, in the first of the folders with class folders."""
 
     def read(root: Path, train: bool, download: bool) -> tuple[Sequence[str], Samples]:
         split = "train" if train else "val"
@@ -132,10 +142,10 @@ def _wordnet(*folders: str) -> Read:
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """PCAM's images in an HDF5 file, and their labels (N,).
+    """Images of PCAM in an HDF5 file, and their labels (N,).
 
-    torchvision's own loader cannot be pickled. The file is opened for each image, since HDF5's
-    handles do not survive a fork.
+    torchvision's loader cannot be pickled. The file is opened for each image, because HDF5 handles
+    do not survive a fork.
     """
 
     file: Path
@@ -148,7 +158,8 @@ class Patches:
         import h5py
 
         with h5py.File(self.file) as images:
-            return images["x"][index], int(self.labels[index])
+            image: np.ndarray = images["x"][index]
+            return image, int(self.labels[index])
 
 
 def _pcam(root: Path, train: bool, download: bool) -> tuple[Sequence[str], Samples]:
@@ -162,13 +173,13 @@ def _pcam(root: Path, train: bool, download: bool) -> tuple[Sequence[str], Sampl
 
 
 def _fashion_mnist(root: Path, train: bool, download: bool) -> tuple[Sequence[str], Samples]:
-    # The data set of Debian's package counts as being in the default place.
+    # Without a folder, Debian's package is read too.
     split = fashion_mnist.read_split(None if root == default_root() else root, train, download)
-    return split.classes, Arrays(split.images.numpy(), split.labels.numpy())
+    return split.classes, GreyArrays(split.images.numpy(), split.labels.numpy())
 
 
 _TRAIN, _TEST = {"split": "train"}, {"split": "test"}
-# Sets of files are decoded as all images are here; torchvision's own loader refuses some.
+# edgeclip decodes image files, as everywhere here; torchvision's own loader refuses some.
 _TRAIN_FILES, _TEST_FILES, _TRAINVAL_FILES = (
     {"split": split, "loader": decode} for split in ("train", "test", "trainval")
 )
@@ -180,18 +191,18 @@ SOURCES = {
     ),
     "cifar10": Source(
         "CIFAR-10", 10, "cifar-10-batches-py",
-        _split("CIFAR10", {"train": True}, {"train": False}),
+        _torchvision_set("CIFAR10", {"train": True}, {"train": False}),
     ),
     "cifar100": Source(
         "CIFAR-100", 100, "cifar-100-python",
-        _split("CIFAR100", {"train": True}, {"train": False}),
+        _torchvision_set("CIFAR100", {"train": True}, {"train": False}),
     ),
-    "stl10": Source("STL-10", 10, "stl10_binary", _split("STL10", _TRAIN, _TEST)),
+    "stl10": Source("STL-10", 10, "stl10_binary", _torchvision_set("STL10", _TRAIN, _TEST)),
     "sun397": Source(
         "SUN397", 397, "SUN397", _sun397, ("a photo of a {}.", "a photo of the {}."), trains=False,
     ),
     "food101": Source(
-        "Food-101", 101, "food-101", _split("Food101", _TRAIN_FILES, _TEST_FILES),
+        "Food-101", 101, "food-101", _torchvision_set("Food101", _TRAIN_FILES, _TEST_FILES),
         ("a photo of {}, a type of food.",),
     ),
     "pets": Source(
@@ -203,17 +214,17 @@ SOURCES = {
         needs="scipy",
     ),
     "dtd": Source(
-        "DTD", 47, "dtd/dtd", _split("DTD", _TRAIN_FILES, _TEST_FILES),
+        "DTD", 47, "dtd/dtd", _torchvision_set("DTD", _TRAIN_FILES, _TEST_FILES),
         ("a photo of a {} texture.", "a photo of a {} pattern."),
     ),
     "eurosat": Source(
         "EuroSAT", 10, "eurosat/2750",
-        _whole("EuroSAT", "eurosat/2750", class_names.EUROSAT.__getitem__),
+        _class_folders("EuroSAT", "eurosat/2750", class_names.EUROSAT.__getitem__),
         ("a satellite photo of {}.",), trains=False,
     ),
     "fgvc-aircraft": Source(
         "FGVC-Aircraft", 100, "fgvc-aircraft-2013b",
-        _split("FGVCAircraft", _TRAINVAL_FILES, _TEST_FILES),
+        _torchvision_set("FGVCAircraft", _TRAINVAL_FILES, _TEST_FILES),
         ("a photo of a {}, a type of aircraft.",),
     ),
     "imagenet": Source(
@@ -234,18 +245,18 @@ SOURCES = {
     ),
     "caltech101": Source(
         "Caltech-101", 101, "caltech101/101_ObjectCategories",
-        _whole("Caltech101", "caltech101/101_ObjectCategories", class_names.caltech,
+        _class_folders("Caltech101", "caltech101/101_ObjectCategories", class_names.caltech,
                without=["BACKGROUND_Google"]),
         trains=False,
     ),
     "caltech256": Source(
         "Caltech-256", 256, "caltech256/256_ObjectCategories",
-        _whole("Caltech256", "caltech256/256_ObjectCategories", class_names.caltech,
+        _class_folders("Caltech256", "caltech256/256_ObjectCategories", class_names.caltech,
                without=["257.clutter"]),
         trains=False,
     ),
     "cars": Source(
-        "Stanford Cars", 196, "stanford_cars", _split("StanfordCars", _TRAIN_FILES, _TEST_FILES),
+        "Stanford Cars", 196, "stanford_cars", _torchvision_set("StanfordCars", _TRAIN_FILES, _TEST_FILES),
         ("a photo of a {}.", "a photo of a {}, a type of car."),
         web="https://github.com/pytorch/vision/issues/7545", needs="scipy",
     ),

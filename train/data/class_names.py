@@ -1,6 +1,6 @@
-"""Class names of the public data sets, in the words a person uses.
+"""Class names of the public data sets, in everyday words.
 
-Most come from the data sets' own files or from torchvision; here is what these get wrong.
+Most names come from the data sets' files or from torchvision; this module corrects the others.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 EUROSAT = {
     "AnnualCrop": "annual crop land",
@@ -53,8 +54,8 @@ _CALTECH = {
     "yo-yo": "yo-yo",
 }
 
-# Kinds of a place that a person names behind it, and not before: "bakery shop", "indoor church".
-_BEHIND = {
+# Kinds that follow the name of a place, as in "bakery shop"; others precede it, as in "indoor church".
+_SUFFIXES = {
     "backseat",
     "barrel_storage",
     "bottle_storage",
@@ -79,53 +80,54 @@ _SUN397 = {
 
 
 def words(name: str) -> str:
-    """`apple_pie` -> apple pie."""
+    """Replace underscores by spaces: `apple_pie` -> apple pie."""
     return " ".join(name.replace("_", " ").split())
 
 
 def fold(name: str) -> str:
-    """Return a name without differences that CLIP ignores: case, white space, Unicode form."""
+    """Remove differences that CLIP ignores: case, white space, Unicode form."""
     composed = unicodedata.normalize("NFC", name)
     return " ".join(unicodedata.normalize("NFC", composed.casefold()).split())
 
 
 def caltech(folder: str) -> str:
-    """The class in a folder of Caltech-101 or -256: `103.soccer-ball` -> soccer ball."""
+    """Return the class name of a folder of Caltech-101 or -256: `103.soccer-ball` -> soccer ball."""
     name = folder.partition(".")[2] or folder
     return _CALTECH.get(name) or words(name.removesuffix("-101").replace("-", " ")).lower()
 
 
 def flower(name: str) -> str:
-    """torchvision's name of a class of Flowers-102, one of which ends in a question mark."""
+    """Correct torchvision's name of a class of Flowers-102: one ends in a question mark."""
     return name.rstrip("?")
 
 
 def sun397(name: str) -> str:
-    """`apartment_building/outdoor` -> outdoor apartment building."""
+    """Return the class name of a scene: `apartment_building/outdoor` -> outdoor apartment building."""
     place, _, kind = name.partition("/")
-    order = (place, kind) if kind in _BEHIND else (kind, place)
+    order = (place, kind) if kind in _SUFFIXES else (kind, place)
     return _SUN397.get(name) or words(" ".join(order))
 
 
 def imagenet(wnids: Sequence[str], others: Mapping[str, str] | None = None) -> list[str]:
-    """Names for WordNet ids such as n01440764: open_clip's, which OpenAI's authors curated.
+    """Return open_clip's names, curated by OpenAI's authors, of WordNet ids such as n01440764.
 
-    Where these name two classes alike (missile, sunglasses), WordNet's first word is taken, so
-    that no name is there twice. `others` names ids that are not among ImageNet's 1000. Raises
-    KeyError for an id that is in neither.
+    Where open_clip has one name for two classes (missile, sunglasses), WordNet's first word is
+    used: names are unique. `others` names ids that are not among ImageNet's 1000. Raises KeyError
+    for an id in neither.
     """
     from open_clip import IMAGENET_CLASSNAMES
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
-    info = ImageNetInfo()
-    known = dict(zip(info.label_names(), IMAGENET_CLASSNAMES, strict=True))
+    info: Any = ImageNetInfo()  # type annotations are missing in timm
+    known: dict[str, str] = dict(zip(info.label_names(), IMAGENET_CLASSNAMES, strict=True))
     count = Counter(known.values())
 
     def name(wnid: str) -> str:
         if wnid not in known and others is not None:
             return others[wnid]
         if count[known[wnid]] > 1:
-            return info.label_name_to_description(wnid).partition(",")[0]
+            description: str = info.label_name_to_description(wnid)
+            return description.partition(",")[0]
         return known[wnid]
 
     return [name(wnid) for wnid in wnids]

@@ -1,4 +1,4 @@
-"""Fashion-MNIST and the pictures made of it: what the embedded model is trained and measured on."""
+"""Fashion-MNIST, the data set of the embedded model: its files, class names and templates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.errors import DataError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
-# The first name of each class is its canonical one; the others are what people also call it.
+# The first name of each class is the canonical one; the others are synonyms.
 FASHION_NAMES = (
     ("t-shirt", "tee", "top", "t-shirt or top", "tshirt", "short-sleeved top"),
     ("trousers", "trouser", "pants", "pair of trousers", "pair of pants", "slacks", "jeans"),
@@ -45,7 +45,7 @@ FASHION_TEMPLATES = (
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a data set: uint8 images (N, H, W), grey, and int64 labels (N,)."""
+    """One split: grey images, uint8 (N, H, W), and labels, int64 (N,)."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -53,9 +53,9 @@ class Split:
 
 
 def load_split(spec: str, *, train: bool, download: bool = False) -> Split:
-    """The split of `fashion-mnist[:folder]`, for what is made for this data set alone.
+    """Load a split of `fashion-mnist[:folder]`, for a command that works with this data set alone.
 
-    Raises DataError where another data set is named, or its files are missing or broken.
+    Raises DataError for the name of another data set, and for missing or damaged files.
     """
     name, _, path = spec.partition(":")
     if name != "fashion-mnist":
@@ -64,13 +64,18 @@ def load_split(spec: str, *, train: bool, download: bool = False) -> Split:
 
 
 def read_split(folder: Path | None, train: bool, download: bool) -> Split:
-    """The split in `folder`: Debian's files or torchvision's; None looks where both usually are."""
+    """Read a split from `folder`, in Debian's or torchvision's files; None: the default folders of both.
+
+    Raises DataError for missing or damaged files.
+    """
     prefix = "train" if train else "t10k"
     kinds = ("images-idx3", "labels-idx1")
     files = [(folder or DEBIAN_FASHION_MNIST) / f"{prefix}-{kind}-ubyte.gz" for kind in kinds]
     if all(file.is_file() for file in files):
         try:
             images, labels = (_read_idx(file) for file in files)
+            if len(images) != len(labels):
+                raise ValueError(f"it has {len(images)} images and {len(labels)} labels")
         except (OSError, EOFError, ValueError, IndexError, zlib.error) as err:
             raise DataError(f"Fashion-MNIST in {files[0].parent} is damaged: {err}") from err
         return Split(torch.from_numpy(images), torch.from_numpy(labels).long(), FASHION_CLASSES)
@@ -78,15 +83,20 @@ def read_split(folder: Path | None, train: bool, download: bool) -> Split:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """An array in the IDX format of the MNIST family: magic, one int32 per dimension, the bytes."""
+    """Read a uint8 array in MNIST's IDX format: magic number, an int32 per dimension, the values.
+
+    torchvision's reader takes no compressed file, as Debian ships them.
+    """
     with gzip.open(path) as file:
         raw = file.read()
     ndim = raw[3]
-    shape = np.frombuffer(raw, ">i4", count=ndim, offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy()
+    shape = np.frombuffer(raw, ">i4", count=ndim, offset=4).tolist()
+    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim)
+    return np.array(values.reshape(shape))
 
 
 def _torchvision_fashion_mnist(root: Path, train: bool, download: bool) -> Split:
+    """Read a split from torchvision's files. Raises DataError."""
     from torchvision.datasets import FashionMNIST
 
     try:

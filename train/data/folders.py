@@ -1,4 +1,4 @@
-"""Data sets of image folders: one's own, and those of the ImageNet family."""
+"""Data sets of image folders: a user's own, and the ImageNet family."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.data import class_names
 from train.data.samples import ImageFiles, class_files, subfolders
 from train.errors import DataError
 
-# What the folders and the shards of a split are called; the first that is there is taken.
+# Names of the folders and shards of a split; the first that exists is read.
 SPLITS = {True: ("train",), False: ("test", "val", "valid", "validation")}
 NAME_FILES = ("classes.txt", "classnames.txt")
 
@@ -24,8 +24,8 @@ NAME_FILES = ("classes.txt", "classnames.txt")
 def read_names(folder: Path) -> list[str] | None:
     """Read class names from classes.txt or classnames.txt, one per line; None without such a file.
 
-    A line's number is a class index: there are no comments, escapes or blank lines as in a label
-    file. Raises DataError.
+    A line's number is a class index: unlike a label file, it has no comments, escapes or blank lines.
+    Raises DataError.
     """
     for file in (folder / name for name in NAME_FILES):
         if file.is_file():
@@ -42,15 +42,15 @@ def read_names(folder: Path) -> list[str] | None:
 
 
 def read_folder(folder: Path, train: bool) -> tuple[list[str], ImageFiles]:
-    """Read FOLDER/<class>/..., whole for either split, or FOLDER/<train|val|test>/<class>/....
+    """Read FOLDER/<class>/..., all of it for either split, or FOLDER/<train|val|test>/<class>/....
 
-    A class is named as its folder, with spaces for underscores, or by the line of
-    FOLDER/classes.txt that has its place among the sorted folder names. What was left out is
-    logged. Raises DataError for what is not laid out so, and for classes of the same name.
+    A class has the name of its folder, with spaces for underscores; lines of FOLDER/classes.txt, in
+    the order of the sorted folder names, replace these names. Files that are left out are logged.
+    Raises DataError for another layout, and for two classes of one name.
     """
     if not folder.is_dir():
         raise DataError(f"no folder {folder}: name one that holds a folder of images per class")
-    names, images = subfolders(folder), folder
+    names, images = subfolders(folder), folder  # images: the folder of the class folders
     if _are_splits(folder, names):
         splits = [name for name in SPLITS[train] if name in names]
         if not splits:
@@ -59,28 +59,28 @@ def read_folder(folder: Path, train: bool) -> tuple[list[str], ImageFiles]:
                 f"expected {folder}/{SPLITS[train][0]}/<class>/"
             )
         images = folder / splits[0]
-        # A class keeps its index where another split has no image of it.
+        # A class has the same index in both splits, even where one of them lacks it.
         names = sorted({name for split in names for name in subfolders(folder / split)})
     present = [name for name in names if (images / name).is_dir()]
     if not present:
         raise DataError(f"no class folders in {images}: expected {images}/<class name>/<images>")
-    named = read_names(folder)
-    classes = named or [class_names.words(name) for name in names]
+    file_names = read_names(folder)
+    classes = file_names or [class_names.words(name) for name in names]
     _check_names(folder, names, classes)
     listing = Listing()
     listing.left_out["outside the class folders"] = sum(
         len(listing.read(str(level), recursive=False)) for level in {folder, images}
     )
-    listing.left_out[DEEPER] = 0  # the class folders, which are read below
-    if named:
-        listing.others[".txt"] -= 1  # the names, which were read
+    listing.left_out[DEEPER] = 0  # the class folders are read below
+    if file_names:
+        listing.others[".txt"] -= 1  # the file of class names was read
     files = class_files([images / name for name in present], recursive=True, listing=listing)
-    place = [names.index(name) for name in present]
-    return classes, ImageFiles(files.paths, np.array(place)[files.labels])
+    indices = [names.index(name) for name in present]
+    return classes, ImageFiles(files.paths, np.array(indices)[files.labels])
 
 
 def _are_splits(folder: Path, names: Sequence[str]) -> bool:
-    """Whether folders of these names are splits, not classes. Raises DataError for both at once."""
+    """Tell whether folders of these names are splits, not classes. Raises DataError for a mixture."""
     known = {split for splits in SPLITS.values() for split in splits}
     splits = [name for name in names if name in known]
     others = [name for name in names if name not in known]
@@ -88,15 +88,15 @@ def _are_splits(folder: Path, names: Sequence[str]) -> bool:
         return bool(splits)
     first = folder / splits[0]
     if len(splits) == 1 and (Listing().read(str(first), recursive=False) or not subfolders(first)):
-        return False  # a class that is called as a split is
+        return False  # a class with the name of a split, such as train
     raise DataError(
         f"{folder} has {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} beside the split "
-        f"{' and '.join(splits)}: move it away, or make a class of it, <split>/<class>/<images>"
+        f"{' and '.join(splits)}: move it elsewhere, or make it a class, <split>/<class>/<images>"
     )
 
 
 def _check_names(folder: Path, names: Sequence[str], classes: Sequence[str]) -> None:
-    """Raise DataError where classes are not as many as their folders, or share a folded name."""
+    """Raise DataError for more or fewer classes than folders, and for two classes of one folded name."""
     if len(classes) != len(names):
         raise DataError(
             f"{folder} names {len(classes)} classes in its text file and has {len(names)} folders: "
@@ -105,26 +105,27 @@ def _check_names(folder: Path, names: Sequence[str], classes: Sequence[str]) -> 
     folded = [class_names.fold(name) for name in classes]
     shared, count = Counter(folded).most_common(1)[0]
     if count > 1:
-        same = [name for name, known_as in zip(names, folded, strict=True) if known_as == shared]
+        same = [name for name, key in zip(names, folded, strict=True) if key == shared]
         raise DataError(
             f"{folder}: the folders {' and '.join(same)} are one class by name, {shared!r} "
-            "(differences of case, white space and Unicode form do not count): put them together, "
-            f"or name them apart in {NAME_FILES[0]}"
+            "(differences of case, white space and Unicode form do not count): merge them, "
+            f"or give them different names in {NAME_FILES[0]}"
         )
 
 
 def plain_classes(
     folder: Path, rename: Callable[[str], str], without: Sequence[str] = ()
 ) -> tuple[list[str], ImageFiles]:
-    """FOLDER/<class>/<images>, whose classes are renamed; folders in `without` are no classes."""
+    """Read FOLDER/<class>/<images> and rename the classes; folders in `without` are skipped."""
     names = [name for name in subfolders(folder) if name not in without]
     return [rename(name) for name in names], class_files([folder / name for name in names])
 
 
 def wordnet_classes(candidates: Sequence[Path]) -> tuple[list[str], ImageFiles]:
-    """FOLDER/<WordNet id>/<images> in the first of the folders that has such folders.
+    """Read FOLDER/<WordNet id>/<images> from the first of the folders that has such folders.
 
-    Sorted ids are ImageNet's own order. Raises FileNotFoundError where no folder has them.
+    The classes are in the order of the sorted ids, which is ImageNet's order. Raises
+    FileNotFoundError where no folder has them.
     """
     for folder in filter(Path.is_dir, candidates):
         wnids = [name for name in subfolders(folder) if re.fullmatch(r"n\d{8}", name)]
@@ -135,9 +136,9 @@ def wordnet_classes(candidates: Sequence[Path]) -> tuple[list[str], ImageFiles]:
 
 
 def tiny_imagenet(root: Path, train: bool) -> tuple[list[str], ImageFiles]:
-    """wnids.txt, words.txt, train/<id>/images/, val/val_annotations.txt, val/images/.
+    """Read TinyImageNet: wnids.txt, words.txt, train/<id>/images/, val/val_annotations.txt, val/images/.
 
-    The test split is the validation images: those of test/ have no labels.
+    The test split is the validation images, because the images of test/ have no labels.
     """
     folder = next(
         (f for f in (root / "tiny-imagenet-200", root) if (f / "wnids.txt").is_file()), None

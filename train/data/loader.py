@@ -1,10 +1,10 @@
-"""Batches of a data set, and their random numbers."""
+"""Loader of a data set: preprocessed images in batches, and the seeds of their random numbers."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -12,18 +12,22 @@ from open_clip.transform import PreprocessCfg
 from torch.utils.data import DataLoader, Dataset
 
 from edgeclip import _core
+from train.data.augment import Augmentation
 from train.data.dataset import DataSet
 
+Key: TypeAlias = "tuple[int, int]"  # index and seed of an image
+T = TypeVar("T")
 
-class Pictures(Dataset):
-    """A data set's images as the encoder sees them, float32 (3, H, W) in [0, 1].
 
-    Resized by the very code that runs on the device, so that training, evaluation and device see
-    the same pixels. A key is an index and a seed, from which all of the image's randomness comes:
-    it then does not depend on the batch, on the number of processes or on what was drawn before.
+class Pictures(Dataset[tuple[torch.Tensor, int, int]]):
+    """Images of a data set at the encoder's input size, float32 (3, H, W) in [0, 1].
+
+    The core that runs on the device resizes them, so that training, evaluation and device see the
+    same pixels. All random numbers of an image come from the seed in its key: they do not depend on
+    the batch, on the number of processes or on earlier draws.
     """
 
-    def __init__(self, data: DataSet, visual: Any, augment: Any = None) -> None:
+    def __init__(self, data: DataSet, visual: Any, augment: Augmentation | None = None) -> None:
         cfg = PreprocessCfg(**visual.preprocess_cfg)
         size = (cfg.size, cfg.size) if isinstance(cfg.size, int) else cfg.size
         self.data, self.augment, self.size = data, augment, tuple(size)
@@ -33,8 +37,8 @@ class Pictures(Dataset):
             "fill": int(cfg.fill_color),
         }
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
-        """The image, its class, and its seed."""
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int]:
+        """Return the image, its class, and its seed."""
         index, seed = key
         image, label = self.data[index]
         out = np.empty((3, *self.size), np.float32)
@@ -45,29 +49,35 @@ class Pictures(Dataset):
         return pixels, label, seed
 
 
-def batches(pictures: Pictures, keys: list[list[tuple[int, int]]], workers: int) -> DataLoader:
-    """Batches (images (B, 3, H, W), labels (B,), seeds (B,)) of the keys given, in their order."""
-    return DataLoader(pictures, batch_sampler=keys, num_workers=workers)
+def batches(
+    pictures: Pictures, keys: Sequence[Sequence[Key]], workers: int
+) -> Iterable[list[torch.Tensor]]:
+    """Return a loader of batches, each [images (B, 3, H, W), labels (B,), seeds (B,)].
+
+    keys: the images of each batch, in order. workers: processes that read images.
+    """
+    sampler = cast("Sequence[list[int]]", keys)  # a key stands for an index
+    return DataLoader(pictures, batch_sampler=sampler, num_workers=workers)
 
 
 def seed_of(*parts: int) -> int:
-    """A seed below 2^63 from whole numbers, unlike those of any other numbers."""
+    """Hash integers to a seed below 2^63."""
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generators(seeds: torch.Tensor, device: torch.device) -> list[torch.Generator]:
-    """One generator for each image of a batch, for its noise in an attack."""
+    """Return a generator for each image of a batch, for its noise in an attack."""
     return [torch.Generator(device).manual_seed(seed_of(seed, 1)) for seed in seeds.tolist()]
 
 
-def draw(count: int, samples: int, seed: int) -> list[tuple[int, int]]:
-    """`samples` of `count` images, or all of them, in random order: the index and seed of each."""
+def draw(count: int, samples: int, seed: int) -> list[Key]:
+    """Draw `samples` of `count` images, at most all of them, in random order; return their keys."""
     rng = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(count, generator=rng)[:samples].tolist()
     return [(index, seed_of(seed, index)) for index in chosen]
 
 
-def split(keys: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """The keys in batches of `size`, the last of which may be smaller."""
-    return [keys[start : start + size] for start in range(0, len(keys), size)]
+def split(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Split items into batches of `size`, the last of which may be smaller."""
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,4 +1,4 @@
-"""What a data set is made of: images that are decoded one at a time, and their class indices."""
+"""Samples of a data set: images, decoded one at a time, and their class indices."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import numpy as np
 from edgeclip.errors import ImageError
 from edgeclip.images.decoding import decode
 from edgeclip.images.folders import Listing, is_skipped
+from edgeclip.storage import default_folder
 from train.errors import DataError
 
 
 class Samples(Protocol):
-    """Images, uint8 RGB (H, W, 3), and class indices. Broken ones raise ImageError or OSError."""
+    """Images, uint8 RGB (H, W, 3), and class indices. A broken image raises ImageError or OSError."""
 
     def __len__(self) -> int: ...
 
@@ -25,12 +26,20 @@ class Samples(Protocol):
 
 
 def default_root() -> Path:
-    """The folder of all data sets that are named without one."""
-    return Path(os.environ.get("EDGECLIP_DATA") or "~/.cache/edgeclip/data").expanduser()
+    """Return the folder of data sets: $EDGECLIP_DATA, else `data` in edgeclip's cache folder.
+
+    Raises DataError without a home directory.
+    """
+    if folder := os.environ.get("EDGECLIP_DATA"):
+        return Path(folder).expanduser()
+    cache = default_folder()
+    if cache is None:
+        raise DataError("no home directory for data sets: set EDGECLIP_DATA to a folder")
+    return cache / "data"
 
 
 @dataclass(frozen=True, eq=False)
-class Arrays:
+class GreyArrays:
     """Grey images in memory, uint8 (N, H, W), and integer labels (N,)."""
 
     images: np.ndarray
@@ -47,7 +56,7 @@ class Arrays:
 class ImageFiles:
     """Image files: their paths as bytes (N,), and int64 labels (N,).
 
-    An array instead of a list: of a million strings, every worker process would soon hold a copy.
+    An array, not a list: each worker process would end up with a copy of a million strings.
     """
 
     paths: np.ndarray
@@ -55,6 +64,7 @@ class ImageFiles:
 
     @classmethod
     def of(cls, paths: Sequence[str], labels: Sequence[int]) -> ImageFiles:
+        """Return the samples of paths and their labels."""
         return cls(
             np.array([os.fsencode(path) for path in paths], dtype=bytes),
             np.array(labels, dtype=np.int64),
@@ -68,8 +78,8 @@ class ImageFiles:
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
-    """A data set of torchvision, which gives PIL images or, by `decode` as its loader, arrays."""
+class TorchvisionSamples:
+    """Data set of torchvision that returns PIL images, or arrays where `decode` is its loader."""
 
     data: Any
 
@@ -79,13 +89,13 @@ class Loaded:
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         try:
             image, label = self.data[index]
-        except Exception as err:  # decoders raise anything on a broken file
+        except Exception as err:  # decoders raise any type for a broken file
             raise ImageError(str(err)) from err
         return decode(image), int(label)
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder, sorted, without those that are skipped.
+    """Return the sorted names of a folder's subfolders, without hidden and system ones.
 
     Raises DataError for a dangling link that has the suffix of an image or none.
     """
@@ -102,22 +112,22 @@ def class_files(
 ) -> ImageFiles:
     """Return the images in each folder, labelled with the folder's index.
 
-    What was left out of all the folders, and already of `listing`, is logged in one line. Raises
-    DataError for a folder without images, or one that cannot be read.
+    Files that were left out, here or earlier in `listing`, are logged in one line. Raises DataError
+    for a folder without images, and for an unreadable one.
     """
     listing = listing or Listing()
     paths: list[str] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        found = listing.read(str(folder), recursive=recursive)
+        files = listing.read(str(folder), recursive=recursive)
         if listing.unreadable:
             raise DataError(f"the folder {listing.unreadable[0]} cannot be read")
-        if not found:
+        if not files:
             raise DataError(
                 f"no images in {folder}: remove the folder, or put its images there"
                 + (f" ({summary})" if (summary := listing.summary()) else "")
             )
-        paths += found
-        labels += [label] * len(found)
+        paths += files
+        labels += [label] * len(files)
     listing.report(os.path.commonpath(folders))
     return ImageFiles.of(paths, labels)

@@ -1,6 +1,6 @@
-"""Images in WebDataset shards: tar files of `key.jpg` beside `key.cls`, read at random.
+"""Images in WebDataset shards: tar files of `key.jpg` beside `key.cls`, with random access.
 
-The headers are read once; after that an image is a seek and a read, in any process.
+The headers are read once; then an image is a seek and a read, in any process.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from edgeclip.labels import read_lines
 from train.data.folders import NAME_FILES, SPLITS, read_names
 from train.errors import DataError
 
-# Of all formats: what an image needs that is not installed is said where it is decoded.
+# Suffixes of all formats: decoding an image names the package that is missing for it.
 IMAGES = {s.lstrip(".") for s in SUFFIXES.union(*(extra.suffixes for extra in EXTRAS))}
 TEMPLATES = "zeroshot_classification_templates.txt"
-MANY_SHARDS = 20  # about as many as take longer to scan than a person likes to wait
+MANY_SHARDS = 20  # scanning this many takes seconds, and shows a progress bar
 
 
 @dataclass(frozen=True, eq=False)
 class TarImages:
-    """Images within tar files: for each the index of its file, its place in it and its label."""
+    """Images in tar files: for each, the index of its shard, its offset and size there, its label."""
 
     shards: tuple[str, ...]
     shard: np.ndarray
@@ -43,7 +43,7 @@ class TarImages:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         shard, offset = self.shards[self.shard[index]], int(self.offset[index])
-        # Opened for each image, as image files are: a handle would not survive fork and pickle.
+        # Opened for each image: a handle would not survive fork and pickle.
         with open(shard, "rb") as file:
             file.seek(offset)
             raw = file.read(int(self.size[index]))
@@ -54,12 +54,12 @@ class TarImages:
 
 
 def read_shards(pattern: Path, train: bool) -> tuple[list[str], tuple[str, ...], TarImages]:
-    """Classes, templates (none where there is no file of them) and images.
+    """Read classes, templates (none without a file of templates) and images of a split.
 
-    `pattern` is a glob or a range such as `test-{000..012}.tar`, taken whole for either split, or
-    a folder: with train/*.tar and test/*.tar, with train-*.tar and test-*.tar, or with *.tar for
-    both. classes.txt or classnames.txt beside the shards, or in the folder above, names the
-    classes. Raises DataError for what is not so.
+    `pattern` is a glob or a range such as `test-{000..012}.tar`, whose shards are read for either
+    split; or a folder with train/*.tar and test/*.tar, with train-*.tar and test-*.tar, or with *.tar
+    for both splits. classes.txt or classnames.txt, beside the shards or in the folder above, names
+    the classes. Raises DataError for another layout, and for malformed shards.
     """
     shards = _in_folder(pattern, train) if pattern.is_dir() else list(_matching(str(pattern)))
     parent = Path(shards[0]).parent
@@ -81,33 +81,37 @@ def read_shards(pattern: Path, train: bool) -> tuple[list[str], tuple[str, ...],
 
 
 def _in_folder(folder: Path, train: bool) -> list[str]:
-    def of_split(split: str) -> list[str]:
-        pattern = glob.escape(str(folder))
-        found = glob.glob(f"{pattern}/{split}/*.tar") or glob.glob(f"{pattern}/{split}-*.tar")
-        return sorted(found)
+    """Return the shards of a split in a folder. Raises DataError."""
+    pattern = glob.escape(str(folder))
 
-    if found := next(filter(None, map(of_split, SPLITS[train])), None):
-        return found
-    if any(map(of_split, SPLITS[not train])):
+    def find(split: str) -> list[str]:
+        return sorted(
+            glob.glob(f"{pattern}/{split}/*.tar") or glob.glob(f"{pattern}/{split}-*.tar")
+        )
+
+    if shards := next(filter(None, map(find, SPLITS[train])), None):
+        return shards
+    if any(map(find, SPLITS[not train])):
         raise DataError(
             f"no {'training' if train else 'test'} shards in {folder}: "
             f"expected {SPLITS[train][0]}/*.tar or {SPLITS[train][0]}-*.tar"
         )
-    if shards := sorted(glob.glob(f"{glob.escape(str(folder))}/*.tar")):
+    if shards := sorted(glob.glob(f"{pattern}/*.tar")):
         return shards
     raise DataError(f"no shards in {folder}: expected *.tar, train/*.tar or test/*.tar")
 
 
 def _matching(pattern: str) -> Iterator[str]:
+    """Yield the shards that match a pattern. Raises DataError where a part of it matches none."""
     for name in _expand(pattern):
-        found = [name] if os.path.isfile(name) else sorted(glob.glob(name, recursive=True))
-        if not found:
+        shards = [name] if os.path.isfile(name) else sorted(glob.glob(name, recursive=True))
+        if not shards:
             raise DataError(f"no shard {name}: expected a folder, or tar files as in {pattern}")
-        yield from found
+        yield from shards
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """`a-{08..11}.tar` -> a-08.tar, a-09.tar, a-10.tar, a-11.tar."""
+    """Expand the ranges of a pattern: `a-{08..11}.tar` -> a-08.tar, a-09.tar, a-10.tar, a-11.tar."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if match is None:
         if set("{}") & set(pattern):
@@ -124,7 +128,7 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _templates(file: Path) -> tuple[str, ...]:
-    """Read the prompts of a set made for CLIP_benchmark, where {c} stands for the class.
+    """Read the templates of a set made for CLIP_benchmark, where {c} stands for the class.
 
     Raises DataError.
     """
@@ -138,12 +142,13 @@ def _templates(file: Path) -> tuple[str, ...]:
 
 
 def _scan(shards: list[str]) -> TarImages:
+    """Read the headers of all shards. Raises DataError."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
     quiet = len(shards) < MANY_SHARDS or not console.is_terminal
-    parts: list[np.ndarray] = []
+    tables: list[np.ndarray] = []
     for index, shard in enumerate(
         track(shards, "reading shards", console=console, transient=True, disable=quiet)
     ):
@@ -151,15 +156,15 @@ def _scan(shards: list[str]) -> TarImages:
             rows = [(index, *sample) for sample in _samples(shard)]
         except (tarfile.TarError, EOFError, OSError) as err:
             raise DataError(f"{shard} is no intact, uncompressed tar file: {err}") from err
-        parts.append(np.array(rows, dtype=np.int64).reshape(-1, 4))
-    columns = np.concatenate(parts).T
+        tables.append(np.array(rows, dtype=np.int64).reshape(-1, 4))
+    columns = np.concatenate(tables).T
     if not columns.size:
         raise DataError(f"no images in {shards[0]}: expected <key>.jpg beside <key>.cls")
     return TarImages(tuple(shards), *columns)
 
 
 def _samples(shard: str) -> Iterator[tuple[int, int, int]]:
-    """Offset, size and label of each image, in the order in which the shard has them."""
+    """Yield offset, size and label of each image, in the order of the shard."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     end = os.path.getsize(shard)
@@ -176,7 +181,7 @@ def _samples(shard: str) -> Iterator[tuple[int, int, int]]:
                     raise EOFError(f"it ends within {member.name}")
             elif kind.lower() == "cls":
                 labels[key] = _label(tar, member, shard)
-        # tarfile takes a damaged header, or none, for the end.
+        # tarfile takes a damaged or missing header for the end of the file.
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise EOFError(f"there is no member and no end at byte {tar.offset}")
@@ -188,6 +193,7 @@ def _samples(shard: str) -> Iterator[tuple[int, int, int]]:
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> int:
+    """Read a class index. Raises DataError."""
     file = tar.extractfile(member)
     raw = file.read() if file else b""
     try:

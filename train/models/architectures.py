@@ -1,4 +1,4 @@
-"""Models without their weights: by a name of open_clip's, or by a folder's configuration."""
+"""Model architectures, by an open_clip name or from a folder's configuration; no weights are read."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ CONFIG = "open_clip_config.json"
 
 
 @dataclass(frozen=True)
-class Blueprint:
-    """A model without its weights."""
+class Architecture:
+    """Configuration of a model."""
 
     name: str
     config: dict[str, Any]  # open_clip's model_cfg
-    identifier: str = ""  # for open_clip's factory; "" for a folder of transformers'
+    identifier: str = ""  # for open_clip's factory; "" for a transformers folder
     folder: Path | None = None
-    preprocess: Mapping[str, Any] = field(default_factory=dict)  # other than open_clip's defaults
+    preprocess: Mapping[str, Any] = field(default_factory=dict)  # overrides of open_clip's defaults
     wording: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -40,31 +40,31 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file() or transformers_clip.is_folder(folder)
 
 
-def find_blueprint(model: str) -> Blueprint:
-    """Find a folder's model, or open_clip's model of a name. Raises ModelError for anything else."""
+def find_architecture(model: str) -> Architecture:
+    """Find the architecture of a model folder or an open_clip name. Raises ModelError."""
     folder, name = Path(model), model.replace("/", "-")
     if (folder / CONFIG).is_file():
         return _from_folder(folder)
     if transformers_clip.is_folder(folder):
         return _from_transformers(folder)
     if name in open_clip.list_models():
-        return Blueprint(name, open_clip.get_model_config(name), name)
+        return Architecture(name, open_clip.get_model_config(name), name)
     if (folder / transformers_clip.CONFIG).is_file():
-        return _from_transformers(folder)  # which raises
+        return _from_transformers(folder)  # raises: the configuration is not CLIP's
     if folder.is_dir():
         raise ModelError(
-            f"{folder} holds no {CONFIG} or {transformers_clip.CONFIG}: it is not the folder of a model"
+            f"{folder} holds no {CONFIG} or {transformers_clip.CONFIG}: name the folder of a model"
         )
     close = difflib.get_close_matches(name, open_clip.list_models(), n=5)
     hint = f"did you mean {', '.join(close)}?" if close else "see open_clip.list_models()"
     raise ModelError(f"unknown model {model!r}: {hint}")
 
 
-def _from_folder(folder: Path) -> Blueprint:
+def _from_folder(folder: Path) -> Architecture:
     try:
-        whole = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        config = whole["model_cfg"]
-        wording = whole.get("edgeclip", {})
+        document = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = document["model_cfg"]
+        wording = document.get("edgeclip", {})
         if not all(
             isinstance(x, dict) for x in (config["vision_cfg"], config["text_cfg"], wording)
         ):
@@ -73,68 +73,69 @@ def _from_folder(folder: Path) -> Blueprint:
             if not isinstance(wording.get(name, []), list):
                 raise TypeError(f"{name} must be a list")
     except (OSError, ValueError, TypeError, KeyError) as err:
-        raise ModelError(f"{folder / CONFIG} is no configuration of open_clip's: {err!r}") from err
+        raise ModelError(f"{folder / CONFIG} is no open_clip configuration: {err!r}") from err
     name = folder.resolve().name
-    return Blueprint(name, config, f"local-dir:{folder}", folder, wording=wording)
+    return Architecture(name, config, f"local-dir:{folder}", folder, wording=wording)
 
 
-def _from_transformers(folder: Path) -> Blueprint:
+def _from_transformers(folder: Path) -> Architecture:
     try:
         config = transformers_clip.read_config(folder)
     except ImportError as err:
         raise ModelError(f"{err}: {folder} needs pip install 'edgeclip[export]'") from err
     preprocess = transformers_clip.read_preprocessing(folder, config["vision_cfg"]["image_size"])
-    return Blueprint(folder.resolve().name, config, folder=folder, preprocess=preprocess)
+    return Architecture(folder.resolve().name, config, folder=folder, preprocess=preprocess)
 
 
 def build_model(
-    blueprint: Blueprint, quick_gelu: bool, preprocess: Mapping[str, Any] | None = None
+    architecture: Architecture, quick_gelu: bool, preprocess: Mapping[str, Any] | None = None
 ) -> Any:
-    """Build the model with random weights, always the same ones, in evaluation mode.
+    """Build the model in evaluation mode, with random weights from seed 0.
 
-    preprocess: settings of the weights that go before the model's own. Raises ModelError.
+    preprocess: settings that belong to the weights; they override the architecture's. Raises
+    ModelError.
     """
     torch.manual_seed(0)
     try:
         with quiet():
-            if blueprint.identifier:
+            if architecture.identifier:
                 model = open_clip.create_model(
-                    blueprint.identifier,
+                    architecture.identifier,
                     load_weights=False,
                     force_preprocess_cfg=dict(preprocess or {}),
                     quick_gelu=quick_gelu,
                 )
             else:
-                model = CLIP(**blueprint.config | {"quick_gelu": quick_gelu})
-                settings = dataclasses.asdict(PreprocessCfg()) | dict(blueprint.preprocess)
+                model = CLIP(**architecture.config | {"quick_gelu": quick_gelu})
+                settings = dataclasses.asdict(PreprocessCfg()) | dict(architecture.preprocess)
                 set_model_preprocess_cfg(model, settings | {"size": model.visual.image_size})
-    except Exception as err:  # whatever a wrong entry of a configuration leads to
-        raise ModelError(f"{blueprint.name} cannot be built: {brief(err)}") from err
+    except Exception as err:  # a wrong entry of a configuration can raise anything
+        raise ModelError(f"{architecture.name} cannot be built: {brief(err)}") from err
     return model.eval().requires_grad_(False)
 
 
-def load_tokenizer(blueprint: Blueprint) -> Any:
-    """Load the tokenizer in open_clip's form. Raises ModelError."""
-    text, folder, settings = blueprint.config["text_cfg"], blueprint.folder, {}
+def load_tokenizer(architecture: Architecture) -> Any:
+    """Load open_clip's tokenizer for the architecture. Raises ModelError."""
+    text, folder, settings = architecture.config["text_cfg"], architecture.folder, {}
     relative = (text.get("tokenizer_kwargs") or {}).get("bpe_path")
     if relative and folder:
         settings["bpe_path"] = str(folder / relative)
     try:
         with quiet():
-            if blueprint.identifier:
-                return open_clip.get_tokenizer(blueprint.identifier, **settings)
+            if architecture.identifier:
+                return open_clip.get_tokenizer(architecture.identifier, **settings)
             if text.get("hf_tokenizer_name"):
                 return HFTokenizer(str(folder), context_length=text["context_length"])
-    except Exception as err:  # a file that is missing or broken, or that cannot be fetched
+    except Exception as err:  # the file is missing or broken, or cannot be downloaded
         raise ModelError(
-            f"the tokenizer of {blueprint.name} cannot be loaded: {brief(err)}"
+            f"the tokenizer of {architecture.name} cannot be loaded: {brief(err)}"
         ) from err
-    say(f"{folder} holds no tokenizer: taking CLIP's own")
+    say(f"{folder} holds no tokenizer: using CLIP's")
     return SimpleTokenizer(context_length=text["context_length"])
 
 
 def check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
-    """Raise ModelError where open_clip's tokenizer has ids that the text tower does not know."""
+    """Raise ModelError where open_clip's tokenizer has more ids than the text tower has embeddings."""
     rows = getattr(model, "text", model).vocab_size
     if isinstance(tokenizer, SimpleTokenizer) and tokenizer.vocab_size > rows:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Models in PyTorch: from a name or a folder, with weights from any file that holds no code."""
+"""Models in PyTorch, loaded by name or from a folder, with weights from any file."""
 
 from __future__ import annotations
 
@@ -18,33 +18,39 @@ from open_clip.model import convert_to_custom_text_state_dict
 
 from train.errors import ModelError
 from train.models.architectures import (
-    Blueprint,
+    Architecture,
     build_model,
     check_vocabulary,
-    find_blueprint,
+    find_architecture,
     load_tokenizer,
 )
 from train.models.weight_files import (
     INDEX,
     StateDict,
     Weights,
+    describe_mismatch,
+    join_names,
     join_sha256,
     read_weights,
-    some,
     split_key,
 )
 from train.progress import brief, quiet, say, step
 
 RANDOM = "random"
-# Weights in a model's folder, the preferred ones first: open_clip's, then transformers'.
-WEIGHTS = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, "model.safetensors", "pytorch_model.bin")
+# Weight files of a model's folder, preferred first: open_clip's, then transformers'.
+WEIGHTS: tuple[str, ...] = (
+    HF_SAFE_WEIGHTS_NAME,
+    HF_WEIGHTS_NAME,
+    "model.safetensors",
+    "pytorch_model.bin",
+)
 # Words (runs of letters) in the names of files whose weights were mostly trained with QuickGELU.
 QUICK_GELU_NAMES = ("openai", "quickgelu", "metaclip", "dfn")
 
 
 @dataclass(frozen=True)
-class Visual:
-    """Weights of the image tower alone that were put over those of a whole model."""
+class VisualWeights:
+    """Origin of image tower weights loaded over a model's."""
 
     label: str  # the file's name
     sha256: str
@@ -53,7 +59,7 @@ class Visual:
 
 @dataclass(frozen=True)
 class Source:
-    """A model in PyTorch (float32, in evaluation mode) and where it came from."""
+    """Model in PyTorch (float32, in evaluation mode) and its origin."""
 
     model: Any  # open_clip's CLIP, CustomTextCLIP or CoCa
     tokenizer: Any  # open_clip's SimpleTokenizer or HFTokenizer
@@ -62,8 +68,8 @@ class Source:
     weights_sha256: str  # of the file, or of several hashes: see docs/checkpoints.md
     config: dict[str, Any]  # open_clip_config.json of a folder that holds this model
     wording: Mapping[str, Any] = field(default_factory=dict)  # the folder's "edgeclip" object
-    folder: Path | None = None  # where it was loaded from, if from a folder
-    visual: Visual | None = None
+    folder: Path | None = None  # the model's folder, if loaded from one
+    visual: VisualWeights | None = None
 
     @property
     def quick_gelu(self) -> bool:
@@ -71,13 +77,13 @@ class Source:
 
     @property
     def title(self) -> str:
-        """The model's name and weights, as a description."""
+        """Return a description: the model's name and weights."""
         tower = f", image encoder {self.visual.label}" if self.visual else ""
         return f"{self.name}, weights {self.pretrained}{tower}"
 
     @property
     def record(self) -> dict[str, str]:
-        """The "source" of a bundle's manifest."""
+        """Return the "source" object of a bundle's manifest."""
         record = {
             "model": self.name,
             "pretrained": self.pretrained,
@@ -97,32 +103,30 @@ def load(
     visual: str | None = None,
     quick_gelu: bool | None = None,
 ) -> Source:
-    """Load the model that the command line names.
+    """Load a model and its weights.
 
-    `model` is a name of open_clip's, or a folder with weights and open_clip_config.json or
-    transformers' config.json. `pretrained` is a tag of open_clip's, "random", or a file as FILE or
-    FILE#KEY (see train.models.weight_files). `visual` is a file of weights for the image tower that
-    replace those of `pretrained`. `quick_gelu` None builds with the activation that the weights were
-    trained with, as far as that is known, and prints what was assumed. Raises ModelError.
+    model: an open_clip name, or a folder with weights and open_clip_config.json or transformers'
+    config.json.
+    pretrained: an open_clip tag, "random", or a file as FILE or FILE#KEY (see
+    train.models.weight_files); None takes the folder's weights.
+    visual: a file of image tower weights, loaded over those of `pretrained`.
+    quick_gelu: the activation; None takes the one that the weights were trained with, as far as it
+    is known, and prints any assumption.
+    Raises ModelError.
     """
-    blueprint = find_blueprint(model)
-    if blueprint.config["text_cfg"].get("hf_model_name"):
-        raise ModelError(
-            f"{blueprint.name} has a text tower of Hugging Face's, which is not supported yet"
-        )
-    weights = _weights(blueprint, pretrained)
-    tower = _visual(visual) if visual else None
-    tokenizer = load_tokenizer(blueprint)
+    architecture = find_architecture(model)
+    name = architecture.name
+    if architecture.config["text_cfg"].get("hf_model_name"):
+        raise ModelError(f"{name} has a Hugging Face text tower, which is not supported")
+    weights = _load_weights(architecture, pretrained)
+    tower = _load_visual(visual) if visual else None
+    tokenizer = load_tokenizer(architecture)
     if quick_gelu is None:
-        quick_gelu = _activation(blueprint, weights, own=pretrained is None)
-        if tower and tower.quick_gelu not in (None, quick_gelu):
-            say(
-                f"{tower.label} was trained with {_gelu(not quick_gelu)}, the base weights with "
-                f"{_gelu(quick_gelu)}: building {blueprint.name} with the latter; see --quickgelu"
-            )
-    with step(f"building {blueprint.name}"):
-        network = build_model(blueprint, quick_gelu, weights.preprocess if weights else None)
-    check_vocabulary(blueprint.name, network, tokenizer)
+        quick_gelu = _choose_activation(architecture, weights, in_folder=pretrained is None)
+        _warn_other_activation(name, tower, quick_gelu)
+    with step(f"building {name}"):
+        network = build_model(architecture, quick_gelu, weights.preprocess if weights else None)
+    check_vocabulary(name, network, tokenizer)
     if weights:
         fit_weights(network, weights.state, weights.label)
     label = weights.label if weights else RANDOM
@@ -133,35 +137,35 @@ def load(
     return Source(
         network,
         tokenizer,
-        blueprint.name,
+        name,
         pretrained=label,
         weights_sha256=join_sha256([base, tower.sha256]) if tower else base,
         config={
-            "model_cfg": blueprint.config | {"quick_gelu": quick_gelu},
+            "model_cfg": architecture.config | {"quick_gelu": quick_gelu},
             "preprocess_cfg": network.visual.preprocess_cfg,
         },
-        wording=blueprint.wording,
-        folder=blueprint.folder,
-        visual=Visual(tower.label, tower.sha256, base) if tower else None,
+        wording=architecture.wording,
+        folder=architecture.folder,
+        visual=VisualWeights(tower.label, tower.sha256, base) if tower else None,
     )
 
 
-def _weights(blueprint: Blueprint, pretrained: str | None) -> Weights | None:
-    """Read the weights of a whole model; None leaves it random, with seed 0."""
+def _load_weights(architecture: Architecture, pretrained: str | None) -> Weights | None:
+    """Load the weights of the whole model; None stands for random ones."""
     if pretrained == RANDOM:
         return None
     if pretrained and split_key(pretrained)[0].is_file():
         return _read(pretrained)
-    if blueprint.folder:
+    if architecture.folder:
         if pretrained:
             raise ModelError(
                 f"{pretrained} does not exist: for a folder, --pretrained names a file"
             )
-        return _read(str(_weights_in(blueprint.folder)))
-    return _tagged(blueprint.name, pretrained)
+        return _read(str(_find_weights(architecture.folder)))
+    return _load_tag(architecture.name, pretrained)
 
 
-def _tagged(name: str, pretrained: str | None) -> Weights:
+def _load_tag(name: str, pretrained: str | None) -> Weights:
     tags = open_clip.list_pretrained_tags_by_model(name)
     known = f"{name} has the tags {', '.join(tags)}" if tags else f"{name} has no tags"
     if pretrained is None:
@@ -179,18 +183,18 @@ def _tagged(name: str, pretrained: str | None) -> Weights:
     )
 
 
-def _visual(place: str) -> Weights:
-    if not split_key(place)[0].is_file():
-        raise ModelError(f"{place} does not exist: --visual names a file")
-    return _read(place, "visual")
+def _load_visual(location: str) -> Weights:
+    if not split_key(location)[0].is_file():
+        raise ModelError(f"{location} does not exist: --visual names a file")
+    return _read(location, "visual")
 
 
-def _read(place: str, part: str = "model") -> Weights:
-    with step(f"reading {split_key(place)[0].name}"):
-        return read_weights(place, part)
+def _read(location: str, part: str = "model") -> Weights:
+    with step(f"reading {split_key(location)[0].name}"):
+        return read_weights(location, part)
 
 
-def _weights_in(folder: Path) -> Path:
+def _find_weights(folder: Path) -> Path:
     for name in (*WEIGHTS, *(f"{name}{INDEX}" for name in WEIGHTS)):
         if (folder / name).is_file():
             return folder / name
@@ -199,32 +203,33 @@ def _weights_in(folder: Path) -> Path:
 
 def _download(name: str, tag: str, config: dict[str, Any]) -> Path:
     try:
-        say(f"fetching the weights {tag!r} of {name} ...")  # the download draws its own progress
+        say(
+            f"downloading the weights {tag!r} of {name} ..."
+        )  # the download has its own progress bar
         with quiet():
             return Path(open_clip.download_pretrained(config))
-    except Exception as err:  # any library of the chain, from urllib to huggingface_hub
-        raise ModelError(f"cannot fetch the weights {tag!r} of {name}: {brief(err)}") from err
+    except Exception as err:  # urllib, huggingface_hub and others raise errors of their own
+        raise ModelError(f"cannot download the weights {tag!r} of {name}: {brief(err)}") from err
 
 
-def _gelu(quick: bool) -> str:
-    return "QuickGELU" if quick else "GELU"
+def _choose_activation(
+    architecture: Architecture, weights: Weights | None, in_folder: bool
+) -> bool:
+    """Return whether to build with QuickGELU, and print any assumption; no tensor shows it.
 
-
-def _activation(blueprint: Blueprint, weights: Weights | None, own: bool) -> bool:
-    """Return whether to build with QuickGELU, which no tensor shows, and print what was assumed.
-
-    own: the weights lie in the model's folder, whose configuration is theirs.
+    in_folder: the weights lie in the model's folder, so its configuration applies to them.
     """
-    if "quick_gelu" in blueprint.config:
-        return bool(blueprint.config["quick_gelu"])
+    name = architecture.name
+    if "quick_gelu" in architecture.config:
+        return bool(architecture.config["quick_gelu"])
     if weights is None:
         return False
     if weights.quick_gelu:
-        say(f"the weights were trained with QuickGELU: building {blueprint.name} with it")
-    if weights.quick_gelu is not None or own:
+        say(f"the weights were trained with QuickGELU: building {name} with it")
+    if weights.quick_gelu is not None or in_folder:
         return bool(weights.quick_gelu)
     words = re.findall("[a-z]+", weights.label.lower())
-    hint = next((name for name in QUICK_GELU_NAMES if name in words), "")
+    hint = next((word for word in QUICK_GELU_NAMES if word in words), "")
     if hint:
         say(
             f"assuming QuickGELU, for {hint!r} in the name of {weights.label}: --no-quickgelu if it "
@@ -232,46 +237,44 @@ def _activation(blueprint: Blueprint, weights: Weights | None, own: bool) -> boo
         )
     else:
         say(
-            f"assuming GELU, which {blueprint.name} has: --quickgelu if {weights.label} was trained "
-            "with QuickGELU, as OpenAI's weights and those fine-tuned from them"
+            f"assuming GELU, which {name} has: --quickgelu if {weights.label} was trained with "
+            "QuickGELU, as OpenAI's weights and those fine-tuned from them"
         )
     return bool(hint)
 
 
-def fit_weights(model: Any, state: StateDict, origin: str, part: str = "") -> None:
-    """Load `state` into `model`, whatever its precision; `part` is a prefix of the keys it has to hold.
+def _warn_other_activation(name: str, tower: Weights | None, quick_gelu: bool) -> None:
+    """Print a warning where the image tower was trained with the other activation."""
+    if tower and tower.quick_gelu not in (None, quick_gelu):
+        base, other = ("QuickGELU", "GELU") if quick_gelu else ("GELU", "QuickGELU")
+        say(
+            f"{tower.label} was trained with {other}, the base weights with {base}: building {name} "
+            f"with {base}; --quickgelu or --no-quickgelu overrides it"
+        )
 
-    Raises ModelError that names some of the keys that are missing, unknown, of another shape, or
-    not finite.
+
+def fit_weights(model: Any, state: StateDict, origin: str, prefix: str = "") -> None:
+    """Load `state` of any floating-point dtype into the keys of `model` that start with `prefix`.
+
+    Raises ModelError that names keys which are missing, unknown, of the wrong shape or not finite.
     """
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
-    wanted = {key: value for key, value in model.state_dict().items() if key.startswith(part)}
+    wanted = {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
     for key in ("logit_scale", "logit_bias"):  # a scalar in some checkpoints, (1,) in others
         if key in state and key in wanted and state[key].numel() == 1:
             state[key] = state[key].reshape(wanted[key].shape)
     for key in wanted.keys() - state.keys():
         if key.endswith("num_batches_tracked"):  # only training reads it
             state[key] = wanted[key]
-    shapes = {key: tuple(state[key].shape) for key in wanted.keys() & state.keys()}
-    misshapen = [
-        f"{key} is {shape}, not {tuple(wanted[key].shape)}"
-        for key, shape in shapes.items()
-        if shape != wanted[key].shape
-    ]
-    complaints = {
-        "missing: ": wanted.keys() - state.keys(),
-        "unknown: ": state.keys() - wanted.keys(),
-        "of another shape: ": misshapen,
-    }
-    if any(complaints.values()):
-        listed = (text + some(sorted(keys)) for text, keys in complaints.items() if keys)
-        what = f"this model's {'image tower' if part else 'weights'}"
-        raise ModelError(f"{origin} does not hold {what}; {'; '.join(listed)}")
+    mismatch = describe_mismatch(state, wanted)
+    if mismatch:
+        part = "image tower" if prefix else "weights"
+        raise ModelError(f"{origin} does not hold this model's {part}; {mismatch}")
     broken = [key for key in sorted(state) if not state[key].isfinite().all()]
     if broken:
-        raise ModelError(f"{origin} holds infinite values or NaN, in {some(broken)}")
+        raise ModelError(f"{origin} holds infinite values or NaN, in {join_names(broken)}")
     model.load_state_dict(state, strict=False)
 
 
@@ -280,13 +283,13 @@ def _check_scale(model: Any, origin: str) -> None:
     scale = model.logit_scale.exp().item()
     if not 0 < scale < float("inf"):
         raise ModelError(
-            f"{origin} has the logit scale {scale:g}, exp({model.logit_scale.item():g}): no model "
-            "answers with that"
+            f"{origin} has the logit scale {scale:g}, exp({model.logit_scale.item():g}): it must be "
+            "positive and finite"
         )
 
 
 def state_sha256(state: StateDict) -> str:
-    """Return the SHA-256 of the tensors' bytes, in order of their names."""
+    """Return the SHA-256 of the tensors' bytes in order of their names."""
     digest = hashlib.sha256()
     for key in sorted(state):
         digest.update(state[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)

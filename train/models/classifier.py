@@ -1,4 +1,4 @@
-"""A CLIP as training and evaluation see it: images in [0, 1] in, logits for named classes out."""
+"""CLIP as a classifier for training and evaluation: images in [0, 1] in, logits of the classes out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
 from torch import nn
 
-from train.data.dataset import DataError
+from train.errors import DataError
 from train.models.checkpoints import Source
 from train.models.towers import PooledImageEncoder, image_encoder
 
@@ -19,18 +19,18 @@ Attack = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # i
 
 
 class Output(NamedTuple):
-    """What a classifier gives for B images."""
+    """Output of a classifier for B images."""
 
     logits: torch.Tensor  # (B, K)
-    embedding: torch.Tensor  # (B, D), as the encoder gives it, of any norm
+    embedding: torch.Tensor  # (B, D), not normalised
     tokens: torch.Tensor | None  # (B, prefix + P, D); None where the encoder has no patch tokens
 
 
 class Classifier(nn.Module):
-    """An image encoder and one text embedding for each class.
+    """Image encoder with one text embedding per class.
 
-    Takes float images (B, 3, H, W) in [0, 1] at the encoder's input size: what an attack may
-    change. The normalisation is inside.
+    Takes float images (B, 3, H, W) in [0, 1] at the encoder's input size. The normalisation is
+    inside, so an attack perturbs pixels in [0, 1].
     """
 
     mean: torch.Tensor
@@ -46,13 +46,14 @@ class Classifier(nn.Module):
         bfloat16: bool = False,
         tokens: bool = True,
     ) -> None:
-        """classes: unit text embeddings (K, D); with train_classes they are a weight like others.
+        """Build the classifier.
 
-        bfloat16: the encoder's products in that precision; its outputs are the classes' either way.
-        tokens: whether patch tokens are computed, where the encoder has them.
+        classes: unit text embeddings (K, D); train_classes makes them a trainable weight.
+        bfloat16: run the encoder's matrix products in bfloat16; outputs keep the dtype of `classes`.
+        tokens: compute patch tokens, if the encoder has them.
         """
         super().__init__()
-        self.bfloat16 = bfloat16
+        self.use_bfloat16 = bfloat16
         self.encoder, self.token_spec = (
             image_encoder(source.model) if tokens else (PooledImageEncoder(source.model), None)
         )
@@ -67,14 +68,14 @@ class Classifier(nn.Module):
             self.register_buffer("classes", classes.clone(), persistent=False)
 
     def forward(self, images: torch.Tensor) -> Output:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.use_bfloat16):
             embedding, *rest = self.encoder((images - self.mean) / self.std)
         dtype = self.classes.dtype
         embedding, tokens = embedding.to(dtype), rest[0].to(dtype) if rest else None
         return Output(self.scores(embedding), embedding, tokens)
 
     def scores(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K) of embeddings (B, D) of any norm."""
+        """Return the logits (B, K) of embeddings (B, D) of any norm."""
         cosines = F.normalize(embedding, dim=-1) @ F.normalize(self.classes, dim=-1).T
         return self.logit_scale * cosines
 
@@ -98,26 +99,26 @@ def class_embeddings(
 
 
 def _check_tokens(names: Sequence[str], ids: torch.Tensor) -> None:
-    """Raise DataError where two rows of token ids, one a class, are equal."""
+    """Raise DataError where two classes have equal rows of token ids."""
     first: dict[bytes, int] = {}
     for i, row in enumerate(ids):
         j = first.setdefault(row.numpy().tobytes(), i)
         if j != i:
             raise DataError(
                 f"classes {names[j]!r} and {names[i]!r} cannot be told apart: the model reads both "
-                "as the same tokens; rename one of them, or put them together"
+                "as the same tokens; rename or merge them"
             )
 
 
 def count_right(
     model: Classifier, loader: Iterable[Sequence[torch.Tensor]], attack: Attack
 ) -> tuple[int, int]:
-    """How many images the model names rightly as they are, and how many after the attack."""
+    """Count the images that the model classifies correctly, before and after the attack."""
     counts = [0, 0]
     for batch in loader:
         images, labels, seeds = (x.to(model.mean.device) for x in batch)
-        found = attack(images, labels, seeds)
+        attacked = attack(images, labels, seeds)
         with torch.no_grad():
-            for i, shown in enumerate((images, found)):
-                counts[i] += int((model(shown).logits.argmax(1) == labels).sum())
+            for i, pixels in enumerate((images, attacked)):
+                counts[i] += int((model(pixels).logits.argmax(1) == labels).sum())
     return counts[0], counts[1]

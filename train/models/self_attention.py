@@ -1,13 +1,14 @@
-"""open_clip's attention blocks as a graph that runtimes run fast: the same function, fewer nodes.
+"""Attention of open_clip's blocks, rewritten for export: the same function with fewer nodes.
 
-nn.MultiheadAttention exports with the batch and the tokens exchanged and back again, shapes computed
-at run time and two scalings, none of which ONNX Runtime's optimiser sees through.
+nn.MultiheadAttention exports transposes of batch and tokens, shapes computed at run time and two
+scalings. ONNX Runtime's optimiser removes none of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 
 class PlainAttention(nn.Module):
-    """The part of an nn.MultiheadAttention behind its three projections."""
+    """Multi-head attention after the input projections: softmax(q k^T) v and the output projection."""
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -24,21 +25,22 @@ class PlainAttention(nn.Module):
         self.out_proj = attention.out_proj
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Scaled queries (B, Q, W), keys and values (B, T, W) -> (B, Q, W)."""
+        """Attend with scaled queries (B, Q, W) to keys and values (B, T, W); return (B, Q, W)."""
         queries, width = q.shape[1:]
-        q, v = self._split(q).transpose(1, 2), self._split(v).transpose(1, 2)
-        scores = q @ self._split(k).permute(0, 2, 3, 1)
+        q, v = self._split_heads(q).transpose(1, 2), self._split_heads(v).transpose(1, 2)
+        scores = q @ self._split_heads(k).permute(0, 2, 3, 1)
         if mask is not None:
             scores = scores + mask
         mixed = (scores.softmax(dim=-1) @ v).transpose(1, 2)
-        return self.out_proj(mixed.reshape(-1, queries, width))
+        output: Tensor = self.out_proj(mixed.reshape(-1, queries, width))
+        return output
 
-    def _split(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[1], self.heads, self.head_dim)
 
 
 class SelfAttention(PlainAttention):
-    """The self-attention of an nn.MultiheadAttention, called as open_clip's blocks call it."""
+    """Replacement for an open_clip block's nn.MultiheadAttention."""
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__(attention)
@@ -57,33 +59,34 @@ class SelfAttention(PlainAttention):
         attn_mask: Tensor | None = None,
         queries: int | None = None,
     ) -> tuple[Tensor, None]:
-        """Tokens (B, T, W) -> (B, queries, W): of the first `queries` tokens, None for all.
+        """Attend within tokens x (B, T, W); return the first `queries` (None: all) as (B, Q, W).
 
-        key, value and need_weights are there for the call's sake: both are x, and none are given.
+        key, value and need_weights match nn.MultiheadAttention's signature; unused in
+        self-attention.
         """
         length, width = x.shape[1:]
-        q, k, v = F.linear(x, self.weight, self.bias).split(width, dim=-1)
+        q, k, v = torch.split(F.linear(x, self.weight, self.bias), width, dim=-1)
         q = q if queries is None else q[:, :queries]
         if attn_mask is not None:
-            if attn_mask.ndim == 3:  # CoCa's, one for each prompt and head: (B * heads, T, T)
+            if attn_mask.ndim == 3:  # CoCa's mask per prompt and head: (B * heads, T, T)
                 attn_mask = attn_mask.reshape(-1, self.heads, length, length)
             attn_mask = attn_mask[..., :queries, :]
         return self.mix(q, k, v, attn_mask), None
 
 
 class PoolAttention(PlainAttention):
-    """The attention of CoCa's pooling, called as open_clip's AttentionalPooler calls it."""
+    """Replacement for the nn.MultiheadAttention of open_clip's AttentionalPooler (CoCa)."""
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__(attention)
-        same = attention.in_proj_weight  # None where keys are of another width than queries
+        joint = attention.in_proj_weight  # None where keys and queries differ in width
         weights = (
             (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
-            if same is None
-            else same.chunk(3)
+            if joint is None
+            else joint.chunk(3)
         )
         biases = attention.in_proj_bias.detach().chunk(3)
-        scale = self.head_dim**-0.5  # of the queries
+        scale = self.head_dim**-0.5
         self.query = nn.Parameter(weights[0].detach() * scale)
         self.query_bias = nn.Parameter(biases[0] * scale)
         self.pair = nn.Parameter(torch.cat([weight.detach() for weight in weights[1:]]))
@@ -92,14 +95,14 @@ class PoolAttention(PlainAttention):
     def forward(
         self, queries: Tensor, key: Tensor, value: Tensor, *, need_weights: bool = False
     ) -> tuple[Tensor, None]:
-        """Queries (B, Q, W) and tokens (B, T, V), as key and as value -> (B, Q, W)."""
+        """Attend with queries (B, Q, W) to tokens (B, T, V), passed as key and as value."""
         q = F.linear(queries, self.query, self.query_bias)
         k, v = F.linear(key, self.pair, self.pair_bias).chunk(2, dim=-1)
         return self.mix(q, k, v), None
 
 
 def is_plain(block: nn.Module) -> bool:
-    """Whether a block is open_clip's usual one, whose attention SelfAttention stands in for."""
+    """Tell whether SelfAttention can replace the attention of a block."""
     return (
         isinstance(block, ResidualAttentionBlock)
         and not hasattr(block, "ln_1_kv")
@@ -108,30 +111,30 @@ def is_plain(block: nn.Module) -> bool:
 
 
 def is_split(block: nn.Module) -> bool:
-    """Whether `first_token` can take the block."""
+    """Tell whether `first_token` can run the block."""
     return isinstance(getattr(block, "attn", None), SelfAttention)
 
 
 @contextmanager
 def plain_attention(module: nn.Module) -> Iterator[None]:
-    """Put SelfAttention into every usual block of `module` and PoolAttention into its pooling, and
-    their own attention back afterwards."""
-    own = [
-        (part, part.attn, SelfAttention if is_plain(part) else PoolAttention)
-        for part in module.modules()
-        if is_plain(part) or isinstance(part, AttentionalPooler)
+    """Replace the attention of `module`'s blocks and poolers within the context; restore it after."""
+    originals = [
+        (owner, cast("nn.MultiheadAttention", owner.attn))
+        for owner in module.modules()
+        if is_plain(owner) or isinstance(owner, AttentionalPooler)
     ]
     try:
-        for part, attention, plain in own:
-            part.attn = plain(attention)
+        for owner, attention in originals:
+            owner.attn = (SelfAttention if is_plain(owner) else PoolAttention)(attention)
         yield
     finally:
-        for part, attention, _ in own:
-            part.attn = attention
+        for owner, attention in originals:
+            owner.attn = attention
 
 
 def first_token(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-    """block(x)[:, :1] without the work for the other tokens; within `plain_attention`."""
+    """Compute block(x)[:, :1] without the work for the other tokens; within `plain_attention`."""
     attended, _ = block.attn(block.ln_1(x), queries=1)
     x = x[:, :1] + block.ls_1(attended)
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    output: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return output

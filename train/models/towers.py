@@ -1,4 +1,4 @@
-"""The image towers of open_clip's models as one interface: an embedding, and patch tokens."""
+"""Image towers of open_clip models behind one interface: an embedding, and patch tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.models.self_attention import first_token, is_split
 
 
 class PooledImageEncoder(nn.Module):
-    """Any image tower: pixels (B, 3, H, W) -> embedding (B, D)."""
+    """Image tower of any kind: pixels (B, 3, H, W) -> embedding (B, D)."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -25,18 +25,18 @@ class PooledImageEncoder(nn.Module):
 
 
 class VitImageEncoder(nn.Module):
-    """open_clip's ViT: pixels -> embedding (B, D), tokens (B, prefix + P, D).
+    """Image tower of open_clip's ViT: pixels -> embedding (B, D), tokens (B, prefix + P, D).
 
-    Tokens are those of the last block after ln_post and the projection. With class-token pooling
-    the class token comes first, and is the embedding: then a runtime that is asked for the embedding
-    alone does most of the last block for one token only.
+    Tokens are the last block's output after ln_post and the projection. With class-token pooling,
+    the class token comes first and equals the embedding. It has its own path through the last block,
+    so a runtime that asks for the embedding alone skips most of that block's work.
     """
 
     def __init__(self, visual: VisionTransformer) -> None:
         super().__init__()
         self.visual, self.prefix = visual, int(visual.pool_type == "tok")
-        self.trunk = _copy(visual)  # all that comes before the last block
-        self.trunk.transformer = _copy(visual.transformer)
+        self.trunk = _shallow_copy(visual)  # everything before the last block
+        self.trunk.transformer = _shallow_copy(visual.transformer)
         self.trunk.transformer.resblocks = visual.transformer.resblocks[:-1]
         self.trunk.ln_post, self.trunk.pool_type = nn.Identity(), "none"
         self.trunk.proj = None
@@ -52,17 +52,18 @@ class VitImageEncoder(nn.Module):
         return self.visual.ln_post(first_token(last, hidden))[:, 0] @ self.visual.proj, tokens
 
 
-def _copy(module: Any) -> Any:
-    """A module of its own with the same weights: what is set in it is not set in the other."""
+def _shallow_copy(module: Any) -> Any:
+    """Copy a module, sharing its weights; setting a submodule of the copy leaves the original."""
     twin = copy.copy(module)
     twin._modules, twin._parameters = dict(module._modules), dict(module._parameters)
     return twin
 
 
 class MapPoolImageEncoder(nn.Module):
-    """SigLIP's ViT from timm: pixels -> embedding (B, D), tokens (B, prefix + P, D).
+    """Image tower of SigLIP, from timm: pixels -> embedding (B, D), tokens (B, prefix + P, D).
 
-    Tokens are what its attention pooling reads: in the embedding's space, and without a class token.
+    Tokens are the input of the attention pooling. They share the embedding's space; none of them is a
+    class token.
     """
 
     def __init__(self, visual: TimmModel) -> None:
@@ -75,7 +76,7 @@ class MapPoolImageEncoder(nn.Module):
 
 
 def image_encoder(model: Any) -> tuple[nn.Module, TokenSpec | None]:
-    """The module to export for `model`'s images, and what its tokens are where it has them."""
+    """Return the module to export for `model`'s images, and its token layout if it has tokens."""
     visual = model.visual
     if isinstance(visual, VisionTransformer) and _has_vit_tokens(visual):
         vit = VitImageEncoder(visual)
@@ -88,7 +89,7 @@ def image_encoder(model: Any) -> tuple[nn.Module, TokenSpec | None]:
 
 
 def _has_vit_tokens(visual: VisionTransformer) -> bool:
-    """Whether every token goes through ln_post and the projection, as the embedding does."""
+    """Tell whether ln_post and the projection apply to every token, as to the embedding."""
     return (
         visual.attn_pool is None
         and not visual.final_ln_after_pool
@@ -99,7 +100,7 @@ def _has_vit_tokens(visual: VisionTransformer) -> bool:
 
 
 def _has_map_tokens(visual: TimmModel) -> bool:
-    """Whether the tokens that attention pooling reads live in the space of the embedding."""
+    """Tell whether the input tokens of the attention pooling share the embedding's space."""
     trunk = visual.trunk
     return (
         getattr(trunk, "global_pool", None) == "map"

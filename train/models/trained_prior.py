@@ -1,10 +1,11 @@
-"""A trained diffusion prior, read from its checkpoint."""
+"""A trained diffusion prior: its checkpoint, and the text context that conditions it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +17,21 @@ from train.models.checkpoints import Source
 from train.models.prior import Context, DiffusionPrior
 from train.models.weight_files import read_file
 
-WEIGHTS = "prior.safetensors"  # of a run
+WEIGHTS = "prior.safetensors"  # in the folder of a run
 
 
 @dataclass(frozen=True)
 class TrainedPrior:
-    """A prior in PyTorch, and where it came from."""
+    """A diffusion prior in PyTorch, and the hash of its file."""
 
     model: DiffusionPrior
     weights_sha256: str
 
 
 def load_prior(path: Path) -> TrainedPrior:
-    """A run of train.diffusion_prior, a safetensors file, or a checkpoint of dalle2-pytorch.
+    """Load a run of train.diffusion_prior, a safetensors file or a dalle2-pytorch checkpoint.
 
-    No code in a file is run. Raises ModelError.
+    Runs no code in the file. Raises ModelError.
     """
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
@@ -47,38 +48,44 @@ def load_prior(path: Path) -> TrainedPrior:
 
 @torch.no_grad()
 def text_tokens(source: Source, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Unit text embeddings (P, D), and the text tower's tokens (P, L, width) after its last norm,
-    zero behind the end of each prompt where the tower reads that end.
+    """Return unit text embeddings (P, D) and the text tower's tokens (P, L, width).
 
-    Raises ModelError for a tower without such tokens.
+    Tokens are the output of the last norm. Those after the end of a prompt are zero, if the tower
+    pools at that end. Raises ModelError for a tower without such tokens.
     """
     tower = getattr(source.model, "text", source.model)
     if not hasattr(tower, "ln_final") or getattr(tower, "cls_emb", None) is not None:
         raise ModelError(f"the text tower of {source.name} gives a prior no tokens")
-    found: list[Tensor] = []
-    handle = tower.ln_final.register_forward_hook(lambda *args: found.append(args[2]))
+    outputs: list[Tensor] = []
+    handle = tower.ln_final.register_forward_hook(lambda *args: outputs.append(args[2]))
     ids = source.tokenizer(list(prompts))
     try:
         embeddings = source.model.encode_text(ids, normalize=True)
     finally:
         handle.remove()
-    inside = torch.ones_like(ids, dtype=torch.bool)
-    if getattr(tower, "pool_type", getattr(source.model, "text_pool_type", "")) in (
-        "argmax",
-        "eos",
-    ):
-        inside = torch.arange(ids.shape[1]) <= ids.argmax(1)[:, None]  # the end mark is the highest
-    return embeddings, found[0] * inside[:, :, None]
+    return embeddings, outputs[0] * _prompt_mask(source.model, tower, ids)[:, :, None]
+
+
+def _prompt_mask(model: Any, tower: Any, ids: Tensor) -> Tensor:
+    """Return booleans (P, L): False after the end of a prompt where the tower pools at its end."""
+    if getattr(tower, "pool_type", getattr(model, "text_pool_type", "")) in ("argmax", "eos"):
+        return (
+            torch.arange(ids.shape[1]) <= ids.argmax(1)[:, None]
+        )  # the end mark has the highest id
+    return torch.ones_like(ids, dtype=torch.bool)
 
 
 def null_context(prior: DiffusionPrior, source: Source, templates: Sequence[str]) -> Context:
-    """What "no class in particular" leaves for the prior: the null text, and the tokens of its first
-    template. Raises ModelError where the prior is not made for this CLIP."""
+    """Return the prior's context for the null text and the tokens of its first template.
+
+    Raises ModelError where the prior's width differs from the CLIP's.
+    """
     embeddings, tokens = text_tokens(source, [text.replace("{}", "") for text in templates])
     if prior.shape.dim != embeddings.shape[1] or prior.shape.dim != tokens.shape[2]:
         raise ModelError(
             f"the prior is made for embeddings and text tokens of {prior.shape.dim} values, those of "
-            f"{source.name} have {embeddings.shape[1]} and {tokens.shape[2]}"
+            f"{source.name} have {embeddings.shape[1]} and {tokens.shape[2]}: name a prior trained "
+            "for this model"
         )
     with torch.no_grad():
         return prior.context(F.normalize(embeddings.mean(0, keepdim=True), dim=1), tokens[:1])

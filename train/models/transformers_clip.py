@@ -1,4 +1,4 @@
-"""CLIP as Hugging Face's transformers saves it: weights by its names, and folders with config.json."""
+"""CLIP in the format of Hugging Face transformers: key names of weights, and folders with config.json."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from train.errors import ModelError
 from train.progress import brief, quiet, say
 
+if TYPE_CHECKING:
+    from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+
 CONFIG = "config.json"
 PREPROCESSING = "preprocessor_config.json"
-PROCESSOR = "processor_config.json"  # holds the same in transformers 5
-ACTIVATIONS = {"quick_gelu": True, "gelu": False}  # hidden_act -> whether it is QuickGELU
+PROCESSOR = "processor_config.json"  # the same settings, since transformers 5
+QUICK_GELU = {"quick_gelu": True, "gelu": False}  # hidden_act -> QuickGELU or not
 INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # by Pillow's number
 
-RENAMED = [
+KEY_PATTERNS = [
     (re.compile(pattern), name)
     for pattern, name in (
         (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
@@ -42,37 +45,46 @@ RENAMED = [
     )
 ]
 TRANSPOSED = ("text_projection", "visual.proj")  # open_clip multiplies by them from the right
-BARE = "embeddings.patch_embedding.weight"  # of CLIPVisionModel in transformers 5
-TOWER = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
+BARE_TOWER_KEY = "embeddings.patch_embedding.weight"  # of CLIPVisionModel in transformers 5
+BARE_TOWER_PREFIXES = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
 QUERY = re.compile(r"^(.*\.attn\.)q_proj\.(weight|bias)$")
 
 
 def is_transformers(state: Mapping[str, Any]) -> bool:
-    """Tell whether the keys of a state dict are those of transformers' CLIP."""
-    return BARE in state or any(key.startswith(("vision_model.", "text_model.")) for key in state)
+    """Tell whether a state dict has the key names of transformers' CLIP."""
+    return BARE_TOWER_KEY in state or any(
+        key.startswith(("vision_model.", "text_model.")) for key in state
+    )
 
 
 def to_open_clip(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename transformers' weights, and join queries, keys and values. Unknown keys stay."""
-    if BARE in state:
-        state = {f"vision_model.{k}" if k.startswith(TOWER) else k: v for k, v in state.items()}
-    found = {}
+    """Rename transformers' keys to open_clip's, joining queries, keys and values.
+
+    Unknown keys stay.
+    """
+    if BARE_TOWER_KEY in state:
+        state = {
+            f"vision_model.{key}" if key.startswith(BARE_TOWER_PREFIXES) else key: value
+            for key, value in state.items()
+        }
+    renamed = {}
     for key, value in state.items():
         if key.endswith(".position_ids"):  # 0, 1, 2 ..., saved by old versions
             continue
-        for pattern, name in RENAMED:
+        for pattern, name in KEY_PATTERNS:
             key = pattern.sub(name, key)
-        found[key] = value.T if key in TRANSPOSED else value
-    for key in list(found):
+        renamed[key] = value.T if key in TRANSPOSED else value
+    for key in list(renamed):
         query = QUERY.match(key)
-        parts = [f"{query[1]}{name}_proj.{query[2]}" for name in "qkv"] if query else []
-        if query and all(part in found for part in parts):
-            found[f"{query[1]}in_proj_{query[2]}"] = torch.cat([found.pop(part) for part in parts])
-    return found
+        joint = [f"{query[1]}{name}_proj.{query[2]}" for name in "qkv"] if query else []
+        if query and all(name in renamed for name in joint):
+            tensors = [renamed.pop(name) for name in joint]
+            renamed[f"{query[1]}in_proj_{query[2]}"] = torch.cat(tensors)
+    return renamed
 
 
 def is_folder(folder: Path) -> bool:
-    """Tell whether a folder holds a model of transformers' CLIP, or its image tower."""
+    """Tell whether a folder holds transformers' CLIP, or its image tower alone."""
     try:
         kind = _read_json(folder / CONFIG).get("model_type")
     except ModelError:
@@ -81,13 +93,14 @@ def is_folder(folder: Path) -> bool:
 
 
 def quick_gelu_beside(path: Path) -> bool | None:
-    """Return whether config.json in the folder of `path` says QuickGELU; None if it says nothing."""
+    """Return whether config.json beside `path` names QuickGELU; None if it is unknown."""
     if not is_folder(path.parent):
         return None
-    whole = _read_json(path.parent / CONFIG)
-    towers = [whole.get(f"{name}_config") or whole for name in ("vision", "text")]
-    named = {tower.get("hidden_act", "quick_gelu") for tower in towers}  # transformers' default
-    return ACTIVATIONS.get(named.pop()) if len(named) == 1 else None
+    document = _read_json(path.parent / CONFIG)
+    towers = [document.get(f"{name}_config") or document for name in ("vision", "text")]
+    # Without hidden_act, transformers takes QuickGELU.
+    activations = {tower.get("hidden_act", "quick_gelu") for tower in towers}
+    return QUICK_GELU.get(activations.pop()) if len(activations) == 1 else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -95,40 +108,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     from transformers import CLIPConfig
 
     path = folder / CONFIG
-    whole = _read_json(path)
-    kind = whole.get("model_type")
+    document = _read_json(path)
+    kind = document.get("model_type")
     if kind == "clip_vision_model":
         raise ModelError(
-            f"{folder} holds an image tower alone: name its weights with --visual, and the model and "
-            "the weights that it was trained from"
+            f"{folder} holds an image tower alone: name its weights with --visual, and its base model "
+            "and weights as usual"
         )
     if kind != "clip":
         raise ModelError(f"{path} has the model_type {kind!r}: only clip is supported")
     try:
         with quiet():
-            config = CLIPConfig.from_dict(whole)
-        text, vision = config.text_config, config.vision_config
-        if vision.num_channels != 3 or not isinstance(vision.image_size, int):
-            raise ValueError("its images are not square, or not of three channels")
-        model_cfg = {
-            "embed_dim": config.projection_dim,
-            "quick_gelu": _quick_gelu(text.hidden_act, vision.hidden_act),
-            "vision_cfg": _tower(vision)
-            | {
-                "image_size": vision.image_size,
-                "patch_size": vision.patch_size,
-                "head_width": vision.hidden_size // vision.num_attention_heads,
-            },
-            "text_cfg": _tower(text)
-            | {
-                "context_length": text.max_position_embeddings,
-                "vocab_size": text.vocab_size,
-                "heads": text.num_attention_heads,
-                **_pooling(text.eos_token_id),
-            },
-        }
-    except Exception as err:  # transformers checks its configurations with errors of any kind
-        raise ModelError(f"{path} cannot be exported: {brief(err)}") from err
+            config = CLIPConfig.from_dict(document)
+        model_cfg = _model_cfg(config)
+    except Exception as err:  # transformers validates configurations with errors of any kind
+        raise ModelError(f"{path} cannot be converted: {brief(err)}") from err
     if has_tokenizer(folder):
         model_cfg["text_cfg"]["hf_tokenizer_name"] = folder.resolve().name
     return model_cfg
@@ -138,9 +132,34 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
-def _tower(config: Any) -> dict[str, Any]:
+def _model_cfg(config: CLIPConfig) -> dict[str, Any]:
+    """Convert a configuration. Raises ValueError and TypeError for what open_clip cannot express."""
+    text = cast("CLIPTextConfig", config.text_config)
+    vision = cast("CLIPVisionConfig", config.vision_config)
+    if vision.num_channels != 3 or not isinstance(vision.image_size, int):
+        raise ValueError("its images are not square, or not of three channels")
+    return {
+        "embed_dim": config.projection_dim,
+        "quick_gelu": _quick_gelu(text.hidden_act, vision.hidden_act),
+        "vision_cfg": _transformer_cfg(vision)
+        | {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "head_width": vision.hidden_size // vision.num_attention_heads,
+        },
+        "text_cfg": _transformer_cfg(text)
+        | {
+            "context_length": text.max_position_embeddings,
+            "vocab_size": text.vocab_size,
+            "heads": text.num_attention_heads,
+        }
+        | _pooling(text.eos_token_id),
+    }
+
+
+def _transformer_cfg(config: CLIPTextConfig | CLIPVisionConfig) -> dict[str, Any]:
     ratio = config.intermediate_size / config.hidden_size
-    if int(ratio * config.hidden_size) != config.intermediate_size:  # as open_clip rounds
+    if int(ratio * config.hidden_size) != config.intermediate_size:  # open_clip rounds down
         ratio = math.nextafter(ratio, math.inf)
     return {
         "width": config.hidden_size,
@@ -151,17 +170,19 @@ def _tower(config: Any) -> dict[str, Any]:
 
 
 def _quick_gelu(*activations: str) -> bool:
-    if len(set(activations)) > 1 or activations[0] not in ACTIVATIONS:
+    if len(set(activations)) > 1 or activations[0] not in QUICK_GELU:
         raise ValueError(
             f"hidden_act {' and '.join(sorted(set(activations)))} is not supported: only quick_gelu "
-            "or gelu, of both towers"
+            "or gelu, the same in both towers"
         )
-    return ACTIVATIONS[activations[0]]
+    return QUICK_GELU[activations[0]]
 
 
-def _pooling(eos: Any) -> dict[str, Any]:
-    """Return how the end of a prompt is found: transformers reads the 2 of old configurations, which
-    is no end mark, as the highest id."""
+def _pooling(eos: object) -> dict[str, Any]:
+    """Return the text pooling settings for the id of the end mark.
+
+    Old configurations have 2, which is not the end mark; transformers then pools at the highest id.
+    """
     if eos == 2:
         return {"pool_type": "argmax"}
     if not isinstance(eos, int):
@@ -170,52 +191,56 @@ def _pooling(eos: Any) -> dict[str, Any]:
 
 
 def read_preprocessing(folder: Path, size: int) -> dict[str, Any]:
-    """Return open_clip's preprocess_cfg for images of `size`. Raises ModelError for another way."""
+    """Return open_clip's preprocess_cfg for images of `size`. Raises ModelError if unsupported."""
     path = next((folder / x for x in (PREPROCESSING, PROCESSOR) if (folder / x).is_file()), None)
     if path is None:
-        say(f"{folder} holds no {PREPROCESSING}: assuming CLIP's own mean, std and bicubic resize")
+        say(f"{folder} holds no {PREPROCESSING}: assuming CLIP's mean, std and bicubic resize")
         return {}
-    found = _read_json(path)
-    found = found.get("image_processor", found)
+    document = _read_json(path)
     try:
-        return _preprocessing(found, size)
+        return _preprocess_cfg(document.get("image_processor", document), size)
     except (ValueError, TypeError, LookupError, AttributeError) as err:
-        raise ModelError(f"{path} cannot be exported: {brief(err)}") from err
+        raise ModelError(f"{path} cannot be converted: {brief(err)}") from err
 
 
-def _preprocessing(found: Mapping[str, Any], size: int) -> dict[str, Any]:
+def _preprocess_cfg(settings: Mapping[str, Any], size: int) -> dict[str, Any]:
     for name in ("do_resize", "do_rescale", "do_normalize"):
-        if not found.get(name, True):
+        if not settings.get(name, True):
             raise ValueError(f"{name} must be true")
-    if not math.isclose(found.get("rescale_factor", 1 / 255), 1 / 255):
+    if not math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255):
         raise ValueError("rescale_factor must be 1/255")
-    interpolation = found.get("resample", 3)
+    interpolation = settings.get("resample", 3)
     if interpolation not in INTERPOLATION:
         raise ValueError(f"resample {interpolation} is neither bilinear (2) nor bicubic (3)")
-    edges = found.get("size", size)
+    return {
+        "mean": settings["image_mean"],
+        "std": settings["image_std"],
+        "interpolation": INTERPOLATION[interpolation],
+        "resize_mode": _resize_mode(settings, size),
+    }
+
+
+def _resize_mode(settings: Mapping[str, Any], size: int) -> str:
+    """Return open_clip's resize_mode. Raises ValueError where the output is not `size` square."""
+    edges = settings.get("size", size)
     edges = {"shortest_edge": edges} if isinstance(edges, int) else edges
     squash = "height" in edges
     sizes = {edges["height"], edges["width"]} if squash else {edges["shortest_edge"]}
-    if found.get("do_center_crop", True):
-        crop = found.get("crop_size", size)
+    if settings.get("do_center_crop", True):
+        crop = settings.get("crop_size", size)
         sizes |= {crop} if isinstance(crop, int) else {crop["height"], crop["width"]}
     elif not squash:
         raise ValueError("do_center_crop must be true where size has a shortest_edge")
     if sizes != {size}:
         raise ValueError(f"size and crop_size must be the model's {size}, not {sorted(sizes)}")
-    return {
-        "mean": found["image_mean"],
-        "std": found["image_std"],
-        "interpolation": INTERPOLATION[interpolation],
-        "resize_mode": "squash" if squash else "shortest",
-    }
+    return "squash" if squash else "shortest"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise TypeError("it is no object")
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise TypeError("it is no JSON object")
     except (OSError, ValueError, TypeError) as err:
         raise ModelError(f"{path} cannot be read: {brief(err)}") from err
-    return found
+    return document

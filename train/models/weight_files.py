@@ -1,7 +1,8 @@
-"""Weights in files: a state dict, found among what training scripts save around it.
+"""Weight files: safetensors, PyTorch checkpoints, TorchScript archives and shards.
 
-No Python code in a file is run. A TorchScript archive may run TorchScript of its own, so open only
-those whose origin you trust.
+A checkpoint may wrap its state dict in dictionaries and key prefixes; they are removed. No Python
+code in a file is run. A TorchScript archive may run TorchScript, so open only archives whose origin
+you trust.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,26 +28,26 @@ from train.progress import brief, quiet, say
 
 StateDict = dict[str, torch.Tensor]
 
-# Buffers of OpenAI's TorchScript archives, which their state dicts keep.
-OPENAI_MARKS = frozenset({"input_resolution", "context_length", "vocab_size"})
-# Keys around a state dict, and prefixes of its keys ("model" and "model."), the preferred ones first.
+# Buffers that identify the state dicts of OpenAI's TorchScript archives.
+OPENAI_BUFFERS = frozenset({"input_resolution", "context_length", "vocab_size"})
+# Keys that hold a state dict, and prefixes of its keys ("model" and "model."), preferred first.
 WRAPPERS = (
     "state_dict", "model_state_dict", "model", "module", "net", "clip", "vision_encoder_state_dict",
     "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema",
 )  # fmt: skip
 # Names that torch.compile, FSDP and activation checkpointing insert anywhere in a key.
-INSERTED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+INSERTED_NAMES = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 SHARD = re.compile(r"^(.*)-\d{5}-of-(\d{5})(\.\w+)$")
 INDEX = ".index.json"
-DEEPEST = 6  # wrappers and prefixes around a state dict
-LARGEST_HEADER = 100_000_000  # bytes, a limit of the safetensors library
+MAX_DEPTH = 6  # wrappers and prefixes around a state dict
+MAX_HEADER = 100_000_000  # bytes, a limit of the safetensors library
 PICKLE, ZIP, LFS = b"\x80", b"PK\x03\x04", b"version https://git-lfs"
 
 
 class Ignored:
-    """Placeholder for an object beside the weights, in place of its class and its state.
+    """Placeholder for a pickled object beside the weights; discards its state.
 
-    NumPy trusts the state in a pickle, and a forged one corrupts memory. None of it is used.
+    NumPy trusts the state in a pickle, and a forged one corrupts memory.
     """
 
     def __init__(self, *_: object) -> None:
@@ -56,8 +57,8 @@ class Ignored:
         pass
 
 
-# Names of plain data in pickles, whichever version of Python and NumPy wrote them.
-IGNORED = (
+# Classes of plain data in pickles, under the names of all Python and NumPy versions.
+IGNORED_CLASSES = (
     "argparse.Namespace",
     "numpy.ndarray",
     "numpy.dtype",
@@ -81,34 +82,33 @@ IGNORED = (
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict by open_clip's names, and what its file tells of it."""
+    """State dict with open_clip's key names, and its origin."""
 
     state: StateDict
-    sha256: str  # of the file, of the files of a sharded checkpoint, or of file and chosen key
-    label: str  # the file's name or the tag
-    quick_gelu: bool | None = None  # whether trained with QuickGELU, where known
-    preprocess: Mapping[str, Any] = field(default_factory=dict)  # of a tag
+    sha256: str  # of the file, of the files of a sharded checkpoint, or of file and key
+    label: str  # name of the file, or the tag
+    quick_gelu: bool | None = None  # trained with QuickGELU; None if unknown
+    preprocess: Mapping[str, Any] = field(default_factory=dict)  # settings of a tag
 
 
-def split_key(place: str) -> tuple[Path, str]:
-    """Split FILE#KEY, where KEY chooses one of the state dicts in FILE; it may be missing."""
-    if "#" in place and not Path(place).exists():
-        file, _, key = place.rpartition("#")
+def split_key(location: str) -> tuple[Path, str]:
+    """Split FILE#KEY, where KEY names one of the state dicts in FILE; without one, KEY is ""."""
+    if "#" in location and not Path(location).exists():
+        file, _, key = location.rpartition("#")
         return Path(file), key
-    return Path(place), ""
+    return Path(location), ""
 
 
-def read_weights(place: str | Path, part: str = "model") -> Weights:
-    """Read FILE or FILE#KEY. `part`: the "model", or its "visual" tower alone.
+def read_weights(location: str | Path, part: str = "model") -> Weights:
+    """Read FILE or FILE#KEY; `part` is "model", or "visual" for the image tower alone.
 
-    Prints which state dict was taken where there is something around it. Raises ModelError.
+    Prints the removed wrappers and the other state dicts of the file, if any. Raises ModelError.
     """
-    path, key = split_key(str(place))
+    path, key = split_key(str(location))
     files = checkpoint_files(path)
-    chosen = _choose(read_file(path), path, key, part)
-    state = {name: v for name, v in chosen.state.items() if name not in OPENAI_MARKS}
-    openai = chosen.state.keys() >= OPENAI_MARKS
-    quick_gelu = True if openai else None
+    candidate = _choose(read_file(path), path, key, part)
+    state = {name: v for name, v in candidate.state.items() if name not in OPENAI_BUFFERS}
+    quick_gelu = True if candidate.state.keys() >= OPENAI_BUFFERS else None
     if is_transformers(state):
         state, quick_gelu = to_open_clip(state), quick_gelu_beside(path)
     if part == "visual" and not any(name.startswith("visual.") for name in state):
@@ -118,14 +118,14 @@ def read_weights(place: str | Path, part: str = "model") -> Weights:
 
 
 def join_sha256(digests: Sequence[str]) -> str:
-    """Return a single digest as it is, and the SHA-256 of several, a line each."""
+    """Return the only digest, or the SHA-256 of several digests, one per line."""
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """Return `path`, and with it the shards where it is an index. Raises ModelError."""
+    """Return `path`, followed by its shards if it is an index. Raises ModelError."""
     shard = SHARD.match(path.name)
     if shard and int(shard[2]) > 1:
         raise ModelError(
@@ -136,51 +136,57 @@ def checkpoint_files(path: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         if any(Path(name).name != name for name in names):
-            raise ValueError("it names files outside of its folder")
+            raise ValueError("it names files outside its folder")
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as err:
         raise ModelError(f"{path} is no index of a sharded checkpoint: {brief(err)}") from err
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
-        raise ModelError(f"{path.parent} lacks {some(missing)}, of the shards that {path} lists")
+        raise ModelError(
+            f"{path.parent} lacks {join_names(missing)}, of the shards that {path} lists"
+        )
     return [path, *(path.parent / name for name in names)]
 
 
 def read_file(path: Path) -> Any:
-    """Load safetensors (known by content), a TorchScript archive, what torch.save wrote, or the
-    shards of an index. Raises ModelError for any other file.
+    """Load a safetensors file, a TorchScript archive, a torch.save file, or the shards of an index.
+
+    Recognises the format by content. Raises ModelError for any other file.
     """
     if path.name.endswith(INDEX):
         merged: dict[str, Any] = {}
         for shard in checkpoint_files(path)[1:]:
-            found = read_file(shard)
-            if not isinstance(found, Mapping):
-                raise ModelError(f"{shard} holds no state dict: {_contents(found)}")
-            merged |= found
+            contents = read_file(shard)
+            if not isinstance(contents, Mapping):
+                raise ModelError(f"{shard} holds no state dict: {_describe(contents)}")
+            merged |= contents
         return merged
     try:
-        with quiet(), torch.serialization.safe_globals([(Ignored, name) for name in IGNORED]):
+        with (
+            quiet(),
+            torch.serialization.safe_globals([(Ignored, name) for name in IGNORED_CLASSES]),
+        ):
             if _is_safetensors(path):
                 return load_file(path)
-            if _is_torchscript(path):  # torch.jit.load is deprecated, and the only reader of these
-                return torch.jit.load(path, map_location="cpu").state_dict()
+            if _is_torchscript(path):
+                return _read_torchscript(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     except ModelError:
         raise
-    except pickle.UnpicklingError as err:  # its own text says how to run the code after all
+    except pickle.UnpicklingError as err:  # torch's message explains how to run the code
         code = re.search(r"GLOBAL ([\w.]+)", str(err))
-        held = f"holds pickled code ({code[1]})" if code else "is damaged or holds pickled code"
-        raise ModelError(f"{path} {held}, which is not run: save the state dict alone") from err
-    except Exception as err:  # on a broken file the readers raise anything, IndexError included
+        problem = f"holds pickled code ({code[1]})" if code else "is damaged or holds pickled code"
+        raise ModelError(f"{path} {problem}, which is not run: save the state dict alone") from err
+    except Exception as err:  # a broken file can raise anything, IndexError included
         raise ModelError(f"{path} is not a checkpoint that can be read: {brief(err)}") from err
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Tell by content. Raises ModelError for a file called so that is none, or not fetched yet."""
+    """Tell by content. Raises ModelError for a misnamed file and for a Git LFS pointer."""
     with path.open("rb") as file:
         start = file.read(len(LFS))
     if start == LFS:
         raise ModelError(f"{path} is a pointer of Git LFS: fetch the weights with git lfs pull")
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LARGEST_HEADER:
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER:
         return True
     if path.suffix == ".safetensors":
         if start.startswith((PICKLE, ZIP)):
@@ -196,13 +202,19 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
+def _read_torchscript(path: Path) -> StateDict:
+    # torch.jit.load is deprecated, but nothing else reads these archives.
+    module: torch.nn.Module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+    return module.state_dict()
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A state dict in a file: where it lies, and the tensors beside it that are not in it."""
+    """State dict in a file, and its position there."""
 
-    trail: tuple[str, ...]  # keys, and prefixes with their dot
+    trail: tuple[str, ...]  # keys and prefixes that lead to it; prefixes end with a dot
     state: StateDict
-    beside: tuple[str, ...]
+    leftovers: tuple[str, ...]  # tensors beside it that it does not contain
 
     @property
     def names(self) -> list[str]:
@@ -220,93 +232,122 @@ class Candidate:
         return "visual" if (image or bare) and not text else ""
 
 
-def _any_starts(keys: Any, prefixes: tuple[str, ...]) -> bool:
+def _any_starts(keys: Iterable[str], prefixes: tuple[str, ...]) -> bool:
     return any(key.startswith(prefixes) for key in keys)
 
 
 def _candidates(
-    found: Any, seen: set[int], trail: tuple[str, ...] = (), beside: tuple[str, ...] = ()
+    contents: Any,
+    visited: set[int],
+    trail: tuple[str, ...] = (),
+    leftovers: tuple[str, ...] = (),
 ) -> Iterator[Candidate]:
-    """Find state dicts below wrappers and behind prefixes, the preferred ones first.
+    """Yield the state dicts below wrappers and prefixes, preferred ones first.
 
-    seen: ids of the mappings entered, of which none is entered again. They are the file's own, which
-    outlive the search.
+    visited: ids of the mappings already entered; none is entered twice. The mappings belong to the
+    file's contents, so their ids stay valid during the search.
     """
-    if not isinstance(found, Mapping) or not found or len(trail) > DEEPEST:
+    if not isinstance(contents, Mapping) or not contents or len(trail) > MAX_DEPTH:
         return
-    found = {INSERTED.sub("", key): v for key, v in found.items() if isinstance(key, str)}
-    tensors = {key: v for key, v in found.items() if isinstance(v, torch.Tensor)}
+    mapping = {INSERTED_NAMES.sub("", k): v for k, v in contents.items() if isinstance(k, str)}
+    tensors = {key: v for key, v in mapping.items() if isinstance(v, torch.Tensor)}
     plain = {key: v for key, v in tensors.items() if key.split(".")[0] not in WRAPPERS}
-    own = Candidate(trail, plain, beside + tuple(tensors.keys() - plain.keys()))
-    if own.part:
-        yield own
-    rest = beside if own.part else beside + tuple(plain)
+    candidate = Candidate(trail, plain, leftovers + tuple(tensors.keys() - plain.keys()))
+    if candidate.part:
+        yield candidate
+    beside = leftovers if candidate.part else leftovers + tuple(plain)
     for name in WRAPPERS:
-        inner = found.get(name)
-        if id(inner) not in seen:
-            seen.add(id(inner))
-            yield from _candidates(inner, seen, (*trail, name))
-        yield from _candidates(_behind(tensors, name), seen, (*trail, f"{name}."), rest)
-    if tensors and not own.part:
-        yield Candidate(trail, tensors, beside)
+        inner = mapping.get(name)
+        if id(inner) not in visited:
+            visited.add(id(inner))
+            yield from _candidates(inner, visited, (*trail, name))
+        yield from _candidates(_under_prefix(tensors, name), visited, (*trail, f"{name}."), beside)
+    if tensors and not candidate.part:
+        yield Candidate(trail, tensors, leftovers)
 
 
-def _behind(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _under_prefix(mapping: Mapping[str, Any], name: str) -> dict[str, Any]:
     prefix = f"{name}."
-    return {key[len(prefix) :]: v for key, v in found.items() if key.startswith(prefix)}
+    return {key[len(prefix) :]: v for key, v in mapping.items() if key.startswith(prefix)}
 
 
-def _choose(found: Any, path: Path, key: str, part: str) -> Candidate:
-    """Return the state dict of `part`, and print where it was found. Raises ModelError."""
-    candidates = list(_candidates(found, {id(found)}))
+def _choose(contents: Any, path: Path, key: str, part: str) -> Candidate:
+    """Choose the state dict of `part`, and print its position. Raises ModelError."""
+    candidates = list(_candidates(contents, {id(contents)}))
     if key:
-        candidates = [c for c in candidates if key in c.names] or _below(found, key)
+        candidates = [c for c in candidates if key in c.names] or _candidates_at(contents, key)
     if not candidates:
-        raise ModelError(f"{path} holds no state dict{f' {key!r}' * bool(key)}: {_contents(found)}")
+        name = f" {key!r}" if key else ""
+        raise ModelError(f"{path} holds no state dict{name}: {_describe(contents)}")
     fitting = [candidate for candidate in candidates if candidate.part == part]
-    if not fitting and part == "model" and any(c.part == "visual" for c in candidates):
-        raise ModelError(
-            f"{path} holds an image tower alone: name it with --visual, and with --pretrained the "
-            "weights that it was trained from"
-        )
-    if not fitting and part == "visual" and any(c.part == "model" for c in candidates):
-        raise ModelError(f"{path} holds a whole model: name it with --pretrained, not --visual")
+    if not fitting:
+        _refuse_other_part(path, part, candidates)
     chosen, *others = fitting or candidates[:1]
+    _report_choice(path, chosen, others)
+    return chosen
+
+
+def _candidates_at(contents: Any, key: str) -> list[Candidate]:
+    if not isinstance(contents, Mapping):
+        return []
+    mapping = {name: value for name, value in contents.items() if isinstance(name, str)}
+    return list(_candidates(mapping.get(key, _under_prefix(mapping, key)), set(), (key,)))
+
+
+def _refuse_other_part(path: Path, part: str, candidates: Sequence[Candidate]) -> None:
+    """Raise ModelError where the file holds an image tower instead of a model, or vice versa."""
+    if part == "model" and any(c.part == "visual" for c in candidates):
+        raise ModelError(
+            f"{path} holds an image tower alone: name it with --visual, and its base weights with "
+            "--pretrained"
+        )
+    if part == "visual" and any(c.part == "model" for c in candidates):
+        raise ModelError(f"{path} holds a whole model: name it with --pretrained, not --visual")
+
+
+def _report_choice(path: Path, chosen: Candidate, others: Sequence[Candidate]) -> None:
     notes = []
     if chosen.trail:
         notes.append(f"taking {' > '.join(chosen.trail)}")
     if others:
-        names = sorted({_telling(other, chosen) for other in others})
-        notes.append(f"not {', '.join(names)} (chosen by {path.name}#{names[0]})")
-    if chosen.beside:
-        notes.append(f"leaving {some(sorted(chosen.beside))}")
+        keys = sorted({_distinct_key(other, chosen) for other in others})
+        notes.append(f"not {', '.join(keys)} (chosen by {path.name}#{keys[0]})")
+    if chosen.leftovers:
+        notes.append(f"leaving {join_names(sorted(chosen.leftovers))}")
     if notes:
         say(f"{path.name}: {', '.join(notes)}")
-    return chosen
 
 
-def _telling(other: Candidate, chosen: Candidate) -> str:
-    """Return the first name on the way to `other` that is not on the way to `chosen`."""
+def _distinct_key(other: Candidate, chosen: Candidate) -> str:
+    """Return a key that leads to `other` and not to `chosen`."""
     return next((name for name in other.names if name not in chosen.names), other.names[-1])
 
 
-def _below(found: Any, key: str) -> list[Candidate]:
-    if not isinstance(found, Mapping):
-        return []
-    named = {name: value for name, value in found.items() if isinstance(name, str)}
-    return list(_candidates(named.get(key, _behind(named, key)), set(), (key,)))
-
-
-def _contents(found: Any) -> str:
-    if not isinstance(found, Mapping):
-        return f"it is a {type(found).__name__}"
-    if not found:
+def _describe(contents: Any) -> str:
+    if not isinstance(contents, Mapping):
+        return f"it is a {type(contents).__name__}"
+    if not contents:
         return "it is empty"
-    keys = [f"{key} ({type(value).__name__})" for key, value in found.items()]
-    return f"its keys are {some(keys, limit=6)}; FILE#KEY chooses one"
+    keys = [f"{key} ({type(value).__name__})" for key, value in contents.items()]
+    return f"its keys are {join_names(keys, limit=6)}; FILE#KEY chooses one"
 
 
-def some(names: Sequence[str], limit: int = 3) -> str:
-    """Join the first names, with the number of the others."""
+def describe_mismatch(state: Mapping[str, torch.Tensor], wanted: StateDict) -> str:
+    """Name the keys of `state` that are missing, unknown or of the wrong shape; "" if all fit."""
+    misshapen = [
+        f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
+        for key in sorted(wanted.keys() & state.keys())
+        if state[key].shape != wanted[key].shape
+    ]
+    problems = {
+        "missing": sorted(wanted.keys() - state.keys()),
+        "unknown": sorted(state.keys() - wanted.keys()),
+        "wrong shape": misshapen,
+    }
+    return "; ".join(f"{name}: {join_names(keys)}" for name, keys in problems.items() if keys)
+
+
+def join_names(names: Sequence[str], limit: int = 3) -> str:
+    """Join the first names, and count the rest."""
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest

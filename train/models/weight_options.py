@@ -1,27 +1,30 @@
-"""Options of a command line that name a model's weights; PyTorch is not imported."""
+"""Command-line options for a model's weights; imports no PyTorch."""
 
 from __future__ import annotations
 
 import argparse
 
 
-def add_weight_options(parser: argparse.ArgumentParser, of: str = "") -> None:
-    """Add --pretrained, --visual and --quickgelu; `of`, as in "the original's ", begins their helps."""
+def add_weight_options(parser: argparse.ArgumentParser, owner: str = "") -> None:
+    """Add --pretrained, --visual and --quickgelu.
+
+    owner: opening of each help text where a command has several models, such as "the original's ".
+    """
     parser.add_argument(
         "--pretrained",
         metavar="TAG_OR_FILE",
-        help=f"{of}weights: a tag of open_clip's, a file (safetensors, checkpoint, TorchScript; see "
-        "docs/checkpoints.md), FILE#KEY for one of several state dicts in it, or random for "
-        "benchmarks; a folder brings its own",
+        help=f"{owner}weights: an open_clip tag, a file (safetensors, checkpoint, TorchScript; see "
+        "docs/checkpoints.md), FILE#KEY for one of its state dicts, or random for benchmarks "
+        "(default: the weights in the model's folder)",
     )
     parser.add_argument(
         "--visual",
         metavar="FILE",
-        help=f"{of}weights of the image tower alone (FARE, TeCoA), put over those of --pretrained",
+        help=f"{owner}image tower weights (FARE, TeCoA), loaded over those of --pretrained",
     )
     parser.add_argument(
         "--quickgelu",
         action=argparse.BooleanOptionalAction,
-        help=f"{of}activation: QuickGELU or GELU (default: as the weights were trained, as far as "
-        "that is known; what is assumed is printed)",
+        help=f"{owner}activation: QuickGELU or GELU (default: the one the weights were trained "
+        "with, as far as known; assumptions are printed)",
     )

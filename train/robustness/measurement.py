@@ -1,4 +1,4 @@
-"""One process's share of a measurement: load, check that it is the right thing, attack, check."""
+"""Measurement of accuracy under attack, split over processes: load, attack, check, record."""
 
 from __future__ import annotations
 
@@ -17,58 +17,37 @@ from rich.progress import Progress
 
 import edgeclip
 from edgeclip import purify
-from edgeclip.purify import CosPurifier, DiffPurifier, Purifier
+from edgeclip.cli.options import PurifierOptions
+from edgeclip.purify import DiffPurifier, Purifier
 from train.data import dataset
 from train.data.loader import Pictures, batches, draw, split
 from train.errors import SettingsError
 from train.models.wording import image_spec
 from train.robustness.checks import CHECKS, Trial
-from train.robustness.defence import Defence, right
-from train.robustness.recorder import Results
-from train.robustness.subjects import Shipped, Subject, agreement, open_subject
-from train.robustness.threat import Bank, Threat, build, plan
+from train.robustness.defence import Defence, correct
+from train.robustness.recorder import Recorder
+from train.robustness.result_file import CLEAN, CORRECT
+from train.robustness.subjects import BundleClassifier, Subject, agreement, open_subject
+from train.robustness.threat import TargetImages, Threat, build, plan
 from train.run.processes import device_name, main_first
 
-FIRST = 100  # images that a bundle's runtime is compared on, and that "feature" aims at
-MOST_PROCESSES = 1024  # that an earlier run may have left files of
-
-
-def choose_purifier(args: argparse.Namespace, subject: Subject) -> Purifier:
-    """What --purify and its numbers name. Raises SettingsError."""
-    recommended = subject.bundle.manifest.purification if subject.bundle else None
-    timesteps = args.purify_timesteps and tuple(args.purify_timesteps)
-    numbers = {"steps": args.purify_steps, "step_size": args.purify_step_size}
-    noise = {"timesteps": timesteps, "seed": args.purify_seed}
-    given, drawn = (
-        {name: value for name, value in part.items() if value is not None}
-        for part in (numbers, noise)
-    )
-    if given and args.purify not in ("cos", "diff"):
-        raise SettingsError("--purify-steps and --purify-step-size go with --purify cos or diff")
-    if drawn and args.purify != "diff":
-        raise SettingsError("--purify-timesteps and --purify-seed go with --purify diff")
-    try:
-        if args.purify == "cos":  # as published, not as a bundle may recommend
-            return CosPurifier(**given)
-        if args.purify == "diff":
-            return DiffPurifier(**given, **drawn)
-        return purify.resolve(args.purify, recommended)
-    except ValueError as err:
-        raise SettingsError(str(err)) from err
+PURIFIER = PurifierOptions(prefix="purify-", published=True)
+FIRST = 100  # images for the comparison with a bundle's runtime, and as targets of "feature"
+MAX_PROCESSES = 1024  # of an earlier run, which may have left files
 
 
 def describe(
     args: argparse.Namespace, subject: Subject, defence: Defence, count: int
 ) -> dict[str, Any]:
-    """Everything needed to run it again, and to tell whether a result file is of this run."""
+    """Return the settings of a result file: all that a repetition needs, and all that a resume compares."""
     names = ("torch", "torchattacks", "open_clip_torch")
     versions = {name: version(name) for name in names}
     versions |= {"edgeclip": edgeclip.__version__, "python": platform.python_version()}
-    given = ("subject", "pretrained", "visual", "checkpoint", "data", "norm", "eps", "steps",
-             "restarts", "queries", "eot", "seed", "batch_size", "transfer_from")  # fmt: skip
-    return {name: getattr(args, name) for name in given} | {
+    options = ("subject", "pretrained", "visual", "checkpoint", "data", "norm", "eps", "steps",
+               "restarts", "queries", "eot", "seed", "batch_size", "transfer_from")  # fmt: skip
+    return {name: getattr(args, name) for name in options} | {
         "weights_sha256": subject.source.weights_sha256,
-        "quick_gelu": subject.source.quick_gelu or None,  # older files lack the key
+        "quick_gelu": subject.source.quick_gelu,
         "templates": list(subject.templates),
         "null_templates": list(subject.null_templates),
         "purification": _purification(subject, defence.purifier),
@@ -82,15 +61,15 @@ def describe(
 
 
 def _purification(subject: Subject, purifier: Purifier) -> dict[str, Any] | None:
-    told = purify.to_dict(purifier)
-    if told is not None and isinstance(purifier, DiffPurifier) and subject.prior is not None:
+    record = purify.to_dict(purifier)
+    if record is not None and isinstance(purifier, DiffPurifier) and subject.prior is not None:
         prior = {"prior_sha256": subject.prior.weights_sha256, "gradient": subject.prior_gradient}
-        told |= prior | {"timesteps": list(purifier.timesteps)}  # as JSON has it
-    return told
+        record |= prior | {"timesteps": list(purifier.timesteps)}  # JSON has no tuples
+    return record
 
 
 class Measurement:
-    """One process's share of a measurement."""
+    """One process's share of a measurement, recorded in a result file."""
 
     def __init__(self, args: argparse.Namespace, rank: int, world: int, device: torch.device):
         self.rank, self.world, self.device = rank, world, device
@@ -106,7 +85,9 @@ class Measurement:
             args.visual,
             args.quickgelu,
         )
-        purifier = choose_purifier(args, self.subject)
+        bundle = self.subject.bundle
+        recommended = None if bundle is None else bundle.manifest.purification
+        purifier = PURIFIER.purifier(args, recommended)
         self.defence = self.subject.defence(classes, purifier).to(device)
         self.surrogate = None
         if args.transfer_from:
@@ -114,7 +95,7 @@ class Measurement:
             if image_spec(other.source.model).size != image_spec(self.subject.source.model).size:
                 raise SettingsError(f"{args.transfer_from} takes images of another size")
             self.surrogate = other.defence(classes, None).to(device)
-        # What is drawn first does not depend on how much is drawn.
+        # The first images of a draw do not depend on its length.
         order = draw(len(self.test_set), max(args.samples, FIRST), args.seed)
         self.keys = order[: args.samples]
         self.pictures = Pictures(self.test_set, self.subject.source.model.visual)
@@ -123,101 +104,102 @@ class Measurement:
             name: settings[name]
             for name in ("norm", "eps", "steps", "step_size", "restarts", "queries", "eot", "seed")
         })  # fmt: skip
-        self.results = Results(
+        self.recorder = Recorder(
             settings,
             plan(settings["attack"], settings["gradient"], len(classes)),
-            devices=[device_name(device)],
+            [device_name(device)],
         )
         self.out = args.out
-        self.own = args.out if rank == 0 else _part(args.out, rank)
-        self.bank = Bank.of(self.defence, *self.load(order[:FIRST])[:2])
+        self.rank_out = args.out if rank == 0 else _rank_file(args.out, rank)
+        images, labels, _ = self.load(order[:FIRST])
+        self.targets = TargetImages.embed(self.defence, images, labels)
         self.attacks = {
-            stage.key: build(stage.attack, self.defence, stage.gradient, self.threat, self.bank)
-            for stage in self.results.stages
+            stage.key: build(stage.attack, self.defence, stage.gradient, self.threat, self.targets)
+            for stage in self.recorder.stages
         }
 
     def load(self, keys: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
-        """Images, labels and seeds."""
-        ((*batch,),) = batches(self.pictures, [keys], workers=0)
+        """Return the images, labels and seeds of keys of the draw."""
+        ((*batch,),) = batches(self.pictures, [list(keys)], workers=0)
         return tuple(x.to(self.device) for x in batch)
 
     @cached_property
-    def shipped(self) -> dict[str, Shipped]:
-        """The bundle's own runtime, by precision; nothing where the subject is no bundle."""
+    def exported(self) -> dict[str, BundleClassifier]:
+        """Bundle run by its own runtime, by precision; empty where the subject is not a bundle."""
         bundle = self.subject.bundle
         precisions = bundle.manifest.precisions if bundle else ()
         classes, purifier = self.test_set.classes, self.defence.purifier
-        return {name: Shipped(self.subject, classes, purifier, name) for name in precisions}
+        return {p: BundleClassifier(self.subject, classes, purifier, p) for p in precisions}
 
-    def agree(self) -> None:
-        """Before anything is attacked: does the bundle compute what is attacked?"""
-        keys = self.keys[:FIRST]
-        if "fp32" in self.shipped:  # of the others the ninth check tells how far they are
+    def check_agreement(self) -> None:
+        """Compare a bundle's runtime with the attacked model. Raises SettingsError if they differ."""
+        if "fp32" in self.exported:  # the ninth check compares the other precisions
+            keys = self.keys[:FIRST]
             raw = [self.test_set[index][0] for index, _ in keys]
-            shown = self.load(keys)[0]
-            self.results.agreement = agreement(self.shipped["fp32"], self.defence, raw, shown)
+            images = self.load(keys)[0]
+            self.recorder.agreement = agreement(self.exported["fp32"], self.defence, raw, images)
 
     def resume(self) -> None:
-        """Read what earlier runs of the same command found, in any number of processes."""
-        files = [self.own]
-        if self.rank == 0:  # and of processes that there are no longer
-            parts = (_part(self.out, rank) for rank in range(self.world, MOST_PROCESSES))
-            files += [part for part in parts if part.is_file()]
+        """Read the results of earlier runs of this command, with any number of processes."""
+        files = [self.rank_out]
+        if self.rank == 0:  # files of ranks that no longer exist too
+            ranks = range(self.world, MAX_PROCESSES)
+            files += [file for file in (_rank_file(self.out, r) for r in ranks) if file.is_file()]
         for file in files:
             if file.is_file():
-                self.results.read(file)
+                self.recorder.read(file)
         self.gather(files)
         if self.rank > 0:  # the first process counts the time that was spent before
-            self.results.seconds = dict.fromkeys(self.results.seconds, 0.0)
+            self.recorder.seconds = dict.fromkeys(self.recorder.seconds, 0.0)
 
     def gather(self, files: Sequence[Path] = ()) -> None:
-        """What all processes found into the one file; then the others' files may go."""
-        self.results.gather()
+        """Write the marks of all processes to one file, and remove the files of the other ranks."""
+        self.recorder.gather()
         with main_first(self.rank):
             if self.rank == 0:
-                self.results.write(self.out)
-        for file in (self.own, *files):
+                self.recorder.write(self.out)
+        for file in (self.rank_out, *files):
             if file != self.out:
                 file.unlink(missing_ok=True)
 
     def attack(self, progress: Progress) -> None:
-        """Every stage, on this process's batches, each of which is finished before the next."""
-        parts = split(range(len(self.keys)), self.results.settings["batch_size"])
-        mine = parts[self.rank :: self.world]
-        todo = [places for places in mine if self.missing(places)]
-        total, left = (sum(map(len, x)) for x in (mine, todo))
+        """Run every stage on this process's batches; a batch is finished before the next starts."""
+        every = split(range(len(self.keys)), self.recorder.settings["batch_size"])
+        assigned = every[self.rank :: self.world]
+        unfinished = [places for places in assigned if self.missing(places)]
+        total, left = (sum(map(len, x)) for x in (assigned, unfinished))
         bar = progress.add_task("", total=total, completed=total - left, cost="")
         start, done = time.monotonic(), 0
-        for places in todo:
-            self.batch(places, lambda key: progress.update(bar, description=key))
+        for places in unfinished:
+            self.attack_batch(places, lambda key: progress.update(bar, description=key))
             done += len(places)
             cost = (time.monotonic() - start) / done
             wait = timedelta(seconds=round(cost * (left - done)))
             progress.update(bar, advance=len(places), cost=f"{cost:.2g} s per image, {wait} left")
 
     def missing(self, places: Sequence[int]) -> list[str]:
-        """The keys of the marks that these images lack."""
-        return [key for key in self.results.marks if self.results.waits(key, places)]
+        """Return the keys of the stages that some of these images still wait for."""
+        return [key for key in self.recorder.marks if self.recorder.is_waiting(key, places)]
 
-    def batch(self, places: Sequence[int], say: Callable[[str], None]) -> None:
-        """The marks that are missing of one batch."""
+    def attack_batch(self, places: Sequence[int], show_stage: Callable[[str], None]) -> None:
+        """Run the missing stages on one batch."""
         missing = self.missing(places)
         images, labels, seeds = self.load([self.keys[i] for i in places])
-        if "clean" in missing:
-            self.mark("clean", places, images, labels, places, time.monotonic())
-        for stage in self.results.stages:
+        if CLEAN in missing:
+            self.record(CLEAN, places, images, labels, places, time.monotonic())
+        for stage in self.recorder.stages:
             if stage.key not in missing:
                 continue
-            say(stage.key)
+            show_stage(stage.key)
             start = time.monotonic()
-            left = self.results.right(stage.after, places)
-            chosen = torch.tensor([i - places[0] for i in left], device=self.device).long()
-            shown = images[chosen]
+            left = self.recorder.correct(stage.after, places)
+            rows = torch.tensor([i - places[0] for i in left], device=self.device).long()
+            attacked = images[rows]
             if left:
-                shown = self.attacks[stage.key](shown, labels[chosen], seeds[chosen])
-            self.mark(stage.key, places, shown, labels[chosen], left, start)
+                attacked = self.attacks[stage.key](attacked, labels[rows], seeds[rows])
+            self.record(stage.key, places, attacked, labels[rows], left, start)
 
-    def mark(
+    def record(
         self,
         key: str,
         places: Sequence[int],
@@ -226,15 +208,16 @@ class Measurement:
         left: Sequence[int],
         start: float,
     ) -> None:
-        marks = right(self.defence, images, labels).tolist() if len(left) else []
+        """Classify the images of the places `left`, and record the batch; all others are wrong."""
+        marks = correct(self.defence, images, labels).tolist() if len(left) else []
         good = [i for i, mark in zip(left, marks, strict=True) if mark]
-        self.results.put(key, places, good, time.monotonic() - start)
-        self.results.write(self.own)
+        self.recorder.put(key, places, good, time.monotonic() - start)
+        self.recorder.write(self.rank_out)
 
     def check(self, progress: Progress) -> None:
-        """The ten checks, on the first images; what is done already stays."""
-        count = min(self.results.settings["check_samples"], len(self.keys))
-        done = {row["name"] for row in self.results.checks}
+        """Run the checks that the result file lacks, on the first images."""
+        count = min(self.recorder.settings["check_samples"], len(self.keys))
+        done = {check["name"] for check in self.recorder.checks}
         left = [name for name in CHECKS if name not in done] if count else []
         if not left:
             return
@@ -242,18 +225,18 @@ class Measurement:
         bar = progress.add_task("checks", total=len(left), cost="")
         for name in left:
             progress.update(bar, description=f"check: {name}")
-            finding = CHECKS[name](trial)
-            row = {"name": name, "passed": finding.passed, "figure": finding.figure}
-            self.results.checks.append(row)
-            self.results.checks.sort(key=lambda row: list(CHECKS).index(row["name"]))
-            self.results.write(self.out)
+            passed, figure = CHECKS[name](trial)
+            self.recorder.checks.append({"name": name, "passed": passed, "figure": figure})
+            self.recorder.checks.sort(key=lambda check: list(CHECKS).index(check["name"]))
+            self.recorder.write(self.out)
             progress.advance(bar)
 
     def trial(self, count: int) -> Trial:
-        results, stages = self.results, self.results.stages
+        """Return the first images, with their marks, for the checks."""
+        recorder, stages = self.recorder, self.recorder.stages
 
         def marks(keys: Sequence[str]) -> torch.Tensor:
-            rows = [[results.marks[key][i] == "1" for key in keys] for i in range(count)]
+            rows = [[recorder.marks[key][i] == CORRECT for key in keys] for i in range(count)]
             return torch.tensor([all(row) for row in rows], device=self.device)
 
         squares = [stage.key for stage in stages if stage.attack == "square"]
@@ -261,16 +244,16 @@ class Measurement:
         images, labels, seeds = self.load(self.keys[:count])
         return Trial(
             self.defence, self.threat, images, labels, seeds,
-            clean=marks(["clean"]),
-            held=marks(["clean", *others, *squares]),
-            before_square=marks(["clean", *others]),
+            clean=marks([CLEAN]),
+            robust=marks([CLEAN, *others, *squares]),
+            before_square=marks([CLEAN, *others]),
             square=marks(squares) if squares else None,
-            bank=self.bank,
-            batch_size=results.settings["batch_size"],
+            targets=self.targets,
+            batch_size=recorder.settings["batch_size"],
             surrogate=self.surrogate,
-            shipped={name: x.answers for name, x in self.shipped.items()} or None,
+            exported={name: x.classes for name, x in self.exported.items()} or None,
         )  # fmt: skip
 
 
-def _part(out: Path, rank: int) -> Path:
+def _rank_file(out: Path, rank: int) -> Path:
     return out.with_name(f"{out.name}.rank{rank}")

@@ -1,8 +1,7 @@
-"""The evaluation protocols of the papers, by name: data sets, attacks, sizes and prompts.
+"""Evaluation protocols of the papers, by name: data sets, attacks, sizes and prompts.
 
-Two figures compare only if all of this is the same. What stands in `assumed` was not found in the
-text of the paper that was at hand: there the setting is ours, with its reason. The attacked model
-is not part of a protocol.
+Two figures compare only if all of this is the same. `assumed` lists the settings that were not found
+in the text of the paper, and the reason for our choice. The attacked model is not part of a protocol.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from train.errors import DataError, SettingsError
 
 @dataclass(frozen=True)
 class Radius:
-    """How far an attack may change an image; eps is of pixels in [0, 1] under either norm."""
+    """Limit to the change of an image: a norm, and eps in units of [0, 1] under either norm."""
 
     norm: str
     eps: float
@@ -29,14 +28,13 @@ class Radius:
 
 @dataclass(frozen=True)
 class Protocol:
-    """An evaluation: every attack, within every radius, on every data set.
+    """Evaluation by every attack, within every radius, on every data set.
 
-    about: what it is, and the paper. data: names of train.data.dataset, in the paper's order.
-    attacks: as train.evaluate names them. steps: of each attack that has steps.
-    step_size: of pgd, in units of [0, 1]. samples: images of each data set; None for all of its
-    test split. templates: None for the model's own. purify: as in edgeclip.Runtime.
-    published: figures in percent, averaged over the data sets, each by what it is.
-    assumed: settings that are ours, and why.
+    about: description and paper. data: names for train.data.dataset, in the paper's order.
+    attacks: names for train.evaluate. steps: of each attack that has steps. step_size: for pgd, in
+    units of [0, 1]. samples: images of each data set; None for its whole test split. templates: None
+    for the model's own. purify: as in edgeclip.Runtime. published: figures in percent, averaged over
+    the data sets, by name. assumed: settings of our own choice, with the reason.
     """
 
     about: str
@@ -53,8 +51,7 @@ class Protocol:
 
 
 _CLIPURE = "CLIPure, Zhang et al., ICLR 2025, arXiv 2502.18176"
-# The prompt of its abstract.
-_CLIPURE_PROMPT = ("a photo of a {}.",)
+_CLIPURE_PROMPT = ("a photo of a {}.",)  # from its abstract
 _CLIPURE_ASSUMED = (
     "prompt: one, from the abstract; whether several are averaged was not found",
     "published figures: from the abstract, which names neither the variant nor the norm",
@@ -160,51 +157,55 @@ PROTOCOLS = {
 
 
 def find(name: str) -> Protocol:
-    """Raises SettingsError for a name that is not known."""
+    """Return a protocol by name. Raises SettingsError for an unknown name."""
     if name in PROTOCOLS:
         return PROTOCOLS[name]
     near = difflib.get_close_matches(name, PROTOCOLS, n=1)
     raise SettingsError(
         f"unknown protocol {name!r}"
-        + (f", did you mean {near[0]}?" if near else ":")
-        + f" known are {', '.join(PROTOCOLS)}"
+        + (f", did you mean {near[0]}?" if near else ";")
+        + f" choose one of {', '.join(PROTOCOLS)}"
     )
 
 
 def missing(protocol: Protocol, download: bool = False) -> dict[str, str]:
-    """For each data set that cannot be loaded one line: what is missing, and what to do."""
+    """Return one line for each data set that cannot be loaded: what is missing, and what to do."""
     return {name: problem for name, problem in _problems(protocol, download) if problem}
 
 
 def _problems(protocol: Protocol, download: bool) -> list[tuple[str, str]]:
-    """Each data set's name, and why it cannot be loaded, or nothing; no image is decoded."""
-    found = []
+    """Return each data set's name and why it cannot be loaded, or ""; no image is decoded."""
+    problems = []
     for name in protocol.data:
         problem = ""
         try:
             dataset.load(name, train=False, download=download)
         except DataError as err:
             problem = str(err)
-        found.append((name, problem))
-    return found
+        problems.append((name, problem))
+    return problems
 
 
 def describe(protocol: Protocol) -> str:
-    """The protocol for a person, and which of its data sets are here."""
+    """Return the protocol as text, with the data sets that are available."""
     problems = _problems(protocol, download=False)
-    here = [name for name, problem in problems if not problem]
+    available = [name for name, problem in problems if not problem]
     pace = f", pgd in steps of {_of_255(protocol.step_size)}" if protocol.step_size else ""
     templates = protocol.templates
     rows = [
-        ("data", f"{len(here)} of {len(problems)} here" + (f": {', '.join(here)}" if here else "")),
+        (
+            "data",
+            f"{len(available)} of {len(problems)} available"
+            + (f": {', '.join(available)}" if available else ""),
+        ),
         *(("missing", problem) for _, problem in problems if problem),
-        ("folder", f"{default_root()}; the variable EDGECLIP_DATA names another"),
+        ("folder", f"{default_root()} (set EDGECLIP_DATA for another)"),
         ("attacks", f"{', '.join(protocol.attacks)}; {protocol.steps} steps{pace}"),
         *(("radius", str(radius)) for radius in protocol.radii),
         ("images", f"{protocol.samples or 'all'} of each data set's test split"),
         *(("prompt", text) for text in templates or ("the model's own",)),
         ("purified", protocol.purify or "no"),
-        *(("published", f"{value:.2f}% {what}") for what, value in protocol.published.items()),
+        *(("published", f"{value:.2f}% {name}") for name, value in protocol.published.items()),
         *(("assumed", text) for text in protocol.assumed),
     ]
     return "\n".join([protocol.about, *(f"  {key:11}{text}" for key, text in rows)])

@@ -1,13 +1,13 @@
-"""CLIPure in PyTorch, with the gradient that an attack is to see through it.
+"""CLIPure in PyTorch, with a choice of gradients for attacks.
 
 The equations are those of CLIPure (Zhang et al., ICLR 2025, arXiv 2502.18176, section 4), for each
-image by itself. The values are the same in every mode; only the backward pass differs:
+image separately. The values are the same for every gradient; only the backward pass differs:
 
-exact     the derivative of the purification as the function that it is; of CLIPure-Diff, with its
-          noise known, through the gradients of the prior's loss that it follows
-identity  as if there were no purification (BPDA, Athalye et al., ICML 2018)
-released  the published loop, which detaches the direction of each step. What is left of the
-          gradient shrinks by the length of a step each time, until rounding is all there is: an
+exact     derivative of the purification; for CLIPure-Diff with known noise, and through the
+          gradients of the prior's loss that its steps follow
+identity  the purification is ignored (BPDA, Athalye et al., ICML 2018)
+released  derivative of the published loop, which detaches the direction of each step. The rest of
+          the gradient shrinks by the length of each step, until only rounding errors remain: an
           attack that uses it measures masking, not robustness.
 """
 
@@ -19,28 +19,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgeclip._core import MIN_SINE
 from edgeclip.purify import CosPurifier, DiffPurifier
 from train.models.prior import Context, DiffusionPrior
 
-PURIFIED = ("exact", "identity", "released")  # gradients through a purification
-MIN_SINE = 1e-5  # as in csrc/math.h: closer to the null text there is no direction towards it
+PURIFIER_GRADIENTS = ("exact", "identity", "released")
 
 
 class NullPrior(nn.Module):
-    """A diffusion prior and its null text: the density that CLIPure-Diff climbs."""
+    """Diffusion prior with its null text: the density that CLIPure-Diff climbs."""
 
     memory: Tensor
     mask: Tensor
 
     def __init__(self, prior: DiffusionPrior, context: Context, *, exact: bool = True) -> None:
-        """exact: by the gradient of the loss; else by the one that a bundle may have for it."""
+        """Use the exact gradient of the loss, or the approximate one that a bundle may have."""
         super().__init__()
         self.prior, self.exact = prior, exact
         self.register_buffer("memory", context.memory, persistent=False)
         self.register_buffer("mask", context.mask, persistent=False)
 
     def gradient(self, unit: Tensor, timestep: int, noise: Tensor) -> Tensor:
-        """Of the loss of unit embeddings (B, D) with the same noise (D,), with respect to them."""
+        """Return the gradient of the prior's loss at unit embeddings (B, D), all with one noise (D,)."""
         times = torch.full(unit.shape[:1], timestep, device=unit.device)
         context = Context(self.memory, self.mask)
         same = noise.to(unit).expand_as(unit)
@@ -54,13 +54,15 @@ def purify(
     gradient: str,
     prior: NullPrior | None = None,
 ) -> Tensor:
-    """Embeddings (B, D) of any norm, purified; their norms stay. null_text (D,) is of CLIPure-Cos,
-    the prior of CLIPure-Diff.
+    """Return purified embeddings (B, D); they keep their norms, which may be any.
 
-    Raises ValueError for a gradient that is not one of PURIFIED.
+    CLIPure-Cos needs null_text (D,), CLIPure-Diff the prior. Raises ValueError for a gradient that is
+    not one of PURIFIER_GRADIENTS, and for a missing prior.
     """
-    if gradient not in PURIFIED:
-        raise ValueError(f"gradient must be one of {', '.join(PURIFIED)}, got {gradient!r}")
+    if gradient not in PURIFIER_GRADIENTS:
+        raise ValueError(
+            f"gradient must be one of {', '.join(PURIFIER_GRADIENTS)}, got {gradient!r}"
+        )
     if gradient == "identity":
         with torch.no_grad():
             change = purify(embedding, null_text, purifier, "exact", prior) - embedding
@@ -75,12 +77,12 @@ def purify(
 
 
 def _closed_form(embedding: Tensor, null_text: Tensor, purifier: CosPurifier) -> Tensor:
-    """a u + b t by a recursion of two scalars per image, in float64 since 1 / sine amplifies."""
+    """Return a u + b t by a recursion of two scalars per image, in float64: 1 / sine amplifies errors."""
     wide, text = embedding.double(), F.normalize(null_text.double(), dim=0)
-    norm = wide.norm(dim=1)
+    norm: Tensor = wide.norm(dim=1)
     start = (wide @ text / norm).clamp(-1, 1)
     apart = (1 - start) * (1 + start) > MIN_SINE**2
-    start = torch.where(apart, start, 0)  # any value with a derivative; these rows stay as they are
+    start = torch.where(apart, start, 0)  # any differentiable value; these rows do not change
     start_sine = ((1 - start) * (1 + start)).sqrt()
     length = (1 + purifier.step_size**2) ** 0.5
     turn_cosine, turn_sine = 1 / length, purifier.step_size / length
@@ -127,11 +129,12 @@ def _loop(
     *,
     detached: bool,
 ) -> Tensor:
-    """The published loop: a change of the unit embedding in each step, and normalisation."""
+    """Run the published loop: each step changes the unit embedding and normalises it."""
     norm = embedding.norm(dim=1, keepdim=True)
     unit = embedding / norm
     for step in range(steps):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
             move = change(unit, step)
         unit = F.normalize(unit + move, dim=1)
-    return norm * unit
+    purified: Tensor = norm * unit
+    return purified

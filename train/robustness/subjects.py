@@ -1,4 +1,4 @@
-"""What is measured: a model in PyTorch, or a bundle and the weights that it was made of."""
+"""Subjects of a measurement: a model in PyTorch, or a bundle with the weights it was exported from."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from train.models.wording import null_text, wording
 from train.robustness.defence import Defence
 from train.robustness.purification import NullPrior
 
-AGREEMENT = 1e-2  # of probabilities, between the bundle's runtime and its checkpoint
+AGREEMENT = 1e-2  # difference in probability between a bundle's runtime and its checkpoint
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, its prompts, and its bundle if it is one's."""
+    """Model with its prompts, and the bundle exported from it, if any."""
 
     source: Source
     templates: tuple[str, ...]
     null_templates: tuple[str, ...]
     bundle: Bundle | None = None
-    prior: TrainedPrior | None = None  # of CLIPure-Diff
+    prior: TrainedPrior | None = None  # for CLIPure-Diff
 
     @property
     def prior_gradient(self) -> str:
-        """That the prior's step goes by: what the bundle was exported with."""
+        """Gradient that a step of the prior follows: the bundle's, or exact without a bundle."""
         spec = self.bundle.manifest.prior if self.bundle else None
         return spec.gradient if spec else "exact"
 
     def defence(self, classes: Sequence[str], purifier: Purifier) -> Defence:
-        """The model in PyTorch, which is what white-box attacks see. Raises SettingsError."""
+        """Return the model in PyTorch for white-box attacks. Raises SettingsError without a prior."""
         embeddings = class_embeddings(self.source, classes, self.templates)
         null = torch.from_numpy(null_text(self.source, self.null_templates))
         model = Classifier(self.source, embeddings, tokens=False)
@@ -53,7 +53,7 @@ class Subject:
             return None
         if self.prior is None:
             raise SettingsError(
-                "--purify diff needs the prior's weights: name its run with --prior"
+                "--purify diff needs the weights of a prior: name its run with --prior"
             )
         prior = self.prior.model
         check_prior(purifier, prior.shape.timesteps)
@@ -70,10 +70,10 @@ def open_subject(
     visual: str | None = None,
     quick_gelu: bool | None = None,
 ) -> Subject:
-    """A bundle's folder, a run's folder, or open_clip's name of a model with `pretrained` weights.
+    """Open a bundle's folder, a run's folder, or a model by open_clip's name with `pretrained` weights.
 
-    checkpoint: the weights of a bundle, a run's folder or a file; None looks for them beside it.
-    templates: instead of the model's own. prior: a run of train.diffusion_prior, or a file. visual,
+    checkpoint: weights of a bundle, as a run's folder or a file; None searches beside the bundle.
+    templates: replace the model's own. prior: a run of train.diffusion_prior, or a file. visual,
     quick_gelu: as for `load`. Raises ModelError, BundleError and LabelError, and SettingsError for
     weights that are not the bundle's.
     """
@@ -81,7 +81,7 @@ def open_subject(
     trained = load_prior(Path(prior)) if prior else None
     if not (folder / MANIFEST).is_file():
         if checkpoint:
-            raise SettingsError(f"--checkpoint goes with a bundle, and {subject} is none")
+            raise SettingsError(f"--checkpoint goes with a bundle, and {subject} is not one")
         source = load(subject, pretrained, visual=visual, quick_gelu=quick_gelu)
         words = wording(source, templates=templates)
         return Subject(source, words.templates, words.null_templates, prior=trained)
@@ -93,14 +93,16 @@ def open_subject(
     source = _weights(bundle, checkpoint, visual, quick_gelu)
     if source.weights_sha256 != manifest.source.get("weights_sha256"):
         raise SettingsError(
-            f"{subject} was exported from other weights than those of {source.name}: name its "
-            "own with --checkpoint"
+            f"{subject} was exported from other weights than those of {source.name}: name its weights "
+            "with --checkpoint"
         )
     chosen = tuple(templates or manifest.templates)
     check_templates(chosen)
     spec = manifest.prior
     if trained and (spec is None or spec.weights_sha256 != trained.weights_sha256):
-        raise SettingsError(f"{subject} has not the prior {prior}: export it with --prior {prior}")
+        raise SettingsError(
+            f"{subject} does not contain the prior {prior}: export it with --prior {prior}"
+        )
     return Subject(source, chosen, manifest.null_templates, bundle, trained)
 
 
@@ -126,8 +128,8 @@ def _weights(
         ) from err
 
 
-class Shipped:
-    """A bundle as the runtime runs it, in one precision, for the classes of a data set."""
+class BundleClassifier:
+    """Bundle run by its runtime, in one precision, for the classes of a data set."""
 
     def __init__(
         self, subject: Subject, classes: Sequence[str], purifier: Purifier, precision: str
@@ -136,40 +138,36 @@ class Shipped:
         self.labels = self.runtime.labels(list(classes), subject.templates)
 
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Of uint8 images (H, W, 3): (N, K)."""
-        return self._table(self.runtime.preprocess(images))
+        """Return the probabilities (N, K) of uint8 images (H, W, 3)."""
+        return self.runtime.scores(images, self.labels)
 
-    def answers(self, images: torch.Tensor) -> torch.Tensor:
-        """The classes (B,) of images (B, 3, H, W) in [0, 1] at the encoder's input size."""
+    def classes(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the classes (B,) of images (B, 3, H, W) in [0, 1] at the encoder's input size."""
         spec = self.runtime.bundle.manifest.image
         mean, std = (np.array(x, np.float32)[:, None, None] for x in (spec.mean, spec.std))
         pixels = (images.cpu().numpy() - mean) / std
-        return torch.from_numpy(self._table(pixels).argmax(1)).to(images.device)
-
-    def _table(self, pixels: np.ndarray) -> np.ndarray:
-        table = np.empty((len(pixels), len(self.labels)), np.float32)
-        rows = self.runtime.classify_pixels(pixels, self.labels, top_k=len(self.labels))
-        for row, predictions in zip(table, rows, strict=True):
-            for prediction in predictions:
-                row[prediction.index] = prediction.score
-        return table
+        scores = self.runtime.pixel_scores(pixels, self.labels)
+        return torch.from_numpy(scores.argmax(1)).to(images.device)
 
 
 def agreement(
-    shipped: Shipped, defence: Defence, raw: Sequence[np.ndarray], seen: torch.Tensor
+    classifier: BundleClassifier,
+    defence: Defence,
+    raw: Sequence[np.ndarray],
+    images: torch.Tensor,
 ) -> float:
-    """The largest difference in probability between the runtime and PyTorch.
+    """Return the largest difference in probability between the runtime and PyTorch.
 
-    raw: uint8 images (H, W, 3); seen: the same as attacks see them. Raises SettingsError where it is
-    above AGREEMENT: figures of the one would say nothing about the other.
+    raw: uint8 images (H, W, 3). images: the same at the encoder's input size, as attacks see them.
+    Raises SettingsError above AGREEMENT: then the figures would not apply to the bundle.
     """
     with torch.no_grad():
-        expected = torch.cat([defence(part) for part in seen.split(32)]).softmax(1).cpu().numpy()
-    found = shipped.probabilities(raw)
-    difference = float(np.abs(found - expected).max())
+        logits = torch.cat([defence(batch) for batch in torch.split(images, 32)])
+    expected = logits.softmax(1).cpu().numpy()
+    difference = float(np.abs(classifier.probabilities(raw) - expected).max())
     if not difference <= AGREEMENT:
         raise SettingsError(
-            f"{shipped.runtime.bundle.path} does not compute what its checkpoint computes: "
+            f"{classifier.runtime.bundle.path} does not compute what its checkpoint computes: "
             f"probabilities differ by {difference:.2g}, more than {AGREEMENT:g}: export it again"
         )
     return difference

@@ -1,4 +1,4 @@
-"""What an attacker may do, and the attacks by name.
+"""Threat models, and the attacks by name.
 
 apgd-ce, apgd-t, fab-t, square   AutoAttack's, by the library torchattacks with the settings of
                                  AutoAttack's standard version (Croce and Hein, ICML 2020)
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,155 +23,195 @@ from train.data.loader import generators
 from train.errors import SettingsError
 from train.losses import squared_distance
 from train.models.classifier import Attack
-from train.robustness.defence import Defence, Guessed, Seen, View, right
+from train.robustness.defence import (
+    Defence,
+    DefenceWrapper,
+    LogitsModel,
+    UnknownSeed,
+    View,
+    correct,
+)
+from train.robustness.result_file import CLEAN, stage_key
 
-AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")  # each on what the ones before left right
+AUTOATTACK = (
+    "apgd-ce",
+    "apgd-t",
+    "fab-t",
+    "square",
+)  # a cascade: each attacks what is left correct
 ATTACKS = (*AUTOATTACK, "pgd", "cw", "feature")
-TARGETS = 9  # classes that a targeted attack tries
-LOGITS = 4  # that the loss of apgd-t is made of
+TARGETED_CLASSES = 9  # tried by a targeted attack
+LOGITS = 4  # used by the loss of apgd-t
 
 
 @dataclass(frozen=True)
 class Threat:
-    """Sizes are of pixels in [0, 1]; step_size is of pgd, cw and feature."""
+    """Size and budget of the attacks; eps and step_size are in units of [0, 1]."""
 
     norm: str
     eps: float
     steps: int
-    step_size: float
+    step_size: float  # for pgd, cw and feature
     restarts: int = 1
-    queries: int = 5000  # of square
+    queries: int = 5000  # for square
     eot: int = 1  # gradients averaged in each step, for a random defence
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Bank:
-    """Images to be taken for: unit embeddings (M, D), purified and not, and their classes (M,)."""
+class TargetImages:
+    """Images that the attack "feature" aims at: unit embeddings (M, D) and classes (M,)."""
 
     purified: Tensor
-    plain: Tensor
+    unpurified: Tensor
     labels: Tensor
 
     @classmethod
-    def of(cls, defence: Defence, images: Tensor, labels: Tensor) -> Bank:
+    def embed(cls, defence: Defence, images: Tensor, labels: Tensor) -> TargetImages:
+        """Embed images (M, 3, H, W) in [0, 1] with and without the defence's purification."""
         with torch.no_grad():
-            views = [defence.view(images, gradient) for gradient in ("exact", "encoder")]
-        return cls(*(F.normalize(view.embedding, dim=1) for view in views), labels)
+            purified, unpurified = (
+                F.normalize(defence.view(images, gradient).embedding, dim=1)
+                for gradient in ("exact", "encoder")
+            )
+        return cls(purified, unpurified, labels)
 
-    def seen(self, gradient: str) -> Tensor:
-        """The embeddings in the space that an attack by this gradient sees."""
-        return self.plain if gradient == "encoder" else self.purified
+    def embeddings(self, gradient: str) -> Tensor:
+        """Return the embeddings as an attack by this gradient sees them."""
+        return self.unpurified if gradient == "encoder" else self.purified
 
     def nearest(self, embeddings: Tensor, labels: Tensor, gradient: str) -> Tensor:
-        """For each of B images the nearest one of another class, (B,). Raises SettingsError."""
+        """Return, for each of B embeddings, the index of the nearest image of another class, (B,).
+
+        Raises SettingsError where all images are of one class.
+        """
         same = labels[:, None] == self.labels
         if same.all(1).any():
             raise SettingsError(
-                "the attack 'feature' needs images of two classes, and the first of the draw are of "
-                "one: leave it out, or name another --seed"
+                "the attack 'feature' needs images of two classes, and the first images of the draw "
+                "are all of one: omit it, or choose another --seed"
             )
-        cosines = F.normalize(embeddings, dim=1) @ self.seen(gradient).T
+        cosines = F.normalize(embeddings, dim=1) @ self.embeddings(gradient).T
         return cosines.masked_fill(same, -torch.inf).argmax(1)
 
 
-def build(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank) -> Attack:
-    """The attack as a function of images (B, 3, H, W), labels (B,) and seeds (B,).
+def build(
+    name: str, defence: Defence, gradient: str, threat: Threat, targets: TargetImages
+) -> Attack:
+    """Return an attack: a function of images (B, 3, H, W), labels (B,) and seeds (B,).
 
-    With more than one draw per step the seed of CLIPure-Diff is not known to it, and the gradients of
-    other seeds are averaged. Raises SettingsError for an attack that this number of classes does not
-    allow.
+    With threat.eot above 1 the attack does not know the seed of CLIPure-Diff, and averages the
+    gradients of other seeds. Raises SettingsError for an attack that needs more classes.
     """
-    # Not what only stands for a defence, as the checks have it: its view is not its purifier's.
-    drawn = type(defence) is Defence and isinstance(defence.purifier, DiffPurifier)
-    if threat.eot > 1 and drawn and name != "square":
-        guessed = Guessed(defence, threat.seed)
-        inner = _build(name, guessed, gradient, threat, bank)
-
-        def attack(images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
-            guessed.restart()
-            return inner(images, labels, seeds)
-
-        return attack
-    return _build(name, defence, gradient, threat, bank)
-
-
-def _build(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank) -> Attack:
-    if name in ("pgd", "cw", "feature"):
-        return _ours(name, defence, gradient, threat, bank)
-    classes = len(defence.model.classes)
-    needed = LOGITS if name == "apgd-t" else 2
-    if classes < needed:
-        raise SettingsError(
-            f"{name} needs {needed} classes or more, here are {classes}: name others with --attack"
-        )
-    norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
-    shared = {"norm": norm, "eps": threat.eps, "n_restarts": threat.restarts, "seed": threat.seed}
-    apgd = shared | {"steps": threat.steps, "eot_iter": threat.eot, "rho": 0.75}
-    # Square asks for answers, which under every gradient are those of the whole defence.
-    seen = Seen(defence, "exact" if name == "square" else gradient).eval()
-    targets = min(classes, TARGETS + 1)
-    library = {
-        "apgd-ce": lambda: torchattacks.APGD(seen, **apgd, loss="ce"),
-        "apgd-t": lambda: torchattacks.APGDT(seen, **apgd, n_classes=targets),
-        "fab-t": lambda: torchattacks.FAB(
-            seen, **shared, steps=threat.steps, multi_targeted=True, n_classes=targets,
-            alpha_max=0.1, eta=1.05, beta=0.9,
-        ),
-        # The published schedule of square sizes is the one of 10,000 queries, whatever their number.
-        "square": lambda: torchattacks.Square(
-            seen, **shared, n_queries=threat.queries, p_init=0.8, loss="margin", resc_schedule=False
-        ),
-    }[name]()  # fmt: skip
+    # A wrapper's own view already settles what is known of the seed.
+    seeded = isinstance(defence.purifier, DiffPurifier) and not isinstance(defence, DefenceWrapper)
+    if threat.eot == 1 or not seeded or name == "square":
+        return _build(name, defence, gradient, threat, targets)
+    unknown = UnknownSeed(defence, threat.seed)
+    inner = _build(name, unknown, gradient, threat, targets)
 
     def attack(images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
-        found = library(images, labels).detach()
-        # The library leaves alone what it sees named wrongly; the defence may name it rightly.
-        if isinstance(defence, Guessed):
-            left = right(defence.defence, found, labels)
-        elif gradient == "encoder" and name != "square":
-            with torch.no_grad():
-                left = seen(images).argmax(1) != labels
-        else:
-            return found
-        if left.any():
-            cw = _ours("cw", defence, gradient, threat, bank)
-            found[left] = cw(images[left], labels[left], seeds[left])
-        return found
+        unknown.restart()
+        return inner(images, labels, seeds)
 
     return attack
 
 
-def _ours(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank) -> Attack:
-    """PGD, which leaves an image alone once the defence itself names it wrongly.
+def _build(
+    name: str, defence: Defence, gradient: str, threat: Threat, targets: TargetImages
+) -> Attack:
+    if name in AUTOATTACK:
+        return _library_attack(name, defence, gradient, threat, targets)
+    return _pgd_attack(name, defence, gradient, threat, targets)
 
-    Not under the released gradient: asking the defence at every step is a search that this gradient
-    does not make, and would hide how little it finds. There the last image is judged.
+
+def _library_attack(
+    name: str, defence: Defence, gradient: str, threat: Threat, targets: TargetImages
+) -> Attack:
+    """Return an attack of torchattacks, followed by cw on images that the library leaves alone.
+
+    The library leaves an image alone if its view misclassifies it, but the defence may not.
+    """
+    # Square uses answers, which under every gradient are those of the whole defence.
+    model = LogitsModel(defence, "exact" if name == "square" else gradient).eval()
+    library = _library(name, model, len(defence.model.classes), threat)
+    cw = _pgd_attack("cw", defence, gradient, threat, targets)
+
+    def attack(images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+        attacked: Tensor = library(images, labels).detach()
+        if isinstance(defence, UnknownSeed):
+            left = correct(defence.defence, attacked, labels)
+        elif gradient == "encoder" and name != "square":
+            with torch.no_grad():
+                left = model(images).argmax(1) != labels
+        else:
+            return attacked
+        if left.any():
+            attacked[left] = cw(images[left], labels[left], seeds[left])
+        return attacked
+
+    return attack
+
+
+def _library(name: str, model: LogitsModel, classes: int, threat: Threat) -> Any:
+    """Return an attack of torchattacks. Raises SettingsError for too few classes."""
+    needed = LOGITS if name == "apgd-t" else 2
+    if classes < needed:
+        raise SettingsError(
+            f"{name} needs {needed} classes or more, and the data set has {classes}: choose others "
+            "with --attack"
+        )
+    norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
+    shared = {"norm": norm, "eps": threat.eps, "n_restarts": threat.restarts, "seed": threat.seed}
+    apgd = shared | {"steps": threat.steps, "eot_iter": threat.eot, "rho": 0.75}
+    count = min(classes, TARGETED_CLASSES + 1)
+    if name == "apgd-ce":
+        return torchattacks.APGD(model, **apgd, loss="ce")
+    if name == "apgd-t":
+        return torchattacks.APGDT(model, **apgd, n_classes=count)
+    if name == "fab-t":
+        return torchattacks.FAB(
+            model, **shared, steps=threat.steps, multi_targeted=True, n_classes=count,
+            alpha_max=0.1, eta=1.05, beta=0.9,
+        )  # fmt: skip
+    # The published schedule of square sizes is that of 10,000 queries, whatever their number.
+    return torchattacks.Square(
+        model, **shared, n_queries=threat.queries, p_init=0.8, loss="margin", resc_schedule=False
+    )
+
+
+def _pgd_attack(
+    name: str, defence: Defence, gradient: str, threat: Threat, targets: TargetImages
+) -> Attack:
+    """Return a PGD attack, which stops on an image once the defence misclassifies it.
+
+    Under the released gradient the last image counts instead: asking the defence at every step is a
+    search that this gradient does not make, and would hide how little the gradient finds.
     """
 
-    def towards(view: View, target: Tensor) -> Tensor:
-        wanted = bank.seen(gradient)[target[:, 1]]
-        return -squared_distance(F.normalize(view.embedding, dim=1), wanted)
+    def similarity(view: View, classes: Tensor) -> Tensor:
+        target = targets.embeddings(gradient)[classes[:, 1]]
+        return -squared_distance(F.normalize(view.embedding, dim=1), target)
 
-    def fooled(view: View, target: Tensor) -> Tensor:
-        return view.answer.argmax(1) != target[:, 0]
+    def misclassified(view: View, classes: Tensor) -> Tensor:
+        return view.answer.argmax(1) != classes[:, 0]
 
     loss = {
-        "pgd": lambda view, target: cross_entropy(view.logits, target[:, 0]),
-        "cw": lambda view, target: margin(view.logits, target[:, 0]),
-        "feature": towards,
+        "pgd": lambda view, classes: cross_entropy(view.logits, classes[:, 0]),
+        "cw": lambda view, classes: margin(view.logits, classes[:, 0]),
+        "feature": similarity,
     }[name]
 
     def attack(images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
-        other = labels
+        nearest = labels
         if name == "feature":
             with torch.no_grad():
-                own = defence.view(images, gradient).embedding
-            other = bank.nearest(own, labels, gradient)
+                embedding = defence.view(images, gradient).embedding
+            nearest = targets.nearest(embedding, labels, gradient)
         return pgd(
             lambda x: defence.view(x, gradient),
             images,
-            torch.stack([labels, other], dim=1),
+            torch.stack([labels, nearest], dim=1),
             eps=threat.eps,
             step_size=threat.step_size,
             steps=threat.steps,
@@ -179,7 +220,7 @@ def _ours(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank
             restarts=threat.restarts,
             generator=generators(seeds, images.device),
             draws=threat.eot,
-            fooled=None if gradient == "released" else fooled,
+            fooled=None if gradient == "released" else misclassified,
         )
 
     return attack
@@ -187,31 +228,31 @@ def _ours(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank
 
 @dataclass(frozen=True)
 class Stage:
-    """One attack by one gradient, on the images that are still right after another."""
+    """One attack by one gradient, on the images that an earlier stage left correct."""
 
     attack: str
     gradient: str
     key: str  # of its marks
-    after: str  # the key of the marks before it
+    after: str  # key of the earlier stage's marks
 
 
 def plan(attacks: Sequence[str], gradients: Sequence[str], classes: int) -> list[Stage]:
-    """The stages of a measurement: "autoattack" is a cascade of four, the others stand alone.
+    """Return the stages of a measurement: "autoattack" is a cascade of four, the others stand alone.
 
-    With fewer than four classes the cascade goes without apgd-t, which is not defined there.
-    Square reads no gradient, and so it runs with the first one alone.
+    Below four classes the cascade omits apgd-t, which is not defined there. Square uses no gradient,
+    and runs with the first one only.
     """
     stages = []
     for gradient in gradients:
         for attack in attacks:
-            before = "clean"
-            for name in AUTOATTACK if attack == "autoattack" else (attack,):
+            cascade = attack == "autoattack"
+            before = CLEAN
+            for name in AUTOATTACK if cascade else (attack,):
                 if name == "square" and gradient != gradients[0]:
                     continue
-                if name == "apgd-t" and attack == "autoattack" and classes < LOGITS:
+                if name == "apgd-t" and cascade and classes < LOGITS:
                     continue
-                prefix = f"{attack} {name}" if attack == "autoattack" else name
-                stages.append(Stage(name, gradient, f"{prefix}/{gradient}", before))
-                if attack == "autoattack":
-                    before = stages[-1].key
+                key = stage_key(attack, gradient, name if cascade else "")
+                stages.append(Stage(name, gradient, key, before))
+                before = key
     return stages

@@ -1,17 +1,16 @@
-"""A training run on disk: a folder that open_clip can load, and a checkpoint to resume from.
+"""Folder of a training run: a model that open_clip loads, and a checkpoint to resume from.
 
 RUN/open_clip_config.json        model, preprocessing, vocabulary (open_clip's local-dir form)
 RUN/open_clip_model.safetensors  the weights
 RUN/bpe.txt.gz                   the tokenizer's merges, where they are not open_clip's own
-RUN/checkpoint.pt                everything needed to go on (weights_only; no pickled code)
-RUN/metrics.jsonl                figures, a line for each step or epoch; RUN/tensorboard has them too
+RUN/checkpoint.pt                the state to resume from (read with weights_only; no pickled code)
+RUN/metrics.jsonl                metrics, a row for each step or epoch; RUN/tensorboard has them too
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from train.errors import SettingsError
 from train.models.architectures import CONFIG
 from train.models.checkpoints import Source
 
-TOKENIZER_FILES = (  # as Hugging Face's libraries call them
+TOKENIZER_FILES = (  # the names in Hugging Face's libraries
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -37,13 +36,15 @@ TOKENIZER_FILES = (  # as Hugging Face's libraries call them
     "vocab.txt",
     "merges.txt",
 )
+# Settings that may change on --resume: on one kind of device they change weights by rounding alone.
+MAY_CHANGE = {"resume", "workers", "threads", "download", "checkpoint_every", "device", "out"}
 
 
 def write_small_bpe(path: Path, merges: int) -> SimpleTokenizer:
-    """The first `merges` merges of CLIP's byte-pair encoding, in open_clip's own file form.
+    """Write the first `merges` merges of CLIP's byte-pair encoding in open_clip's file form.
 
-    Text of any kind can still be encoded, in more tokens; the embedding table shrinks from
-    49,408 rows to 512 + merges + 2.
+    Any text can still be encoded, in more tokens. The embedding table shrinks from 49,408 rows to
+    512 + merges + 2. Returns the tokenizer.
     """
     with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[: merges + 1]  # the first line is a header
@@ -57,7 +58,7 @@ def write_small_bpe(path: Path, merges: int) -> SimpleTokenizer:
 
 
 def copy_tokenizer(source: Source, folder: Path) -> None:
-    """The tokenizer's files of a model that brings its own, beside the model that is made of it."""
+    """Copy the tokenizer files in a source's folder, if it has any, beside the new model."""
     merges = (source.config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}).get("bpe_path")
     for name in filter(None, (merges, *TOKENIZER_FILES)):
         file = source.folder / name if source.folder else None
@@ -66,7 +67,7 @@ def copy_tokenizer(source: Source, folder: Path) -> None:
 
 
 def save_model(folder: Path, model: CLIP, config: dict[str, Any]) -> None:
-    """Write the weights and the configuration in the form that open_clip loads as local-dir:RUN."""
+    """Write weights and configuration in the form that open_clip loads as local-dir:RUN."""
     weights = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     with storage.draft(folder / "open_clip_model.safetensors") as part:
         save_file(weights, part)
@@ -74,28 +75,31 @@ def save_model(folder: Path, model: CLIP, config: dict[str, Any]) -> None:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Replace the checkpoint of a run in one step."""
     with storage.writing(folder / "checkpoint.pt") as file:
         torch.save(state, file)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The checkpoint of a run, or None where there is none yet. No pickled code is run.
+    """Load the checkpoint of a run, None where there is none yet. No pickled code is run.
 
-    Raises SettingsError for a file that is damaged.
+    Raises SettingsError for a damaged file.
     """
     path = folder / "checkpoint.pt"
     if not path.is_file():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as err:  # on a broken file the reader raises anything
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as err:  # torch raises any type for a damaged file
         raise SettingsError(f"{path} cannot be read: remove it, or name another folder") from err
+    return state
 
 
 class Metrics:
-    """metrics.jsonl of a run, and the same figures for TensorBoard; nothing unless enabled.
+    """Metrics of a run, in metrics.jsonl and for TensorBoard; without `enabled`, nothing is written.
 
-    What a killed run wrote after its last checkpoint is dropped: those steps come again.
+    Rows that a killed run wrote after its last checkpoint, at `step`, are dropped: the resumed run
+    repeats their steps.
     """
 
     def __init__(self, folder: Path, step: int, *, enabled: bool = True) -> None:
@@ -111,7 +115,7 @@ class Metrics:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add a row of figures; it names its step."""
+        """Add a row of metrics, one of which is its step."""
         if not self._enabled:
             return
         self._file.write(to_json(row) + "\n")
@@ -121,22 +125,23 @@ class Metrics:
                 self._board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
+        """Close the files."""
         if self._enabled:
             self._file.close()
             self._board.close()
 
 
 def open_folder(out: Path, *, setting: str, resume: bool) -> dict[str, Any] | None:
-    """Return the checkpoint to resume, None for a new run.
+    """Return the checkpoint to resume from, None for a new run.
 
     setting: the name of a setting that only this kind of run has. Raises SettingsError for a folder
-    that holds anything else, or a run that is not to be resumed.
+    with other contents, or with a run and without `resume`.
     """
     if out.exists() and not out.is_dir():
         raise SettingsError(f"{out} is a file: --out names a folder")
     previous = load_checkpoint(out)
     if previous is None:
-        for name in (CONFIG, MANIFEST):  # some of whose files have the names of a run's
+        for name in (CONFIG, MANIFEST):  # a model and a bundle have files of a run's names
             if (out / name).is_file():
                 raise SettingsError(f"{out} holds a model or a bundle: name another folder")
         return None
@@ -147,14 +152,15 @@ def open_folder(out: Path, *, setting: str, resume: bool) -> dict[str, Any] | No
     return previous
 
 
-def check_same_run(
-    out: Path, now: dict[str, Any], before: dict[str, Any], *, may_change: Collection[str]
-) -> None:
-    """Raise SettingsError unless both have the same settings, except for those that may change."""
-    for name, value in now.items():
-        if name not in may_change and before.get(name) != value:
-            shown = "" if name == "classes" else f" {before.get(name)}, not {value}"
+def check_same_run(out: Path, settings: dict[str, Any], previous: dict[str, Any]) -> None:
+    """Raise SettingsError where a setting differs from the previous one; see MAY_CHANGE."""
+    for name, value in settings.items():
+        if name not in MAY_CHANGE and previous.get(name) != value:
+            option = name.replace("_", "-")
+            if name == "classes":  # too long for one line
+                change = f"other {option}"
+            else:
+                change = f"{option} {previous.get(name)}, not {value}"
             raise SettingsError(
-                f"{out} was begun with {'other ' * (not shown)}{name.replace('_', '-')}"
-                f"{shown}: resume it with the same, or name another folder"
+                f"{out} was begun with {change}: resume it with the same, or name another folder"
             )

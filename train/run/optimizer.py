@@ -22,7 +22,7 @@ def parameter_groups(
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_steps: int) -> float:
-    """Return the rate of a step: a linear warm-up from the first step, then a cosine towards zero."""
+    """Return the learning rate of a step: a linear warm-up, then a cosine towards zero."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, total - warmup_steps)

@@ -1,4 +1,4 @@
-"""Settings of a command: from the command line, checked, and every mistake one clear line."""
+"""Settings of a command, read from the command line and checked; each error is one clear line."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ import math
 import sys
 from collections.abc import Callable, Collection
 from fractions import Fraction
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 
+from edgeclip.cli.command import run_command
 from edgeclip.errors import EdgeclipError
 from train.errors import DataError, SettingsError
 
-Settings = TypeVar("Settings")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 class Parser(argparse.ArgumentParser):
-    """Help with the examples as they are written, and one clear line on wrong usage."""
+    """Argument parser that keeps the line breaks of the examples; its errors are one line."""
 
     def __init__(self, prog: str, positional: str, description: str, epilog: str) -> None:
         super().__init__(
@@ -31,20 +36,40 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_measurement(self, *, steps: int, samples: int, required: bool) -> None:
-        """What accuracy under attack is measured with; steps and samples are defaults."""
+        """Add the options of a measurement under attack; `steps` and `samples` are defaults."""
         add = self.add_argument
-        add("--data", required=required, metavar="NAME[:PATH]", help="data set; its test split")
-        add("--eps", type=fraction, required=required, help="in units of [0, 1]: 8/255")
-        add("--norm", default="linf", choices=("linf", "l2"))
-        add("--steps", type=int, default=steps, help=f"of each attack (default: {steps})")
+        add(
+            "--data",
+            required=required,
+            metavar="NAME[:PATH]",
+            help="data set; its test split is used",
+        )
+        add(
+            "--eps",
+            type=fraction,
+            required=required,
+            help="largest perturbation, in units of [0, 1]: 8/255",
+        )
+        add(
+            "--norm",
+            default="linf",
+            choices=("linf", "l2"),
+            help="norm of the perturbation (default: linf)",
+        )
+        add("--steps", type=int, default=steps, help=f"steps of each attack (default: {steps})")
         add(
             "-n", "--samples", type=int, default=samples, metavar="N",
-            help=f"images, drawn by the seed (default: {samples})",
+            help=f"number of images, drawn by the seed (default: {samples})",
         )  # fmt: skip
-        add("--seed", type=int, default=0, help="of the draw and of the attacks (default: 0)")
+        add("--seed", type=int, default=0, help="seed of the draw and of the attacks (default: 0)")
         add("--batch-size", type=int, default=100, help="images attacked at a time (default: 100)")
-        add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-        add("--threads", type=int, default=0, help="of torch; 0 leaves its default")
+        add(
+            "--device",
+            default="auto",
+            choices=("auto", "cpu", "cuda"),
+            help="device of torch (default: auto)",
+        )
+        add("--threads", type=int, default=0, help="threads of torch; 0 leaves its default")
         add("--download", action="store_true", help="fetch the data set where it is missing")
 
     def error(self, message: str) -> NoReturn:
@@ -52,32 +77,34 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(command: Callable[[], None]) -> NoReturn:
-    """Run a command and exit: with 0, or with 2 after one line that says what to change."""
+    """Run a command and exit with its status, see `run_command`."""
+    sys.exit(run_command(_run, command))
+
+
+def _run(command: Callable[[], None]) -> None:
+    """Call `command`, and make one line of the errors of PyTorch and of its loaders."""
     try:
         command()
-        sys.exit(0)
-    except torch.OutOfMemoryError:
-        message = "the device is out of memory: lower --batch-size, or raise --accumulate"
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (SettingsError, DataError, EdgeclipError, OSError) as err:
-        # An error of a process that reads images comes with that process's traceback before it.
-        lines = str(err).strip().splitlines() or [type(err).__name__]
-        message = lines[-1].removeprefix("train.errors.DataError: ")
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    except torch.OutOfMemoryError as err:
+        raise SettingsError(
+            "the device is out of memory: lower --batch-size, or raise --accumulate"
+        ) from err
+    except (EdgeclipError, OSError) as err:
+        *traceback, message = str(err).strip().splitlines() or [""]
+        if traceback:  # that of the process that read the image
+            raise DataError(message.removeprefix("train.errors.DataError: ")) from err
+        raise
 
 
 def check_number(option: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raises SettingsError unless low <= value <= high."""
+    """Raise SettingsError unless low <= value <= high."""
     if not (math.isfinite(value) and low <= value <= high):
         limit = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
         raise SettingsError(f"--{option.replace('_', '-')} must be {limit}, got {value:g}")
 
 
 def check_eps(option: str, value: float, norm: str) -> None:
-    """Raises SettingsError for a size that is negative, or of 255 by mistake."""
+    """Raise SettingsError for a negative perturbation, or one in units of [0, 255] by mistake."""
     check_number(option, value, 0)
     if norm == "linf" and value >= 1:
         option = option.replace("_", "-")
@@ -87,10 +114,27 @@ def check_eps(option: str, value: float, norm: str) -> None:
         )
 
 
+def check_ranges(settings: DataclassInstance) -> None:
+    """Raise SettingsError for a number outside the range of its setting."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, (int, float)):
+            check_number(field.name, value, field.metadata["low"], field.metadata["high"])
+
+
+def to_record(settings: DataclassInstance) -> dict[str, Any]:
+    """Return the settings as a checkpoint and a configuration keep them: paths are strings."""
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in dataclasses.asdict(settings).items()
+    }
+
+
 def parse_settings(cls: type[Settings], prog: str, description: str, epilog: str) -> Settings:
-    """A dataclass of settings from the command line: one option per field, its help in metadata."""
+    """Parse the command line into a dataclass of settings: one option per field, required first."""
     parser = Parser(prog, "", description, epilog)
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)
+    for field in sorted(fields, key=lambda field: field.default is not dataclasses.MISSING):
         option = "--" + field.name.replace("_", "-")
         text = field.metadata["help"]
         if isinstance(field.default, bool):
@@ -100,7 +144,7 @@ def parse_settings(cls: type[Settings], prog: str, description: str, epilog: str
         else:
             needed = field.default is dataclasses.MISSING
             choices = field.metadata.get("choices")
-            silent = needed or field.default is None  # None: the help says what happens
+            no_default = needed or field.default is None  # the help text explains None
             parser.add_argument(
                 option,
                 type=field.metadata.get("type") or type(field.default),
@@ -108,13 +152,13 @@ def parse_settings(cls: type[Settings], prog: str, description: str, epilog: str
                 required=needed,
                 default=None if needed else field.default,
                 metavar=None if choices else field.name.rpartition("_")[2].upper(),
-                help=text if silent else f"{text} (default: {_shown(field.default)})",
+                help=text if no_default else f"{text} (default: {_format_default(field.default)})",
             )
     return cls(**vars(parser.parse_args()))
 
 
-def _shown(default: Any) -> str:
-    """A default as a user would write it: 1/255 rather than 0.00392156862745098."""
+def _format_default(default: Any) -> str:
+    """Format a default as a user would write it: 1/255 rather than 0.00392156862745098."""
     if isinstance(default, float) and 0 < default < 1:
         fraction = Fraction(default).limit_denominator(255)
         if fraction.denominator == 255 and float(fraction) == default:
@@ -128,15 +172,35 @@ def setting(
     help: str,
     type: Callable[[str], Any] | None = None,
     choices: Collection[str] | None = None,
+    low: float = 0,
+    high: float = math.inf,
 ) -> Any:
-    """A dataclass field that carries its meaning for --help."""
-    metadata = {"help": help, "type": type, "choices": choices and tuple(choices)}
+    """Return a dataclass field with its help text, type, choices, and the numbers it may be."""
+    metadata: dict[str, Any] = {"help": help, "type": type, "low": low, "high": high}
+    metadata["choices"] = choices and tuple(choices)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def fraction(text: str) -> float:
-    """A number as a decimal or a fraction: 0.03, 8/255."""
+    """Parse a number written as a decimal or a fraction: 0.03, 8/255."""
     try:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"expected a number such as 8/255, got {text!r}") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightSettings:
+    """Settings that choose a model's weights, as train.models.weight_options does."""
+
+    pretrained: str | None = setting(
+        None, help="tag of open_clip's or a file of weights; a folder has its own", type=str
+    )
+    visual: str | None = setting(
+        None,
+        help="file with weights of the image tower alone, over those of --pretrained",
+        type=str,
+    )
+    quickgelu: bool | None = setting(
+        None, help="build with QuickGELU or GELU (default: as the weights were trained)", type=bool
+    )

@@ -1,7 +1,7 @@
-// Memory, streams, graphs and events of the shim. As on a GPU, what is queued on a stream is done
-// later: here when somebody waits for it. While a thread captures, it may neither allocate nor
-// wait. In the environment EDGECLIP_SHIM_NO_GPU makes it a machine without a GPU, and
-// EDGECLIP_SHIM_NO_CAPTURE one where no capture succeeds.
+// Memory, streams, graphs and events of the shim. As on a GPU, work queued on a stream runs later:
+// here at the next synchronization. A capturing thread may neither allocate nor synchronize. The
+// environment variable EDGECLIP_SHIM_NO_GPU emulates a machine without a GPU, and
+// EDGECLIP_SHIM_NO_CAPTURE makes every capture fail.
 #include <cuda_runtime.h>
 
 #include <cstdlib>
@@ -13,22 +13,22 @@
 
 namespace {
 
-constexpr size_t kAlignment = 256;  // as cudaMalloc's
+constexpr size_t kAlignment = 256;  // cudaMalloc's
 
 thread_local cudaError_t last_error = cudaSuccess;
-thread_local CUstream_st* capturing = nullptr;  // by this thread
-thread_local bool is_spoilt = false;            // its capture
+thread_local CUstream_st* capturing = nullptr;  // stream that this thread captures
+thread_local bool is_invalidated = false;       // whether that capture has failed
 
-std::mutex mutex;  // of the following
+std::mutex mutex;  // guards streams and allocations
 std::set<CUstream_st*> streams;
 std::map<const char*, size_t> allocations;
 
 cudaError_t fail(cudaError_t error) { return last_error = error; }
 
-bool is_there() { return std::getenv("EDGECLIP_SHIM_NO_GPU") == nullptr; }
+bool has_gpu() { return std::getenv("EDGECLIP_SHIM_NO_GPU") == nullptr; }
 
-// Of device or pinned memory; all other may be gone when the work is done.
-bool is_known(const void* data) {
+// Returns whether `data` is in device or pinned memory; other memory may be freed before work runs.
+bool is_allocated(const void* data) {
   const std::lock_guard<std::mutex> lock(mutex);
   const char* const address = static_cast<const char*>(data);
   const auto next = allocations.upper_bound(address);
@@ -37,13 +37,14 @@ bool is_known(const void* data) {
   return address < begin + size;
 }
 
-bool may_not() {
+// Returns whether this thread is capturing, and if so invalidates the capture.
+bool invalidate_capture() {
   if (capturing == nullptr) return false;
-  is_spoilt = true;
+  is_invalidated = true;
   return true;
 }
 
-void do_all(CUstream_st* stream) {
+void run_pending(CUstream_st* stream) {
   const std::lock_guard<std::recursive_mutex> lock(stream->busy);
   while (!stream->pending.empty()) {
     const auto work = std::move(stream->pending.front());
@@ -52,24 +53,24 @@ void do_all(CUstream_st* stream) {
   }
 }
 
-void do_all() {
+void run_pending() {
   std::set<CUstream_st*> all;
   {
     const std::lock_guard<std::mutex> lock(mutex);
     all = streams;
   }
-  for (CUstream_st* stream : all) do_all(stream);
+  for (CUstream_st* stream : all) run_pending(stream);
 }
 
 cudaError_t allocate(void** data, size_t size) {
-  if (!is_there()) return fail(cudaErrorNoDevice);
-  if (may_not()) return fail(cudaErrorStreamCaptureUnsupported);
-  const size_t whole = (size + kAlignment - 1) / kAlignment * kAlignment;
-  *data = std::aligned_alloc(kAlignment, whole);
+  if (!has_gpu()) return fail(cudaErrorNoDevice);
+  if (invalidate_capture()) return fail(cudaErrorStreamCaptureUnsupported);
+  const size_t padded = (size + kAlignment - 1) / kAlignment * kAlignment;
+  *data = std::aligned_alloc(kAlignment, padded);
   if (*data == nullptr) return fail(cudaErrorMemoryAllocation);
-  std::memset(*data, 0xff, whole);  // NaN
+  std::memset(*data, 0xff, padded);  // NaN, if read as float
   const std::lock_guard<std::mutex> lock(mutex);
-  allocations[static_cast<const char*>(*data)] = whole;
+  allocations[static_cast<const char*>(*data)] = padded;
   return cudaSuccess;
 }
 
@@ -107,12 +108,12 @@ const char* cudaGetErrorName(cudaError_t error) {
 }
 
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorNoDevice ? "no CUDA-capable device is detected" : "of the test's shim";
+  return error == cudaErrorNoDevice ? "no CUDA-capable device is detected" : "emulated error";
 }
 
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
-  return is_there() ? cudaSuccess : fail(cudaErrorNoDevice);
+  return has_gpu() ? cudaSuccess : fail(cudaErrorNoDevice);
 }
 
 cudaError_t cudaDriverGetVersion(int* version) {
@@ -136,8 +137,8 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 cudaError_t cudaMalloc(void** data, size_t size) { return allocate(data, size); }
 
 cudaError_t cudaFree(void* data) {
-  if (may_not()) return fail(cudaErrorStreamCaptureUnsupported);
-  do_all();
+  if (invalidate_capture()) return fail(cudaErrorStreamCaptureUnsupported);
+  run_pending();
   const std::lock_guard<std::mutex> lock(mutex);
   allocations.erase(static_cast<const char*>(data));
   std::free(data);
@@ -149,29 +150,29 @@ cudaError_t cudaHostAlloc(void** data, size_t size, unsigned) { return allocate(
 cudaError_t cudaFreeHost(void* data) { return cudaFree(data); }
 
 cudaError_t cudaMemset(void* data, int value, size_t size) {
-  if (may_not()) return fail(cudaErrorStreamCaptureUnsupported);
+  if (invalidate_capture()) return fail(cudaErrorStreamCaptureUnsupported);
   std::memset(data, value, size);
   return cudaSuccess;
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind,
                             cudaStream_t stream) {
-  if (is_known(to) && is_known(from)) {
+  if (is_allocated(to) && is_allocated(from)) {
     return shim::enqueue(stream, [=] { std::memcpy(to, from, size); });
   }
-  if (may_not()) return fail(cudaErrorStreamCaptureUnsupported);
-  if (is_known(to)) {  // read now, written later
-    const std::shared_ptr<char[]> kept(new char[size]);
-    std::memcpy(kept.get(), from, size);
-    return shim::enqueue(stream, [=] { std::memcpy(to, kept.get(), size); });
+  if (invalidate_capture()) return fail(cudaErrorStreamCaptureUnsupported);
+  if (is_allocated(to)) {  // pageable source: read now, write later
+    const std::shared_ptr<char[]> staged(new char[size]);
+    std::memcpy(staged.get(), from, size);
+    return shim::enqueue(stream, [=] { std::memcpy(to, staged.get(), size); });
   }
-  if (stream != nullptr) do_all(stream);
+  if (stream != nullptr) run_pending(stream);
   std::memcpy(to, from, size);
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  if (!is_there()) return fail(cudaErrorNoDevice);
+  if (!has_gpu()) return fail(cudaErrorNoDevice);
   *stream = new CUstream_st;
   const std::lock_guard<std::mutex> lock(mutex);
   streams.insert(*stream);
@@ -179,7 +180,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  do_all(stream);
+  run_pending(stream);
   const std::lock_guard<std::mutex> lock(mutex);
   streams.erase(stream);
   delete stream;
@@ -187,8 +188,8 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  if (may_not()) return fail(cudaErrorStreamCaptureUnsupported);
-  if (stream != nullptr) do_all(stream);
+  if (invalidate_capture()) return fail(cudaErrorStreamCaptureUnsupported);
+  if (stream != nullptr) run_pending(stream);
   return cudaSuccess;
 }
 
@@ -196,7 +197,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   if (stream == nullptr || stream->captured != nullptr) return fail(cudaErrorInvalidValue);
   stream->captured = new CUgraph_st;
   capturing = stream;
-  is_spoilt = std::getenv("EDGECLIP_SHIM_NO_CAPTURE") != nullptr;
+  is_invalidated = std::getenv("EDGECLIP_SHIM_NO_CAPTURE") != nullptr;
   return cudaSuccess;
 }
 
@@ -204,7 +205,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   *graph = std::exchange(stream->captured, nullptr);
   capturing = nullptr;
   if (*graph == nullptr) return fail(cudaErrorInvalidValue);
-  if (!std::exchange(is_spoilt, false)) return cudaSuccess;
+  if (!std::exchange(is_invalidated, false)) return cudaSuccess;
   delete std::exchange(*graph, nullptr);
   return fail(cudaErrorStreamCaptureInvalidated);
 }
@@ -245,7 +246,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t) {
-  do_all();
+  run_pending();
   return cudaSuccess;
 }
 

@@ -18,7 +18,7 @@ inline float __half2float(__half value) {
   return value.bits & 0x8000 ? -size : size;
 }
 
-// To the nearest, ties to the even one, as nearbyint has it.
+// Rounds to nearest, ties to even, as nearbyint does.
 inline __half __float2half_rn(float value) {
   const unsigned sign = std::signbit(value) ? 0x8000 : 0;
   const float size = std::fabs(value);

@@ -1,6 +1,6 @@
-// As much of CUDA as csrc/cuda needs, on the host, so that the very same sources run in tests where
-// there is no GPU, under the sanitizers too. A CUDA thread is a std::thread, a barrier a barrier; a
-// few blocks run at a time. Device memory is the host's. Not for speed, nor for anything but tests.
+// The subset of CUDA that csrc/cuda uses, emulated on the host: tests run the kernels' own sources
+// without a GPU, and under the sanitizers. CUDA threads are std::threads, a few blocks run at a
+// time, and device memory is host memory. Slow, and for tests only.
 #ifndef EDGECLIP_TESTS_CUDA_RUNTIME_H_
 #define EDGECLIP_TESTS_CUDA_RUNTIME_H_
 
@@ -38,24 +38,24 @@ namespace shim {
 
 inline constexpr int kWarpSize = 32;
 
-// The barrier that every thread passes at its n-th __syncthreads() of each block without waiting;
-// -1: none. It is how the tests plant a missing one.
+// Index of the __syncthreads() of each block at which no thread waits; -1: none. Tests use it to
+// plant a missing barrier.
 extern int skipped_barrier;
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
-// What `lane` gave, in bits, where every lane of the warp gives something.
-uint64_t exchange(uint64_t mine, int lane);
+// Returns the bits that lane `source` passed; every lane of the warp must call it.
+uint64_t exchange(uint64_t bits, int source);
 int lane();
 
 template <typename T>
-T exchange(T mine, int lane) {
+T exchange(T value, int source) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   uint64_t bits = 0;
-  std::memcpy(&bits, &mine, sizeof(T));
-  bits = exchange(bits, lane);
-  std::memcpy(&mine, &bits, sizeof(T));
-  return mine;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = exchange(bits, source);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
 }
 
 template <typename To, typename From>
@@ -71,7 +71,7 @@ To bits_as(From from) {
 void* shim_shared_memory();
 void __syncthreads();
 void __syncwarp();
-inline void __threadfence() {}  // the atomics of the shim are sequentially consistent
+inline void __threadfence() {}  // the shim's atomics are sequentially consistent
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -84,7 +84,7 @@ T __shfl_sync(unsigned, T value, int lane) {
 template <typename T>
 T __ldg(const T* from) {
   T value;
-  std::memcpy(&value, from, sizeof(T));  // kernels load 16 bytes of whatever there is
+  std::memcpy(&value, from, sizeof(T));  // kernels load 16 bytes of any type
   return value;
 }
 inline unsigned atomicAdd(unsigned* to, unsigned value) {
@@ -117,7 +117,7 @@ cudaError_t cudaGetLastError();
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);
 
-// What is queued on a stream is done when it is waited for, or kept while the stream is captured.
+// Queued work runs when the stream is synchronized; a capture records it instead.
 struct CUgraph_st {
   std::vector<std::function<void()>> work;
 };
@@ -187,7 +187,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end);
 
-// Also called from Python, by an encoder that takes TensorRT's place in tests.
+// Exported for Python: the tests' fake TensorRT queues its work with it.
 extern "C" __attribute__((visibility("default"))) cudaError_t
 cudaLaunchHostFunc(cudaStream_t stream, void (*function)(void*), void* data);
 

@@ -16,7 +16,7 @@ int skipped_barrier = -1;
 
 namespace {
 
-constexpr unsigned kBlocksAtOnce = 2;  // so that blocks can race with each other
+constexpr unsigned kBlocksAtOnce = 2;  // so that races between blocks can occur
 
 class Barrier {
  public:
@@ -33,10 +33,10 @@ class Barrier {
 struct Warp {
   explicit Warp(unsigned threads) : barrier(threads) {}
   Barrier barrier;
-  uint64_t given[2][kWarpSize] = {};  // the rows take turns: one barrier per exchange is enough
+  uint64_t exchanged[2][kWarpSize] = {};  // alternating rows: one barrier per exchange is enough
 };
 
-// What the threads of one block share. The threads run one block after another in it.
+// State shared by the threads of a block. The same threads run several blocks in succession.
 struct Block {
   Block(unsigned threads, size_t shared_bytes) : barrier(threads), shared_size(shared_bytes) {
     for (unsigned first = 0; first < threads; first += kWarpSize) {
@@ -51,39 +51,39 @@ struct Block {
 
 thread_local Block* block = nullptr;
 thread_local int barriers_passed = 0;
-thread_local int turn = 0;
+thread_local int row = 0;  // row of the warp's exchange buffer to use next
 
 Warp& warp() { return *block->warps[threadIdx.x / kWarpSize]; }
 
-void run_blocks(Block& mine, unsigned thread, unsigned first, unsigned step, dim3 grid,
+void run_blocks(Block& shared_block, unsigned thread, unsigned first, unsigned step, dim3 grid,
                 const std::function<void()>& kernel) {
-  block = &mine;
+  block = &shared_block;
   threadIdx = dim3(thread, 0, 0);
   gridDim = grid;
-  turn = 0;
+  row = 0;
   for (uint64_t i = first; i < uint64_t{grid.x} * grid.y; i += step) {
     blockIdx = dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x), 0);
     barriers_passed = 0;
-    if (thread == 0) {  // as much as was asked for, and full of what nobody should read
-      mine.shared.reset(new unsigned char[mine.shared_size]);
-      std::fill_n(mine.shared.get(), mine.shared_size, 0xff);
+    if (thread == 0) {  // exactly the requested size, filled with garbage
+      block->shared.reset(new unsigned char[block->shared_size]);
+      std::fill_n(block->shared.get(), block->shared_size, 0xff);
     }
-    mine.barrier.wait();
+    block->barrier.wait();
     kernel();
-    mine.barrier.wait();
+    block->barrier.wait();
   }
 }
 
-// Threads for all launches: to start hundreds of them takes longer than what they do.
-class Team {
+// Threads reused by all launches: starting hundreds takes longer than their work.
+class ThreadPool {
  public:
   void run(unsigned count, const std::function<void(unsigned)>& work) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    while (members_.size() < count) {
-      members_.push_back(std::make_unique<Member>());
-      std::thread([this, member = members_.back().get()] { member->serve(done_); }).detach();
+    while (workers_.size() < count) {
+      workers_.push_back(std::make_unique<Worker>());
+      std::thread([this, worker = workers_.back().get()] { worker->serve(done_); }).detach();
     }
-    for (unsigned i = 0; i < count; ++i) members_[i]->begin(work, i);
+    for (unsigned i = 0; i < count; ++i) workers_[i]->begin(work, i);
     for (unsigned i = 0; i < count; ++i) done_.wait();
   }
 
@@ -93,7 +93,7 @@ class Team {
     Semaphore() { sem_init(&semaphore_, 0, 0); }
     void post() { sem_post(&semaphore_); }
     void wait() {
-      while (sem_wait(&semaphore_) != 0) {  // a signal came in between
+      while (sem_wait(&semaphore_) != 0) {  // interrupted by a signal
       }
     }
 
@@ -101,7 +101,7 @@ class Team {
     sem_t semaphore_;
   };
 
-  class Member {
+  class Worker {
    public:
     void begin(const std::function<void(unsigned)>& work, unsigned i) {
       work_ = &work;
@@ -123,13 +123,13 @@ class Team {
   };
 
   std::mutex mutex_;
-  std::vector<std::unique_ptr<Member>> members_;
+  std::vector<std::unique_ptr<Worker>> workers_;
   Semaphore done_;
 };
 
-Team& team() {
-  static Team* const all = new Team;  // never gone, as its threads end with the process
-  return *all;
+ThreadPool& pool() {
+  static ThreadPool* const instance = new ThreadPool;  // never destroyed: its threads keep waiting
+  return *instance;
 }
 
 }  // namespace
@@ -140,19 +140,19 @@ void run(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>&
   for (unsigned i = 0; i < at_once; ++i) {
     blocks.push_back(std::make_unique<Block>(size.x, shared_bytes));
   }
-  team().run(at_once * size.x, [&](unsigned i) {
+  pool().run(at_once * size.x, [&](unsigned i) {
     run_blocks(*blocks[i / size.x], i % size.x, i / size.x, at_once, grid, kernel);
   });
 }
 
 int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 
-uint64_t exchange(uint64_t mine, int from) {
-  uint64_t* const given = warp().given[turn];
-  turn ^= 1;
-  given[lane()] = mine;
+uint64_t exchange(uint64_t bits, int source) {
+  uint64_t* const exchanged = warp().exchanged[row];
+  row ^= 1;
+  exchanged[lane()] = bits;
   warp().barrier.wait();
-  return given[from];
+  return exchanged[source];
 }
 
 }  // namespace shim

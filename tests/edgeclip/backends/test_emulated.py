@@ -1,6 +1,6 @@
-"""tests/edgeclip/backends/test_cuda_pipeline.py where there is no GPU: the core's CUDA side on the host, and TensorRT's names alone.
+"""GPU tests without a GPU: the core's CUDA code on the host, with tests/support/fake_tensorrt.py.
 
-The core is compiled as for Python, with tests/csrc/cuda_shim in the place of CUDA.
+The core is compiled as for Python, with tests/csrc/cuda_shim instead of CUDA. It runs test_cuda_pipeline.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SOURCES = [
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler"),
-    pytest.mark.skipif(platform.system() != "Linux", reason="of Linux's linker"),
+    pytest.mark.skipif(platform.system() != "Linux", reason="needs Linux's linker"),
 ]
 
 
@@ -42,6 +42,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("emulated")
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", f"-I{ROOT}"]
     flags += ["-isystem", str(SHIM), "-isystem", sysconfig.get_path("include")]
+    flags += ["-isystem", str(ROOT / "csrc" / "third_party")]
     flags += ["-isystem", pybind11.get_include(), "-Wno-unknown-pragmas"]
     flags += [f'-DEDGECLIP_VERSION="{edgeclip.__version__}"']
 
@@ -59,8 +60,8 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def emulated(core: Path, command: list[str], trt: str, **environment: str) -> str:
-    """What the command prints on the emulated machine, with its exit status."""
-    added = {
+    """Run a command on the emulated machine; return its output and exit status."""
+    variables = {
         "EDGECLIP_EMULATED_CORE": str(core),
         "EDGECLIP_FAKE_TENSORRT": trt,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -71,13 +72,13 @@ def emulated(core: Path, command: list[str], trt: str, **environment: str) -> st
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | added | environment,
+        env=os.environ | variables | environment,
         timeout=300,
     )
     return f"{done.stdout}{done.stderr}exit status {done.returncode}"
 
 
-# With an old TensorRT; in part with a new one, and where no graph is ever captured.
+# TensorRT, selected tests (all if empty), and environment variables.
 MACHINES = {
     "old": ("tensorrt-10.3.0", "", {}),
     "new": ("tensorrt-11.4.0.106", "answers or graph", {}),
@@ -86,44 +87,45 @@ MACHINES = {
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_the_tests_for_a_gpu_pass_on_an_emulated_one(core: Path, machine: str) -> None:
-    trt, which, environment = MACHINES[machine]
-    options = ["-m", "gpu", "-p", "tests.support.emulation", "-q", "-x", "-k", which]
-    found = emulated(
+def test_gpu_tests_pass_on_an_emulated_gpu(core: Path, machine: str) -> None:
+    trt, selection, environment = MACHINES[machine]
+    options = ["-m", "gpu", "-p", "tests.support.emulation", "-q", "-x", "-k", selection]
+    output = emulated(
         core,
         ["-m", "pytest", "tests/edgeclip/backends/test_cuda_pipeline.py", *options],
         trt,
         **environment,
     )
-    assert found.endswith("exit status 0"), found
-    assert " passed" in found
-    assert " skipped" not in found
+    assert output.endswith("exit status 0"), output
+    assert " passed" in output
+    assert " skipped" not in output
 
 
 RUN = "import tests.support.emulation, sys; from edgeclip.cli.main import main; sys.exit(main())"
 
 
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
-def test_without_a_driver_it_is_said_in_a_line(core: Path, device: str) -> None:
+def test_a_missing_driver_is_one_line(core: Path, device: str) -> None:
     command = ["-c", RUN, "classify", "examples/bag.png", "--label", "bag", "--device", device]
-    found = emulated(core, command, "tensorrt-10.3.0", EDGECLIP_SHIM_NO_GPU="1")
-    *_, line, status = found.splitlines()
+    output = emulated(core, command, "tensorrt-10.3.0", EDGECLIP_SHIM_NO_GPU="1")
+    *_, line, status = output.splitlines()
     assert status == "exit status 2"
     assert line.startswith("error: ")
     assert "no CUDA-capable device is detected" in line
-    assert "Traceback" not in found
+    assert "Traceback" not in output
 
 
-def test_auto_goes_on_to_the_cpu_and_says_so(core: Path) -> None:
+def test_auto_falls_back_to_the_cpu_with_a_warning(core: Path) -> None:
     command = ["-c", RUN, "classify", "examples/bag.png", "--label", "bag", "--format", "csv"]
-    found = emulated(core, command, "tensorrt-10.3.0", EDGECLIP_SHIM_NO_GPU="1")
-    assert "no CUDA-capable device is detected; using cpu" in found
-    assert found.endswith("exit status 0")
+    output = emulated(core, command, "tensorrt-10.3.0", EDGECLIP_SHIM_NO_GPU="1")
+    assert "no CUDA-capable device is detected; using cpu" in output
+    assert output.endswith("exit status 0")
 
 
-def test_a_capture_that_fails_costs_no_answer_and_is_said(core: Path, tmp_path: Path) -> None:
+def test_a_failed_capture_is_logged_and_harmless(core: Path, tmp_path: Path) -> None:
     cache = {"EDGECLIP_CACHE": str(tmp_path), "EDGECLIP_SHIM_NO_CAPTURE": "1"}
-    found = emulated(core, ["-c", RUN, "build", "--precision", "fp32"], "tensorrt-10.3.0", **cache)
-    assert found.endswith("exit status 0"), found
-    assert "no CUDA graph was captured" in found
-    assert "cudaErrorStreamCaptureInvalidated" in found
+    command = ["-c", RUN, "build", "--precision", "fp32"]
+    output = emulated(core, command, "tensorrt-10.3.0", **cache)
+    assert output.endswith("exit status 0"), output
+    assert "no CUDA graph was captured" in output
+    assert "cudaErrorStreamCaptureInvalidated" in output

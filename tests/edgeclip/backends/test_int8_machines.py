@@ -1,6 +1,6 @@
-"""int8 on x86-64 processors that this may not be, emulated by QEMU: without VNNI, and without AVX2.
+"""Results of int8 on x86-64 processors without VNNI or AVX2, emulated by QEMU.
 
-There ONNX Runtime adds pairs of int8 products in 16 bits, which saturate where weights have eight bits.
+On these ONNX Runtime adds pairs of int8 products in 16 bits, which saturate if weights have eight bits.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ pytestmark = pytest.mark.skipif(
 
 IMAGES = 6
 PROMPTS = ["a photo of a bag.", "a picture of an ankle boot.", "a coat"]
-# Not through a Runtime, whose trial would say what is wrong: the encoders themselves.
+# Encoders without a Runtime, whose trial would reject a wrong precision.
 EMBED = """
 import sys
 import numpy as np
 import edgeclip
 from edgeclip.backends.onnx_runtime import OnnxEncoder
 bundle = edgeclip.Bundle(sys.argv[1])
-given = np.load(sys.argv[2])
+inputs = np.load(sys.argv[2])
 np.savez(sys.argv[3], **{
     f"{kind} {precision}": OnnxEncoder(
         bundle.encoder(f"{kind}_encoder", precision), device="cpu", threads=1
-    ).embed(given[kind])
+    ).embed(inputs[kind])
     for kind in sys.argv[4].split()
     for precision in ("fp32", "int8")
 })
@@ -49,16 +49,16 @@ np.savez(sys.argv[3], **{
 def embeddings(
     bundle: Path, folder: Path, cpu: str = "", kinds: str = "image text"
 ) -> dict[str, np.ndarray]:
-    """Unit embeddings by "KIND PRECISION", by this processor or an emulated one."""
+    """Return "KIND PRECISION" -> unit embeddings, on this processor or an emulated one."""
     emulator = ["qemu-x86_64", "-cpu", cpu] if cpu else []
     out = folder / "out.npz"
     done = subprocess.run(
-        [*emulator, sys.executable, "-c", EMBED, bundle, folder / "given.npz", out, kinds],
+        [*emulator, sys.executable, "-c", EMBED, bundle, folder / "inputs.npz", out, kinds],
         check=False,
         capture_output=True,
         text=True,
         timeout=300,
-        # NumPy's own products need no more than the emulated processor has.
+        # Restrict NumPy and the core to instructions that the emulated processor has.
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "EDGECLIP_SIMD": "baseline"},
     )
     assert done.returncode == 0, done.stderr
@@ -70,7 +70,7 @@ def embeddings(
 def folder(tmp_path: Path, fashion: tuple[np.ndarray, np.ndarray]) -> Path:
     runtime = edgeclip.Runtime(precision="fp32", purify="none")
     pixels = runtime.preprocess(list(fashion[0][:IMAGES]))
-    np.savez(tmp_path / "given.npz", image=pixels, text=runtime.tokenize(PROMPTS))
+    np.savez(tmp_path / "inputs.npz", image=pixels, text=runtime.tokenize(PROMPTS))
     return tmp_path
 
 
@@ -83,8 +83,8 @@ def test_int8_is_the_same_without_vnni(folder: Path, cpu: str) -> None:
         assert largest_distance(there[f"{kind} int8"], there[f"{kind} fp32"]) < limit
 
 
-def test_eight_bits_are_seen_to_saturate(folder: Path) -> None:
-    """What the test above would not miss: the same weights, twice as large in half the steps."""
+def test_eight_bit_weights_saturate(folder: Path) -> None:
+    """Check that the test above would fail for weights of eight bits."""
     copy = folder / "bundle"
     shutil.copytree(Bundle().path, copy)
     path = copy / "image_encoder.int8.onnx"

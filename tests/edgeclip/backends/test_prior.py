@@ -1,4 +1,4 @@
-"""CLIPure-Diff as a bundle runs it: against a float64 loop around PyTorch's prior, and by itself."""
+"""CLIPure-Diff of a bundle, compared with a float64 loop around PyTorch's prior."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def plain(made: Conditioned, images: list[np.ndarray]) -> np.ndarray:
 
 
 def drawn(purifier: DiffPurifier) -> tuple[np.ndarray, np.ndarray]:
-    """By the Mersenne Twister that NumPy has kept the same since its first version."""
+    """Draw timesteps and noise from the Mersenne Twister, which is the same in every NumPy."""
     random = np.random.RandomState(purifier.seed)
     first, last = purifier.timesteps
     times = random.randint(first, last + 1, purifier.steps)
@@ -63,7 +63,7 @@ def drawn(purifier: DiffPurifier) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_loop(z: np.ndarray, prior: NullPrior, purifier: DiffPurifier) -> np.ndarray:
-    """The published loop in float64, around the gradients of PyTorch's prior in float64."""
+    """Run the published loop in float64, with the gradients of PyTorch's prior in float64."""
     wide = NullPrior(prior.prior, prior_context(prior)).double()
     try:
         u = z.astype(np.float64)
@@ -74,7 +74,7 @@ def by_loop(z: np.ndarray, prior: NullPrior, purifier: DiffPurifier) -> np.ndarr
             u = polar_by_vectors(u, gradient.numpy(), purifier.step_size)
         return u
     finally:
-        prior.prior.float()  # the module is shared
+        prior.prior.float()  # other tests share the module
 
 
 def prior_context(prior: NullPrior) -> Any:
@@ -129,7 +129,7 @@ def test_another_seed_gives_another_answer(made: Conditioned, images: list) -> N
 
 
 @pytest.mark.parametrize("purifier", [DiffPurifier(0, 30.0), DiffPurifier(5, 0.0)], ids=str)
-def test_no_steps_or_none_of_any_size_are_the_identity(
+def test_no_steps_or_size_zero_is_the_identity(
     made: Conditioned, images: list, plain: np.ndarray, purifier: DiffPurifier
 ) -> None:
     assert np.array_equal(opened(made, purifier).embed_images(images), plain)
@@ -170,9 +170,6 @@ def test_no_images(made: Conditioned) -> None:
     assert next(iter(runtime.classify_each([b"no image"], LABELS))).args
 
 
-# The step alone.
-
-
 def test_step_equals_pytorch(made: Conditioned, plain: np.ndarray, null_prior: NullPrior) -> None:
     prior = Prior(made.bundle.graph(PRIOR_FILE), DIM, device="cpu", threads=1)
     (timestep, *_), (noise, *_) = GENTLE.draws(DIM)
@@ -183,14 +180,11 @@ def test_step_equals_pytorch(made: Conditioned, plain: np.ndarray, null_prior: N
 
 
 def test_step_for_other_embeddings_is_refused(made: Conditioned) -> None:
-    with pytest.raises(BundleError, match="which is not what the manifest says"):
+    with pytest.raises(BundleError, match="which contradicts the manifest"):
         Prior(made.bundle.graph(PRIOR_FILE), DIM + 1, device="cpu")
 
 
-# What is refused.
-
-
-def test_bundle_without_a_prior_says_so() -> None:
+def test_bundle_without_a_prior_is_an_error() -> None:
     bundle = exported("vit").bundle
     for purifier in ("diff", DiffPurifier(0, 1.0)):
         with pytest.raises(BundleError) as error:
@@ -206,19 +200,16 @@ def test_timesteps_beyond_the_schedule(made: Conditioned) -> None:
         opened(made, DiffPurifier(timesteps=(900, 1000)))
 
 
-def test_prior_is_opened_only_where_it_is_used(
+def test_prior_is_opened_on_first_use(
     made: Conditioned, monkeypatch: pytest.MonkeyPatch, images: list
 ) -> None:
-    monkeypatch.setattr("edgeclip.runtime.Prior", None)
+    monkeypatch.setattr("edgeclip.backends.host_pipeline.Prior", None)
     opened(made, CosPurifier(1, 0.1)).embed_images(images[:1])
     opened(made, "auto").embed_images(images[:1])
     runtime = opened(made, "diff")
     runtime.embed_texts(["a bag"])
     with pytest.raises(TypeError):
         runtime.embed_images(images[:1])
-
-
-# The command line.
 
 
 @pytest.fixture
@@ -273,11 +264,11 @@ def test_published_setting_is_the_default(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--seed 3", "--timesteps and --seed need --purify diff"),
-        ("--steps 3", "need --purify cos or --purify diff"),
-        ("--purify none --timesteps 0 9", "need --purify"),
-        ("--purify cos --seed 3", "--timesteps and --seed need --purify diff"),
-        ("--purify cos --timesteps 0 9", "--timesteps and --seed need --purify diff"),
+        ("--seed 3", "needs --purify diff"),
+        ("--steps 3", "--steps needs --purify cos or diff"),
+        ("--purify none --timesteps 0 9", "--timesteps needs --purify diff"),
+        ("--purify cos --seed 3", "needs --purify diff"),
+        ("--purify cos --timesteps 0 9", "needs --purify diff"),
         ("--purify diff --timesteps 9 8", "--timesteps: 9 is after 8"),
         ("--purify diff --timesteps 900 1000", "prior has the timesteps 0 to 999"),
         ("--purify diff --timesteps 9", "--timesteps"),

@@ -1,4 +1,4 @@
-"""Which device a bundle gets: the best that works, and what is said about those that do not."""
+"""Selection of a device: the best that works, with warnings about the others."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ def open_auto() -> select.ImageSide:
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
-def test_auto_goes_on_to_the_next_and_says_so(
+def test_auto_falls_back_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: int
 ) -> None:
-    real, tried = select._open, []
+    open_device, tried = select._open, []
 
     def some_fail(bundle: Bundle, device: str, *_: object) -> select.ImageSide:
         tried.append(device)
         if device in ORDER[:broken]:
             raise DeviceError(f"{device} is broken")
-        return real(bundle, "cpu", "fp32", 1, 1)
+        return open_device(bundle, "cpu", "fp32", 1, 1)
 
     monkeypatch.setattr(select, "_open", some_fail)
     monkeypatch.setattr(select, "available_devices", lambda: ["cuda", "cpu"])
     monkeypatch.setattr(select, "stored_engines", lambda _: [Path("an.engine")])
     open_auto()
     assert tried == ORDER[: broken + 1]
-    said = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records]
     expected = [f"{a} is broken; using {b}" for a, b in pairwise(ORDER)]
-    assert said == expected[:broken]
+    assert messages == expected[:broken]
 
 
-def test_where_nothing_works_the_last_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_error_is_raised_if_no_device_works(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> select.ImageSide:
         raise DeviceError("broken")
 
@@ -68,9 +68,7 @@ def test_where_nothing_works_the_last_error_is_raised(monkeypatch: pytest.Monkey
         open_auto()
 
 
-def test_a_driver_that_does_not_work_is_a_device_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is tried on it."""
-
+def test_a_broken_driver_is_a_device_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> dict[str, object]:
         raise RuntimeError("no CUDA-capable device is detected")
 
@@ -80,17 +78,17 @@ def test_a_driver_that_does_not_work_is_a_device_error(monkeypatch: pytest.Monke
         select.open_image_side(Bundle(), "cuda", "auto", batch_size=1, threads=1)
 
 
-def test_engines_are_those_of_the_bundles_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_engines_belong_to_the_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, cache = Bundle(), EngineCache()
     cache.save(key(("another graph",)), b"engine", {"golden": 0.0})
-    mine = cache.save(key(select.graph_hashes(bundle, "fp32")), b"engine of mine", {"golden": 0.0})
+    engine = cache.save(key(select.graph_hashes(bundle, "fp32")), b"own engine", {"golden": 0.0})
     monkeypatch.setattr(select._core, "cuda_built", lambda: True)
-    assert select.stored_engines(bundle) == [mine]
+    assert select.stored_engines(bundle) == [engine]
     monkeypatch.setattr(select._core, "cuda_built", lambda: False)
-    assert select.stored_engines(bundle) == []  # nothing could run them
+    assert select.stored_engines(bundle) == []  # no device can run them
 
 
-def test_the_latest_engine_whatever_its_options(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_latest_engine_ignores_options(caplog: pytest.LogCaptureFixture) -> None:
     cache, graphs = EngineCache(), ("graph",)
     assert cache.latest(key(graphs)) is None
     old = cache.save(key(graphs), b"old", {"golden": 0.0})
@@ -105,24 +103,22 @@ def test_the_latest_engine_whatever_its_options(caplog: pytest.LogCaptureFixture
     assert "is damaged" in caplog.text
 
 
-@pytest.mark.skipif(_core.cuda_built(), reason="of an extension without CUDA")
+@pytest.mark.skipif(_core.cuda_built(), reason="needs an extension without CUDA")
 @pytest.mark.parametrize("command", [["classify", BAG, "--label", "bag"], ["doctor"]])
 def test_tensorrt_without_cuda_is_a_line(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*command, "--device", "tensorrt"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: device 'tensorrt' needs edgeclip with its CUDA kernels")
+    assert error.startswith("error: device 'tensorrt' needs edgeclip's CUDA kernels")
 
 
-@pytest.mark.skipif(_core.cuda_built(), reason="of an extension without CUDA")
+@pytest.mark.skipif(_core.cuda_built(), reason="needs an extension without CUDA")
 def test_build_without_cuda_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", "--precision", "fp32"]) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert re.match(
-        "error: (device 'tensorrt' needs edgeclip with its CUDA|TensorRT is not)", error
-    )
-    for arguments, said in (
+    assert re.match("error: (device 'tensorrt' needs edgeclip's CUDA|TensorRT is not)", error)
+    for arguments, message in (
         (["--precision", "int8"], "invalid choice"),
         (["--images", BAG], "--images and --labels go together"),
         (["--max-batch", "65"], "up to 64"),
@@ -132,4 +128,4 @@ def test_build_without_cuda_is_a_line(capsys: pytest.CaptureFixture[str]) -> Non
         except SystemExit as err:
             status = err.code
         assert status == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Trials of precisions on this machine: what is wrong is not chosen, what is fastest is, and it is kept."""
+"""Trials of precisions on this machine: correctness, choice of the fastest, and caching."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BAG = str(EXAMPLES / "bag.png")
 
 @pytest.fixture
 def fresh(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Forget what this process knows, as another process would not know it; the cache is empty."""
+    """Return a function that clears the trials in memory; the cache starts empty."""
     shutil.rmtree(cache / "trials")
 
     def forget() -> None:
@@ -44,32 +44,32 @@ def fresh(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """What a timing is to give: milliseconds by precision."""
-    wanted = {"fp32": 2.0, "int8": 1.0}
+    """Replace timings by a table, which is returned: precision -> milliseconds."""
+    table = {"fp32": 2.0, "int8": 1.0}
 
-    def told(encoder: OnnxEncoder, _: object) -> float:
-        return wanted[encoder._path.name.split(".")[1]]
+    def time_ms(encoder: OnnxEncoder, _: object) -> float:
+        return table[encoder._path.name.split(".")[1]]
 
-    monkeypatch.setattr(trials, "_time_ms", told)
-    return wanted
+    monkeypatch.setattr(trials, "_time_ms", time_ms)
+    return table
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The precision of each trial that is really made."""
-    made: list[str] = []
-    really = trials._try
+    """Record the precision of each trial that is not cached."""
+    precisions: list[str] = []
+    make_trial = trials._try
 
     def record(bundle: Bundle, precision: str, *rest: Any) -> Trial:
-        made.append(precision)
-        return really(bundle, precision, *rest)
+        precisions.append(precision)
+        return make_trial(bundle, precision, *rest)
 
     monkeypatch.setattr(trials, "_try", record)
-    return made
+    return precisions
 
 
 def spoil(bundle: Path, file: str) -> Path:
-    """Move the embeddings of one encoder far away, in a bundle whose hashes are right."""
+    """Make one encoder wrong, and update its hash in the manifest."""
     model = onnx.load(bundle / file)
     names = ("visual.ln_post.bias", "encoder.model.ln_final.bias")
     (bias,) = (tensor for tensor in model.graph.initializer if tensor.name in names)
@@ -90,48 +90,53 @@ def copy(tmp_path: Path, fresh: Callable[[], None]) -> Path:
 
 
 @pytest.mark.parametrize("file", ["image_encoder.int8.onnx", "text_encoder.int8.onnx"])
-def test_a_precision_that_is_wrong_here_is_not_chosen(
+def test_auto_rejects_a_wrong_precision(
     copy: Path, times: dict[str, float], caplog: pytest.LogCaptureFixture, file: str
 ) -> None:
     spoil(copy, file)
     runtime = Runtime(copy)
     assert (runtime.precision, runtime.text_precision) == ("fp32", "fp32")
-    (said,) = (record.getMessage() for record in caplog.records)
+    (message,) = (record.getMessage() for record in caplog.records)
     kind = file.partition("_")[0]
-    assert f"not using int8 on this cpu: golden {kind} embeddings differ by" in said
+    assert f"not using int8 on this cpu: golden {kind} embeddings differ by" in message
     caplog.clear()
     Runtime(copy)
-    assert not caplog.records  # it was said when it was found
+    assert not caplog.records  # the warning comes once
 
 
-def test_a_wrong_precision_by_its_name_is_used_with_one_warning(
+def test_a_named_wrong_precision_is_used_with_one_warning(
     copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spoil(copy, "image_encoder.int8.onnx")
     for _ in range(2):
         caplog.clear()
         assert Runtime(copy, precision="int8").precision == "int8"
-        (said,) = (record.getMessage() for record in caplog.records)
-        assert "int8 is not right on this cpu (golden image embeddings differ by" in said
-        assert "use precision auto" in said
+        (message,) = (record.getMessage() for record in caplog.records)
+        assert (
+            "int8 misses the golden outputs on this cpu (golden image embeddings differ by"
+            in message
+        )
+        assert "use precision auto" in message
     caplog.clear()
     Runtime(copy, precision="fp32")
     assert not caplog.records
 
 
-def test_where_all_are_wrong_it_is_an_error(
+def test_it_is_an_error_if_all_precisions_are_wrong(
     copy: Path, capsys: pytest.CaptureFixture[str], times: dict[str, float]
 ) -> None:
     spoil(spoil(copy, "image_encoder.fp32.onnx"), "image_encoder.int8.onnx")
-    with pytest.raises(DeviceError, match=r"no precision gives its golden outputs \(fp32: golden"):
+    with pytest.raises(
+        DeviceError, match=r"no precision reproduces the golden outputs \(fp32: golden"
+    ):
         Runtime(copy)
     assert main(["classify", BAG, "--label", "bag", "--bundle", str(copy)]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
     assert main(["doctor", str(copy)]) == 2
-    assert "no precision gives its golden outputs" in capsys.readouterr().err
+    assert "no precision reproduces the golden outputs" in capsys.readouterr().err
 
 
-def test_doctor_fails_only_for_what_would_be_used(
+def test_doctor_fails_only_for_the_precision_that_auto_uses(
     copy: Path,
     capsys: pytest.CaptureFixture[str],
     times: dict[str, float],
@@ -142,12 +147,12 @@ def test_doctor_fails_only_for_what_would_be_used(
     assert main(["doctor", str(copy), "--format", "json"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
-    assert (report["device used"], report["precision used"]) == ("cpu", "fp32")
+    assert (report["device_used"], report["precision_used"]) == ("cpu", "fp32")
     assert "do not use int8 here" in report["devices"][-1]
     assert err == ""
 
     assert main(["doctor", str(good), "--format", "json"]) == 0
-    assert json.loads(capsys.readouterr().out)["precision used"] == "int8"
+    assert json.loads(capsys.readouterr().out)["precision_used"] == "int8"
     # An older trial that says what is no longer so.
     monkeypatch.setattr(trials, "trials", lambda *_, **__: {})
     monkeypatch.setattr("edgeclip.backends.select.choose_precision", lambda *_: "int8")
@@ -179,7 +184,7 @@ def test_best_of_trials() -> None:
         chosen(fp32=("wrong", None), int8=("too", None))
 
 
-def test_a_trial_is_made_once_and_kept(
+def test_a_trial_is_cached(
     fresh: Callable[[], None],
     runs: list[str],
     times: dict[str, float],
@@ -189,12 +194,12 @@ def test_a_trial_is_made_once_and_kept(
     Runtime(precision="fp32")
     assert runs == ["fp32"]
     assert Runtime().precision == "int8"
-    assert runs == ["fp32", "fp32", "int8"]  # now timed
+    assert runs == ["fp32", "fp32", "int8"]  # fp32 again, now timed
     monkeypatch.setattr(trials, "_memory", {})
     for precision in ("auto", "fp32", "int8"):
         Runtime(precision=precision)
-    assert len(runs) == 3  # other processes read it
-    # Whatever it depends on makes another one necessary.
+    assert len(runs) == 3  # as in another process, which reads the cache
+    # Each part of the key requires a new trial.
     ort = trials.import_onnxruntime()
     monkeypatch.setattr(ort, "__version__", "9.9.9")
     Runtime()
@@ -213,12 +218,12 @@ def test_a_trial_is_made_once_and_kept(
     "content",
     [b"", b"[]", b"nonsense", b'{"key": {}, "trials": {}}', None, b"\xff", b'{"key": 1}'],
 )
-def test_a_damaged_file_costs_another_trial(
+def test_a_damaged_file_is_replaced_by_a_new_trial(
     fresh: Callable[[], None], runs: list[str], cache: Path, content: bytes | None
 ) -> None:
     Runtime(precision="fp32")
     (file,) = (cache / "trials").iterdir()
-    if content is None:  # the key is right, and a value is not
+    if content is None:  # the key is valid, a value is not
         found = json.loads(file.read_text())
         content = json.dumps(found | {"trials": {"fp32": {"problem": 3, "ms": "x"}}}).encode()
     file.write_bytes(content)
@@ -230,7 +235,7 @@ def test_a_damaged_file_costs_another_trial(
     assert len(runs) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_said(
+def test_an_unwritable_cache_is_logged(
     fresh: Callable[[], None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -243,7 +248,7 @@ def test_a_cache_that_cannot_be_written_is_said(
     assert "set EDGECLIP_CACHE" in caplog.text
 
 
-def test_a_failure_is_not_kept(
+def test_a_failure_is_not_cached(
     fresh: Callable[[], None],
     times: dict[str, float],
     runs: list[str],
@@ -269,10 +274,10 @@ def test_a_failure_is_not_kept(
 
 
 @pytest.mark.parametrize("file", ["image_encoder.int8.onnx", "text_encoder.int8.onnx"])
-def test_a_precision_that_does_not_load_is_not_chosen(
+def test_auto_rejects_a_precision_that_does_not_load(
     copy: Path, caplog: pytest.LogCaptureFixture, file: str
 ) -> None:
-    """As one with an operator that an older ONNX Runtime does not know."""
+    """Use an operator that this ONNX Runtime does not know."""
     model = onnx.load(copy / file)
     model.graph.node[-1].op_type = "OfTomorrow"
     onnx.save(model, copy / file)
@@ -290,13 +295,13 @@ def test_threads_share_a_trial(fresh: Callable[[], None], runs: list[str]) -> No
     assert len(runs) <= 3
 
 
-def test_a_limit_is_near_what_the_export_measured() -> None:
+def test_a_limit_follows_the_distance_measured_at_export() -> None:
     manifest = Bundle().manifest
     parity = manifest.precisions["int8"].parity
-    for kind, most in (("image", 0.05), ("text", 0.142)):
+    for kind, largest in (("image", 0.05), ("text", 0.142)):
         assert embedding_limit(manifest, "fp32", kind) == 1e-4
         exported = np.sqrt(2 - 2 * parity[f"golden_{kind}_min_cosine"])
-        assert exported < embedding_limit(manifest, "int8", kind) < most
+        assert exported < embedding_limit(manifest, "int8", kind) < largest
     older = {"golden_min_cosine": 0.999}
     variant = dataclasses.replace(manifest.precisions["int8"], parity=older)
     manifest = dataclasses.replace(manifest, precisions={"int8": variant})
@@ -313,7 +318,7 @@ def test_golden_values_are_checked(copy: Path) -> None:
         _ = values.pixels
 
 
-def test_a_person_is_told_of_a_first_trial(
+def test_a_first_trial_is_logged(
     fresh: Callable[[], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "edgeclip.backends.trials")
@@ -321,7 +326,7 @@ def test_a_person_is_told_of_a_first_trial(
     assert "trying fp32 and int8 on this machine, once" in caplog.text
 
 
-def test_clearing_the_cache_forgets_trials(
+def test_clearing_the_cache_deletes_trials(
     fresh: Callable[[], None],
     runs: list[str],
     cache: Path,
@@ -329,7 +334,7 @@ def test_clearing_the_cache_forgets_trials(
 ) -> None:
     Runtime(precision="fp32")
     assert main(["cache", "--clear", "--format", "json"]) == 0
-    assert json.loads(capsys.readouterr().out)["freed bytes"] > 0
+    assert json.loads(capsys.readouterr().out)["freed_bytes"] > 0
     assert not list((cache / "trials").iterdir())
     Runtime(precision="fp32")
     assert len(runs) == 2

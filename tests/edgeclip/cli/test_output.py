@@ -1,4 +1,4 @@
-"""What commands write: -o destroys nothing, and JSON is JSON whatever the locale."""
+"""Output of commands: -o destroys nothing, and JSON is valid in every locale."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RAW = b"caf\xe9 \xff.png"
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, list[str]]:
-    """Exit status, stdout, and the lines of stderr that are not the note."""
+    """Return exit status, stdout, and the lines of stderr without the note."""
     status = main([str(argument) for argument in arguments])
     found = capsys.readouterr()
     return status, found.out, [x for x in found.err.splitlines() if not x.startswith("note: ")]
@@ -47,7 +47,7 @@ def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[b
 
 
 def outputs(command: str, given: Path) -> list[object]:
-    """Arguments of a command with -o that reads `given`."""
+    """Return arguments of a command with -o that reads `given`."""
     return [command, given, *(["--label", "bag"] if command == "explain" else []), "-o"]
 
 
@@ -144,7 +144,7 @@ def test_a_picture_on_stdout_is_alone_there(name: str, tmp_path: Path) -> None:
 
 
 def test_a_fifo_gets_the_picture_and_stays(tmp_path: Path) -> None:
-    """Of TIFF, too, which is written back and forth."""
+    """Write pictures to a pipe, also as TIFF, whose writer seeks."""
     reference, fifo = tmp_path / "picture.tif", tmp_path / "fifo.tif"
     os.mkfifo(fifo)
     command = ["explain", str(BAG), "--label", "bag", "-o"]
@@ -232,7 +232,7 @@ def test_what_cannot_be_written_is_told_before_the_work(
 
 
 class Terminal(io.TextIOWrapper):
-    """Stdout in another encoding, as PYTHONIOENCODING makes it."""
+    """Replace stdout by one in another encoding, as PYTHONIOENCODING does."""
 
     def __init__(self, encoding: str) -> None:
         super().__init__(io.BytesIO(), encoding=encoding)
@@ -266,13 +266,13 @@ def encoding(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def raw_picture(tmp_path: Path) -> Path:
-    """A picture whose name is no text."""
+    """Return a picture whose name is no valid text."""
     return Path(shutil.copy(BAG, os.fsdecode(os.fsencode(tmp_path) + b"/" + RAW)))
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """A bundle whose folder and description are not ASCII."""
+    """Return a bundle whose folder and description are not ASCII."""
     folder = Path(shutil.copytree(EMBEDDED, tmp_path / TEXT))
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"description": TEXT}))
@@ -314,7 +314,7 @@ def test_explain(encoding: str, raw_picture: Path) -> None:
 
 
 def test_explain_on_stderr(raw_picture: Path) -> None:
-    """The report beside a picture on stdout is as good."""
+    """Write valid JSON to stderr beside a picture on stdout."""
     environment = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
     command = ["explain", raw_picture, "--label", TEXT, "-o", "-"]
     found = process(*command, env=environment)
@@ -344,10 +344,10 @@ def test_build(encoding: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_bench(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = {"measured": [], "failed": [], "bundle": TEXT, "frames per second": float("inf")}
+    report = {"measured": [], "failed": [], "bundle": TEXT, "frames_per_second": float("inf")}
     monkeypatch.setattr("edgeclip.tools.bench.run", lambda *_: report)
     found = parsed(written(encoding, ["bench", "--format", "json"]))
-    assert found == report | {"frames per second": None}
+    assert found == report | {"frames_per_second": None}
 
 
 @pytest.mark.parametrize("locale", ["C", "en_US.ISO-8859-1"])

@@ -28,7 +28,7 @@ from edgeclip.text.cache import (
     label_keys,
 )
 from edgeclip.text.label_tokens import DIGEST_SIZE, Cut, LabelTokens
-from tests.support.paths import TESTS
+from tests.support.paths import ROOT
 
 DIM = 64
 
@@ -410,11 +410,11 @@ def work_and_fork(folder: Path, number: int) -> None:
 
 def test_many_processes(tmp_path: Path) -> None:
     """Two, which fork after they have used it: no error, no warning, and nothing is lost."""
-    code = "import sys, test_cache as t; t.work_and_fork(t.Path(sys.argv[1]), int(sys.argv[2]))"
+    code = "import sys; from pathlib import Path; from tests.edgeclip.text import test_cache as t; t.work_and_fork(Path(sys.argv[1]), int(sys.argv[2]))"
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", code, str(tmp_path), str(number)],
-            cwd=TESTS,
+            cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -1,4 +1,4 @@
-"""`edgeclip bench`: what it reports, and how it fails. No figure is judged."""
+"""Reports and errors of `edgeclip bench`; no figure is judged."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ QUICK = ["--repeats", "2", "--batch-size", "2", "1", "2"]
 STAGES = [
     "decode",
     "preprocess",
-    "image encoder",
+    "image_encoder",
     "classify",
-    "encoder and classify",
-    "frame to answer",
-    "file to answer",
+    "encoder_and_classify",
+    "frame_to_answer",
+    "file_to_answer",
 ]
 SETTINGS = bench.Settings(image=bench.read_image(None), repeats=1, batch_sizes=(1,))
 
 
 def check_measured(found: dict[str, Any], runs: int) -> None:
-    assert list(found["stages ms"]) == STAGES
-    for ms in found["stages ms"].values():
+    assert list(found["stages_ms"]) == STAGES
+    for ms in found["stages_ms"].values():
         assert 0 < ms["p50"] <= ms["p90"] <= ms["p99"]
         assert ms["runs"] == runs
     assert [row["size"] for row in found["batches"]] == [1, 2]
     for row in found["batches"]:
-        assert row["frames per second"] > 0
-        assert row["prepared per second"] > 0
-    assert found["labels per second"] > 0
-    assert found["opened ms"] > 0
-    assert found["first answer ms"] > 0
-    assert 10 < found["memory MB"]["resident"] <= found["memory MB"]["peak"]
+        assert row["frames_per_second"] > 0
+        assert row["prepared_per_second"] > 0
+    assert found["labels_per_second"] > 0
+    assert found["opened_ms"] > 0
+    assert found["first_answer_ms"] > 0
+    assert 10 < found["memory_mb"]["resident"] <= found["memory_mb"]["peak"]
 
 
 def test_json_of_every_precision(capfd: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capfd, "bench", *QUICK, "--device", "cpu")
     assert status == 0
-    assert err == ""  # not even the note about the embedded bundle, once for each process
+    assert err == ""  # no note about the embedded bundle, which each process would repeat
     report = json.loads(out)
     assert report["bundle"] == str(EMBEDDED)
     assert report["image"].startswith("640x480, a file of ")
@@ -62,7 +62,7 @@ def test_json_of_every_precision(capfd: pytest.CaptureFixture[str]) -> None:
     for found in report["measured"]:
         assert found["device"] == "cpu"
         assert found["purification"] == "none"  # what this bundle recommends
-        assert found["prompts per label"] == len(manifest.templates)
+        assert found["prompts_per_label"] == len(manifest.templates)
         check_measured(found, runs=2)
 
 
@@ -76,7 +76,7 @@ def test_table_own_image_labels_and_purification(capfd: pytest.CaptureFixture[st
     assert "cpu fp32, purification cos 10 x 30" in out
     lines = out.splitlines()
     for stage in STAGES:
-        (line,) = (line for line in lines if line.startswith(f"  {stage} "))
+        (line,) = (line for line in lines if line.startswith(f"  {stage.replace('_', ' ')} "))
         *_, p50, p90, p99, runs = line.split()
         assert 0 <= float(p50) <= float(p90) <= float(p99)
         assert runs == "2"
@@ -135,9 +135,9 @@ def test_wrong_usage_is_one_line(
     assert message in line
 
 
-def test_a_process_that_dies_is_told() -> None:
-    with pytest.raises(edgeclip.EdgeclipError, match="died; is memory short"):
-        bench._apart(os._exit, 9)  # as the kernel does where memory runs out
+def test_a_process_that_dies_is_an_error() -> None:
+    with pytest.raises(edgeclip.EdgeclipError, match="process died; is memory short"):
+        bench._in_new_process(os._exit, 9)  # as the kernel does where memory runs out
 
 
 def test_times_are_of_the_call_alone_and_as_many_as_asked(
@@ -175,16 +175,16 @@ def test_progress_where_a_person_watches(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = {"a": int, "b": int}
-    assert list(bench._watched(calls, "cpu fp32")) == list(calls.items())
+    assert list(bench._with_progress(calls, "cpu fp32")) == list(calls.items())
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(bench, "PROGRESS_DELAY", 0)
-    list(bench._watched(calls, "cpu fp32"))
+    list(bench._with_progress(calls, "cpu fp32"))
     assert "cpu fp32" in capsys.readouterr().err
 
 
 def test_bench_without_pytorch_from_another_folder(tmp_path: Path) -> None:
-    """As installed: a folder of the same name where it is started is not taken for the package."""
+    """Start the installed command in a folder that has a folder `edgeclip`."""
     (tmp_path / "edgeclip").mkdir()
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     code = "import sys; from edgeclip.cli.main import main; sys.exit(main())"

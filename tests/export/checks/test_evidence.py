@@ -16,27 +16,31 @@ from export.checks import evidence
 from tests.support.export_models import Exported, exported, reuse_encoders
 from train.models.wording import wording
 
-CHECKED = [{"name": f"check {i}", "passed": True} for i in range(9)]
+CHECKED = [{"name": f"check {i}", "passed": True, "figure": ""} for i in range(9)]
 
 
 def result_file(
     path: Path, tiny: Exported, held: str = "1100", purifier: Any = None, **changes: Any
 ) -> Path:
-    """Write a result file; each mark of `held` is an image, right under attack or not."""
+    """Write a result file of images that are right without an attack.
+
+    held: a mark for each image, 1 if it is right under attack too.
+    """
     settings = {
-        "weights_sha256": tiny.source.weights_sha256,
+        "subject": "name", "pretrained": None, "visual": None, "checkpoint": None,
+        "weights_sha256": tiny.source.weights_sha256, "quick_gelu": tiny.source.quick_gelu,
         "templates": list(tiny.bundle.manifest.templates),
-        "attack": ["apgd-ce", "apgd-t"],
+        "attack": ["apgd-ce", "apgd-t"], "gradient": ["exact"], "queries": 1, "eot": 1,
         "data": "set", "samples": len(held), "norm": "l2", "eps": 0.5, "steps": 3, "restarts": 1,
         "seed": 0, "purification": purifier,
     }  # fmt: skip
     actual = {
         "settings": settings | changes,
-        "finished": len(held),
-        "clean_accuracy": 0.75,
-        "worst_case_accuracy": held.count("1") / len(held),
-        "checks": [*CHECKED, {"name": "other", "passed": None}],
-        "samples": {"clean": "1" * len(held), "apgd-ce/exact": held},
+        "checks": [*CHECKED, {"name": "other", "passed": None, "figure": ""}],
+        "agreement": None,
+        "devices": [],
+        "seconds": {},
+        "samples": {"clean": "1" * len(held), "apgd-ce/exact": held, "apgd-t/exact": held},
     }
     path.write_text(json.dumps(actual))
     return path
@@ -54,7 +58,7 @@ def test_robustness_is_that_of_the_results(tmp_path: Path, monkeypatch: pytest.M
     assert manifest == Bundle(tmp_path / "out").manifest
     assert manifest.robustness == rows
     assert (rows[0].attacks, rows[0].eps) == (("apgd-ce", "apgd-t"), 0.5)
-    assert (rows[0].clean_accuracy, rows[0].worst_case_accuracy) == (0.75, 0.5)
+    assert (rows[0].clean_accuracy, rows[0].worst_case_accuracy) == (1.0, 0.5)
     assert rows[0].purification == "none"
     assert recommended is None
     assert manifest.purification == CosPurifier(2, 0.5)
@@ -102,7 +106,9 @@ def test_purified_figures_that_failed_are_left_out(tmp_path: Path) -> None:
     best = result_file(tmp_path / "b.json", tiny, "1" * 1000, {"steps": 1, "step_size": 0.5})
     assert evidence.read([none, best], tiny.source, words.templates)[1] == CosPurifier(1, 0.5)
     actual = json.loads(best.read_text())
-    best.write_text(json.dumps(actual | {"checks": [*CHECKED, {"name": "x", "passed": False}]}))
+    best.write_text(
+        json.dumps(actual | {"checks": [*CHECKED, {"name": "x", "passed": False, "figure": ""}]})
+    )
     rows, recommended = evidence.read([none, best], tiny.source, words.templates)
     assert (len(rows), recommended) == (1, None)
 
@@ -125,11 +131,14 @@ def test_figures_of_another_model_are_refused(tmp_path: Path) -> None:
     result_file(path, tiny, templates=["other {}"])
     assert "was measured with other templates" in message()
     actual = json.loads(result_file(path, tiny).read_text())
-    path.write_text(json.dumps(actual | {"finished": 3}))
+    unfinished = actual["samples"] | {"apgd-t/exact": "110?"}
+    path.write_text(json.dumps(actual | {"samples": unfinished}))
     assert "is not finished" in message()
     path.write_text(json.dumps(actual | {"checks": CHECKED}))
     assert "was not checked" in message()
-    path.write_text(json.dumps(actual | {"checks": [*CHECKED, {"name": "x", "passed": False}]}))
+    path.write_text(
+        json.dumps(actual | {"checks": [*CHECKED, {"name": "x", "passed": False, "figure": ""}]})
+    )
     assert "failed x" in message()
     result_file(path, tiny, eps="much")
     assert "is no result of python -m train.evaluate" in message()

@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.text.tokenizer import Tokenizer
@@ -32,6 +33,11 @@ def tiny(request: pytest.FixtureRequest) -> Exported:
 
 def encoder(tiny: Exported, kind: str) -> OnnxEncoder:
     return OnnxEncoder(tiny.bundle.encoder(kind, "fp32"), device="cpu", threads=1)
+
+
+def tokens_of(tiny: Exported, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    path = tiny.bundle.encoder("image_tokens", "fp32")
+    return OnnxEncoder(path, device="cpu", threads=1, output="tokens").embed(pixels)
 
 
 def images(tiny: Exported, count: int) -> torch.Tensor:
@@ -81,12 +87,12 @@ def test_vit_tokens_are_the_last_blocks_after_ln_post_and_projection() -> None:
         )
         tokens = [blocks["image_intermediates_prefix"][0], blocks["image_intermediates"][0]]
         expected = torch.cat(tokens, dim=1) @ visual.proj
-    run = encoder(tiny, "image_encoder")
-    actual = run.tokens(pixels.numpy())
+    actual = tokens_of(tiny, pixels.numpy())
     assert tiny.bundle.manifest.tokens == encoders.TokenSpec((2, 2), 1)
     assert actual.shape == (2, 5, 48)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(actual[:, 0], run.embed(pixels.numpy()), rtol=1e-5, atol=1e-6)
+    embedding = encoder(tiny, "image_encoder").embed(pixels.numpy())
+    np.testing.assert_allclose(actual[:, 0], embedding, rtol=1e-5, atol=1e-6)
 
 
 def test_average_pooled_vit_gives_its_patches_only() -> None:
@@ -94,9 +100,8 @@ def test_average_pooled_vit_gives_its_patches_only() -> None:
     pixels = images(tiny, 2).numpy()
     run = encoder(tiny, "image_encoder")
     assert tiny.bundle.manifest.tokens == encoders.TokenSpec((2, 3), 0)
-    np.testing.assert_allclose(
-        run.tokens(pixels).mean(axis=1), run.embed(pixels), rtol=1e-4, atol=1e-5
-    )
+    means = tokens_of(tiny, pixels).mean(axis=1)
+    np.testing.assert_allclose(means, run.embed(pixels), rtol=1e-4, atol=1e-5)
 
 
 def test_siglip_gives_the_tokens_that_its_pooling_reads() -> None:
@@ -104,7 +109,7 @@ def test_siglip_gives_the_tokens_that_its_pooling_reads() -> None:
     trunk, pixels = tiny.source.model.visual.trunk, images(tiny, 2)
     with torch.no_grad():
         expected = trunk.forward_features(pixels)
-    actual = encoder(tiny, "image_encoder").tokens(pixels.numpy())
+    actual = tokens_of(tiny, pixels.numpy())
     assert tiny.bundle.manifest.tokens == encoders.TokenSpec((4, 4), 0)
     np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
 
@@ -113,27 +118,49 @@ def test_siglip_gives_the_tokens_that_its_pooling_reads() -> None:
 def test_towers_without_tokens_say_so(family: str) -> None:
     tiny = exported(family)
     assert tiny.bundle.manifest.tokens is None
+    assert tiny.bundle.manifest.precisions["fp32"].image_tokens is None
     graph = onnx.load(tiny.bundle.encoder("image_encoder", "fp32")).graph
     assert [value.name for value in graph.output] == ["embedding"]
 
 
 def test_dimensions_are_symbolic(tiny: Exported) -> None:
     manifest = tiny.bundle.manifest
-    session = onnxruntime.InferenceSession(tiny.bundle.encoder("image_encoder", "fp32"))
-    shapes = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
-    expected = {
-        "pixels": ["batch", 3, *manifest.image.size],
-        "embedding": ["batch", manifest.embed_dim],
-    }
+    pixels = {"pixels": ["batch", 3, *manifest.image.size]}
+    expected = {"image_encoder": pixels | {"embedding": ["batch", manifest.embed_dim]}}
     if manifest.tokens:
         rows, columns = manifest.tokens.grid
         count = manifest.tokens.prefix + rows * columns
-        expected["tokens"] = ["batch", count, manifest.embed_dim]
-    assert shapes == expected
+        expected["image_tokens"] = pixels | {"tokens": ["batch", count, manifest.embed_dim]}
+    for kind, shapes in expected.items():
+        session = onnxruntime.InferenceSession(tiny.bundle.encoder(kind, "fp32"))
+        values = (*session.get_inputs(), *session.get_outputs())
+        assert {value.name: value.shape for value in values} == shapes
     session = onnxruntime.InferenceSession(tiny.bundle.encoder("text_encoder", "fp32"))
     length = "length" if manifest.text.dynamic_length else manifest.text.context_length
     assert session.get_inputs()[0].shape == ["batch", length]
     assert session.get_outputs()[0].shape == ["batch", manifest.embed_dim]
+
+
+@pytest.mark.parametrize("family", ["vit", "siglip"])
+def test_the_token_graph_shares_the_weights_of_the_encoder(family: str) -> None:
+    bundle = exported(family).bundle
+    paths = [bundle.encoder(kind, "fp32") for kind in ("image_encoder", "image_tokens")]
+    data = "image_encoder.fp32.onnx.data"
+    tensors: list[dict[str, bytes]] = []
+    for path in paths:
+        model = onnx.load(path, load_external_data=False)
+        external = [
+            x for x in model.graph.initializer if x.data_location == onnx.TensorProto.EXTERNAL
+        ]
+        assert {e.value for x in external for e in x.external_data if e.key == "location"} == {data}
+        tensors.append({x.name: x.SerializeToString() for x in external})  # with their offsets
+        onnx.checker.check_model(onnx.load(path))
+    embedding, tokens = tensors
+    shared = embedding.keys() & tokens.keys()
+    assert {name: embedding[name] for name in shared} == {name: tokens[name] for name in shared}
+    assert len(shared) > 0.5 * len(embedding)  # the pooling of SigLIP has weights of its own
+    graphs = sum(path.stat().st_size for path in paths)
+    assert graphs < 0.5 * (bundle.path / data).stat().st_size
 
 
 def test_only_causal_text_towers_are_cut() -> None:

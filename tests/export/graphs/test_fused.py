@@ -25,12 +25,13 @@ from tests.support.fused_graphs import (
     answers,
     halved,
     images_of,
-    label_set,
     open_graph,
+    random_labels,
     runtime_of,
     unit_rows,
 )
 from tests.support.paths import EXAMPLES
+from tests.support.schema1 import schema1_bundle
 
 Array = NDArray[Any]
 PURIFIERS = (None, CosPurifier(), CosPurifier(1, 0.3), CosPurifier(3, 0.05), CosPurifier(7, 2.0))
@@ -48,7 +49,7 @@ def test_answers_are_the_runtimes(
     assert write_fused(runtime, path, Head(purifier)) < 1e-5
     session = open_graph(path)
     for batch, count in itertools.product((1, 2, 33), (5, 1000)):
-        labels = label_set(runtime, unit_rows(count, tiny.manifest.embed_dim))
+        labels = random_labels(runtime, count)
         images = images_of(tiny, batch)
         expected, indices = answers(runtime, images, labels, 5)
         actual = session.run(None, {"image": images, "classes": labels.embeddings})
@@ -64,7 +65,7 @@ def test_purification_changes_the_answers() -> None:
     scores = []
     for purifier in PURIFIERS:
         runtime = runtime_of(tiny, purifier)
-        labels = label_set(runtime, unit_rows(50, tiny.manifest.embed_dim))
+        labels = random_labels(runtime, 50)
         scores.append(answers(runtime, images, labels, 5)[0])
     for (i, one), (j, other) in itertools.combinations(enumerate(scores), 2):
         if (i, j) != (0, 1):  # ten steps of size 30 are the identity
@@ -174,8 +175,8 @@ def test_only_what_an_answer_needs_is_left(tmp_path: Path) -> None:
     plain = ImageSpec(SIZE, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     tiny = ir.to_proto(fuse(pixels_as_embeddings(), plain, np.ones(DIM), 1.0, "uint8", Head()))
     assert "unused" not in {tensor.name for tensor in tiny.graph.initializer}
-    # Likewise for a real encoder, whose file holds the weights of `tokens`.
-    write_fused(runtime_of(exported("vit").bundle, None), tmp_path / "f.onnx", Head())
+    # Likewise for a real encoder of schema 1, which has the output `tokens` as well.
+    write_fused(runtime_of(schema1_bundle(), None), tmp_path / "f.onnx", Head())
     graph = onnx.load(tmp_path / "f.onnx").graph
     taken = {name for node in graph.node for name in node.input}
     taken |= {output.name for output in graph.output}
@@ -186,8 +187,8 @@ def test_only_what_an_answer_needs_is_left(tmp_path: Path) -> None:
         for value in (*graph.input, *graph.output)
     }
     assert dims == {
-        "image": ["batch", 32, 32, 3],
-        "classes": ["classes", 48],
+        "image": ["batch", 16, 16, 3],
+        "classes": ["classes", 16],
         "probabilities": ["batch", 5],
         "indices": ["batch", 5],
     }
@@ -225,7 +226,7 @@ def test_probabilities_of_all_classes_are_in_their_order(tmp_path: Path, input_t
         head = Head(top_k=None, labels=labels)
         write_fused(runtime, tmp_path / "f.onnx", head, input_type=input_type)
         session, images = open_graph(tmp_path / "f.onnx"), images_of(tiny, 2)
-        known = labels or label_set(runtime, unit_rows(7, tiny.manifest.embed_dim))
+        known = labels or random_labels(runtime, 7)
         inputs = {"image": images}
         if input_type == "float32":
             inputs = {"image": images.transpose(0, 3, 1, 2).astype(np.float32)}
@@ -260,7 +261,7 @@ def test_openvino_gives_the_runtimes_answers(tmp_path: Path) -> None:
     write_fused(runtime, tmp_path / "f.onnx", Head(purifier))
     precise = {"INFERENCE_PRECISION_HINT": "f32"}  # the default is bfloat16 on some CPUs
     compiled = openvino.Core().compile_model(tmp_path / "f.onnx", "CPU", precise)
-    labels = label_set(runtime, unit_rows(30, tiny.manifest.embed_dim))
+    labels = random_labels(runtime, 30)
     for batch in (1, 4):
         images = images_of(tiny, batch)
         actual = compiled({"image": images, "classes": labels.embeddings})

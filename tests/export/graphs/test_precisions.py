@@ -16,11 +16,12 @@ import edgeclip
 from edgeclip.backends.select import preferred
 from edgeclip.bundle import Bundle
 from edgeclip.onnx_file import locations
+from edgeclip.precisions import PRECISIONS, REFERENCE
 from edgeclip.tools import golden
 from export import ExportError
 from export.bundle import export_bundle
-from export.checks import parity
 from export.graphs import fp16, int8, save
+from export.graphs.precisions import CONVERTERS
 from tests.support.export_models import (
     cosines,
     exported,
@@ -35,6 +36,10 @@ FAMILIES = ["vit", "vit-quickgelu", "resnet", "siglip"]  # the other families ad
 PROMPTS = ["a dog", "a café", "two small red things beside a much larger blue one"]
 
 
+def test_every_precision_except_the_reference_has_a_converter() -> None:
+    assert {REFERENCE, *CONVERTERS} == set(PRECISIONS)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_are_nearly_open_clips(family: str, precision: str) -> None:
@@ -45,7 +50,7 @@ def test_embeddings_are_nearly_open_clips(family: str, precision: str) -> None:
     ids = tiny.source.tokenizer(PROMPTS)
     with torch.no_grad():
         images, texts = tiny.source.model.encode_image(pixels), tiny.source.model.encode_text(ids)
-    bar = parity.MIN_COSINE[precision]
+    bar = PRECISIONS[precision].min_cosine
     assert cosines(runtime.encode(pixels.numpy()), images).min() >= bar
     assert cosines(runtime.embed_texts(PROMPTS), texts).min() >= bar
     measured = bundle.manifest.precisions[precision].parity
@@ -165,7 +170,8 @@ def test_a_bundle_of_int8_alone_and_a_missed_limit(
     assert list(manifest.precisions) == ["int8"]
     assert not list((tmp_path / "int8").glob("*.fp32.*"))
     assert edgeclip.Runtime(tmp_path / "int8", labels=["a", "b"]).precision == "int8"
-    monkeypatch.setitem(parity.MIN_COSINE, "int8", 0.9999999)
+    strict = dataclasses.replace(PRECISIONS["int8"], min_cosine=0.9999999)
+    monkeypatch.setitem(PRECISIONS, "int8", strict)
     with pytest.raises(ExportError, match=r"int8 does not match PyTorch: \w+_min_cosine"):
         export_bundle(tiny.source, tmp_path / "none", wording, precisions=["fp32", "int8"])
     assert not (tmp_path / "none").exists()

@@ -1,4 +1,4 @@
-"""Data sets in the formats that they are shipped in."""
+"""Data sets in their published formats."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 
 from tests.support import data_sets
-from tests.support.data_sets import WRITERS, put
+from tests.support.data_sets import WRITERS, put, write_shard
 from tests.support.image_files import chunk, encoded, exif, turned, with_chunks
 from train.data import __main__, class_names, dataset
 from train.data.catalog import SOURCES
-from train.data.dataset import DataError
+from train.errors import DataError
 
 TEST_ONLY = {"sun397", "eurosat", "imagenet-r", "imagenet-sketch", "caltech101", "caltech256"}
 BY_HAND = {"tiny-imagenet", "imagenet", "imagenet-r", "imagenet-sketch", "cars"}
@@ -31,35 +31,36 @@ BY_HAND = {"tiny-imagenet", "imagenet", "imagenet-r", "imagenet-sketch", "cars"}
 
 @pytest.fixture(autouse=True)
 def requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """What was asked of the network, which fails; and no data set in the default place."""
-    asked: list[str] = []
+    """Record the requests to the network, which fail; the default folder has no data set."""
+    urls: list[str] = []
 
     def urlopen(request: object, *args: object, **kwargs: object) -> None:
-        asked.append(str(request))
+        urls.append(str(request))
         raise urllib.error.URLError("no network here")
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     monkeypatch.setenv("EDGECLIP_DATA", str(tmp_path / "default"))
-    return asked
+    return urls
 
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision takes files whose checksums are not those of the real data sets."""
+    """Let torchvision read files with other checksums than the real data sets."""
     for module in ("cifar", "stl10", "flowers102"):
         monkeypatch.setattr(
             f"torchvision.datasets.{module}.check_integrity", lambda path, md5: os.path.isfile(path)
         )
 
 
-def contents(found: dataset.DataSet) -> data_sets.Found:
-    """The class of every image, by its pixels."""
-    pairs = [found[i] for i in range(len(found))]
+def contents(images: dataset.DataSet) -> data_sets.Classes:
+    """Return the class of every image, by its pixels."""
+    pairs = [images[i] for i in range(len(images))]
     assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image, _ in pairs)
-    return {image.tobytes(): found.classes[label] for image, label in pairs}
+    return {image.tobytes(): images.classes[label] for image, label in pairs}
 
 
 def one_line(spec: str, *, train: bool = False, download: bool = False) -> str:
+    """Return the message of the DataError that a data set raises."""
     with pytest.raises(DataError) as caught:
         dataset.load(spec, train=train, download=download)
     message = str(caught.value)
@@ -123,7 +124,7 @@ def test_download_only_when_asked(
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_the_folder_itself_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_may_name_the_folder_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = data_sets.cifar10(tmp_path)[False]
     found = dataset.load(f"CIFAR-10:{tmp_path / 'cifar-10-batches-py'}", train=False)
     assert contents(found) == expected
@@ -136,7 +137,7 @@ def test_the_folder_itself_may_be_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_default_place(tmp_path: Path) -> None:
+def test_default_folder(tmp_path: Path) -> None:
     (tmp_path / "default").mkdir()
     expected = data_sets.stl10(tmp_path / "default")
     assert contents(dataset.load("stl10", train=True)) == expected[True]
@@ -198,7 +199,7 @@ def test_parse(spec: str, name: str, path: str | None) -> None:
     assert dataset.parse(spec) == (name, None if path is None else Path(path))
 
 
-def test_names_that_are_not_known() -> None:
+def test_unknown_names() -> None:
     message = one_line("cifar-11:somewhere")
     assert "unknown data set 'cifar-11', did you mean cifar10? known are tiny-imagenet," in message
     assert message.endswith("folder:PATH, webdataset:PATTERN")
@@ -231,7 +232,7 @@ def test_class_names_are_words() -> None:
 
 
 def test_names_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    __main__.main()
+    __main__.main([])
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == len(SOURCES) + 2
     assert rows[1].split()[:2] == ["cifar10", "10"]
@@ -247,7 +248,7 @@ def test_folder(layout: str, tmp_path: Path) -> None:
         for i, kind in enumerate(("png", "JPG", "webp"))
     }
     (tmp_path / layout.format(name="t-shirt") / "notes.txt").write_text("no image")
-    put(tmp_path / layout.format(name="t-shirt") / "._0.png")  # what macOS leaves behind
+    put(tmp_path / layout.format(name="t-shirt") / "._0.png")  # macOS writes such files
     found = dataset.load(f"folder:{tmp_path}", train=False)
     assert contents(found) == expected
     assert found.classes == ("ankle boot", "t-shirt")
@@ -346,14 +347,14 @@ def test_folder_of_classes_that_a_model_reads_alike(
     assert "are one class by name" in one_line(f"folder:{tmp_path}")
 
 
-def test_folder_says_what_it_leaves_out(
+def test_files_left_out_of_a_folder_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pi_heif", None)
     expected = {put(tmp_path / name): name[0] for name in ("a/1.jfif", "a/deep/2.jpe", "b/3.tif")}
     found = dataset.load(f"folder:{tmp_path}", train=True)
     assert contents(found) == expected
-    (tmp_path / "classes.txt").write_text("a\nb\n")  # is read, and not left out
+    (tmp_path / "classes.txt").write_text("a\nb\n")  # the file of class names is not left out
     dataset.load(f"folder:{tmp_path}", train=True)
     assert not caplog.records
     for name in ("a/._1.jpg", "b/.thumbnails/3.png", "b/@eaDir/4.png", "5.png", ".c/6.png"):
@@ -374,7 +375,7 @@ def test_folder_says_what_it_leaves_out(
     assert "2 not a picture (.md, .txt)" in message
 
 
-def test_folder_says_what_it_leaves_out_beside_splits(
+def test_files_left_out_beside_splits_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("train/a/1.png", "test/a/1.png", "test/b/1.png"):
@@ -417,7 +418,7 @@ def test_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     put(tmp_path / "cat" / "secret" / "2.png")
     scan = os.scandir
 
-    def refuse(path: str) -> object:  # as the system does, but for root
+    def refuse(path: str) -> object:  # the system refuses all but root
         if os.path.basename(path) == "secret":
             raise PermissionError(13, "Permission denied", path)
         return scan(path)
@@ -427,7 +428,7 @@ def test_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert f"the folder {tmp_path}/cat/secret cannot be read" in message
 
 
-FILES = {  # an image of each public set that is files
+FILES = {  # an image of each public set of files
     "food101": "food-101/images/apple_pie/test0.jpg",
     "pets": "oxford-iiit-pet/images/Abyssinian_test.jpg",
     "flowers102": "flowers-102/jpg/image_00005.jpg",
@@ -443,8 +444,8 @@ FILES = {  # an image of each public set that is files
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.usefixtures("unchecked")
-def test_images_of_public_sets_are_decoded_as_all_are(name: str, tmp_path: Path) -> None:
-    """Whatever their metadata, upright, on white."""
+def test_images_of_public_sets_are_decoded_by_edgeclip(name: str, tmp_path: Path) -> None:
+    """Check that orientation, transparency and damaged metadata are handled as everywhere."""
     WRITERS[name](tmp_path)
     image = Image.fromarray(data_sets.picture(8, 16)).convert("RGBA")
     image.putpixel((0, 0), (9, 9, 9, 0))
@@ -460,7 +461,7 @@ def test_images_of_public_sets_are_decoded_as_all_are(name: str, tmp_path: Path)
     np.testing.assert_array_equal(pixels, upright)
 
 
-def test_folders_that_are_none(tmp_path: Path) -> None:
+def test_missing_and_empty_folders(tmp_path: Path) -> None:
     assert "no folder" in one_line(f"folder:{tmp_path / 'none'}")
     assert "no class folders in" in one_line(f"folder:{tmp_path}")
     put(tmp_path / "photo.png")
@@ -504,8 +505,6 @@ def test_images_are_upright_rgb(tmp_path: Path) -> None:
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 @pytest.mark.usefixtures("unchecked")
 def test_data_loader_workers(start: str, tmp_path: Path) -> None:
-    from tests.support.data_sets import write_shard
-
     expected = data_sets.cifar10(tmp_path)[False] | data_sets.eurosat(tmp_path)[False]
     samples = {f"{i}": (data_sets.picture(), i % 2) for i in range(5)}
     write_shard(tmp_path / "0.tar", samples)

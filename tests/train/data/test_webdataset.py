@@ -9,18 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.data_sets import Found, picture, write_lines, write_shard, write_tar
+from tests.support.data_sets import Classes, picture, write_lines, write_shard, write_tar
 from tests.support.paths import VECTORS
 from train.data import dataset
-from train.data.dataset import DataError
+from train.errors import DataError
 
 
-def contents(found: dataset.DataSet) -> Found:
-    pairs = [found[i] for i in range(len(found))]
-    return {image.tobytes(): found.classes[label] for image, label in pairs}
+def contents(images: dataset.DataSet) -> Classes:
+    """Return the class of every image, by its pixels."""
+    pairs = [images[i] for i in range(len(images))]
+    return {image.tobytes(): images.classes[label] for image, label in pairs}
 
 
 def one_line(spec: str, *, train: bool = False) -> str:
+    """Return the message of the DataError that a data set raises."""
     with pytest.raises(DataError) as caught:
         dataset.load(spec, train=train)
     assert "\n" not in str(caught.value)
@@ -28,17 +30,17 @@ def one_line(spec: str, *, train: bool = False) -> str:
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> dict[str, Found]:
-    """test-08.tar to test-11.tar and train-00.tar: what is in them, by their names."""
+def shards(tmp_path: Path) -> dict[str, Classes]:
+    """Write test-08.tar to test-11.tar and train-00.tar; return the contents of each."""
     names = ["cat", "big dog"]
     write_lines(tmp_path / "classes.txt", names)
     kinds = {"test-08": "png", "test-09": "JPG", "test-10": "jpeg", "test-11": "webp"}
-    found: dict[str, Found] = {}
+    written: dict[str, Classes] = {}
     for shard, kind in (kinds | {"train-00": "png"}).items():
         samples = {f"some.folder/{i:03d}": (picture(), i % 2) for i in range(3)}
         write_shard(tmp_path / f"{shard}.tar", samples, kind)
-        found[shard] = {image.tobytes(): names[label] for image, label in samples.values()}
-    return found
+        written[shard] = {image.tobytes(): names[label] for image, label in samples.values()}
+    return written
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def shards(tmp_path: Path) -> dict[str, Found]:
     ],
 )
 def test_patterns(
-    pattern: str, wanted: list[str] | None, tmp_path: Path, shards: dict[str, Found]
+    pattern: str, wanted: list[str] | None, tmp_path: Path, shards: dict[str, Classes]
 ) -> None:
     spec = f"webdataset:{tmp_path / pattern}"
     if wanted is None:
@@ -69,7 +71,7 @@ def test_patterns(
     assert found.templates == ("This is a photo of a {}",)
 
 
-def test_messages_about_patterns(tmp_path: Path, shards: dict[str, Found]) -> None:
+def test_messages_about_patterns(tmp_path: Path, shards: dict[str, Classes]) -> None:
     folder = f"webdataset:{tmp_path}"
     assert "the range {09..08} is empty" in one_line(f"{folder}/test-{{09..08}}.tar")
     assert "must hold a range" in one_line(f"{folder}/{{test,train}}-00.tar")
@@ -78,7 +80,7 @@ def test_messages_about_patterns(tmp_path: Path, shards: dict[str, Found]) -> No
     assert "no shard https:" in one_line("webdataset:https://example.org/0.tar")
 
 
-def test_folder_with_both_splits(tmp_path: Path, shards: dict[str, Found]) -> None:
+def test_folder_with_both_splits(tmp_path: Path, shards: dict[str, Classes]) -> None:
     spec = f"webdataset:{tmp_path}"
     assert contents(dataset.load(spec, train=True)) == shards["train-00"]
     assert len(dataset.load(spec, train=False)) == 12
@@ -86,8 +88,8 @@ def test_folder_with_both_splits(tmp_path: Path, shards: dict[str, Found]) -> No
     assert "no training shards in" in one_line(spec, train=True)
 
 
-def test_folder_of_clip_benchmark(tmp_path: Path, shards: dict[str, Found]) -> None:
-    root = tmp_path / "wds [v1]"  # a glob must not see a pattern in it
+def test_folder_of_clip_benchmark(tmp_path: Path, shards: dict[str, Classes]) -> None:
+    root = tmp_path / "wds [v1]"  # brackets are no pattern in a folder's name
     for split, shard in (("train", "train-00"), ("test", "test-08")):
         (root / split).mkdir(parents=True)
         (tmp_path / f"{shard}.tar").rename(root / split / "0.tar")
@@ -136,13 +138,13 @@ def test_malformed_shards(members: dict[str, bytes], message: str, tmp_path: Pat
     assert message in one_line(f"webdataset:{tmp_path}/0.tar")
 
 
-def test_files_that_are_no_shards(tmp_path: Path) -> None:
+def test_damaged_and_compressed_shards(tmp_path: Path) -> None:
     write_lines(tmp_path / "classes.txt", ["cat", "dog"])
     shard = tmp_path / "0.tar"
     write_shard(shard, {f"{i}": (picture(40, 40), 0) for i in range(3)})
     whole = shard.read_bytes()
     with tarfile.open(shard) as tar:
-        second = tar.getmembers()[3].offset  # where the second sample starts
+        second = tar.getmembers()[3].offset  # start of the second sample
     ends = (0, 100, 512 + 300, 512 * 4 + 100, len(whole) // 3, second, second + 100)
     damaged = whole[:second] + b"?" * 512 + whole[second + 512 :]
     for raw in (b"no tar file" * 100, damaged, *(whole[:end] for end in ends)):

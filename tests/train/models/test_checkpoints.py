@@ -1,4 +1,4 @@
-"""Weights from every kind of file, and what is said about those that do not fit."""
+"""Models and weights from every source, the assumed activation, and errors for what does not fit."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from edgeclip.storage import sha256
+from tests.support.checkpoint_files import save_as, save_torchscript
 from tests.support.export_models import WORDING, write_folder
 from tests.support.paths import TESTS
 from train.errors import ModelError
 from train.models.checkpoints import Source, load, state_sha256
 from train.models.weight_files import join_sha256, read_weights
-
-OPENAI_BUFFERS = {"input_resolution": 32, "context_length": 24, "vocab_size": 814}
 
 
 @pytest.fixture(scope="module")
@@ -31,53 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "open_clip_model.safetensors")
-
-
-class Archive(nn.Module):
-    """What OpenAI's archives are to a reader: parameters by name in float16, and three buffers."""
-
-    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        for key, value in weights.items():
-            *path, name = key.split(".")
-            place: nn.Module = self
-            for part in path:
-                if not hasattr(place, part):
-                    place.add_module(part, nn.Module())
-                place = getattr(place, part)
-            place.register_parameter(name, nn.Parameter(value.half(), requires_grad=False))
-        for name, number in OPENAI_BUFFERS.items():
-            self.register_buffer(name, torch.tensor(number))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
-def save_torchscript(weights: dict[str, torch.Tensor], path: Path) -> None:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated; OpenAI's files are still there
-        torch.jit.save(torch.jit.trace(Archive(weights), torch.zeros(1)), str(path))
-
-
-def save_as(kind: str, weights: dict[str, torch.Tensor], folder: Path) -> Path:
-    path = folder / ("weights.safetensors" if kind == "safetensors" else "weights.pt")
-    if kind == "safetensors":
-        save_file(weights, path)
-    elif kind == "state dict":
-        torch.save(weights, path)
-    elif kind == "open_clip checkpoint":
-        state = {f"module.{key}": value for key, value in weights.items()}
-        torch.save({"epoch": 3, "name": "x", "state_dict": state, "optimizer": {}}, path)
-    elif kind == "training run":
-        torch.save({"model": weights, "epoch": 3}, path)
-    elif kind == "OpenAI archive":
-        save_torchscript(weights, path)
-    elif kind == "OpenAI state dict":
-        half = {key: value.half() for key, value in weights.items()}
-        torch.save(half | {k: torch.tensor(v) for k, v in OPENAI_BUFFERS.items()}, path)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -91,7 +42,7 @@ def save_as(kind: str, weights: dict[str, torch.Tensor], folder: Path) -> Path:
         "OpenAI state dict",
     ],
 )
-def test_weights_of_every_form(
+def test_weights_of_every_format(
     kind: str,
     folder: Path,
     weights: dict[str, torch.Tensor],
@@ -100,15 +51,15 @@ def test_weights_of_every_form(
 ) -> None:
     path = save_as(kind, weights, tmp_path)
     source = load(str(folder), str(path))
-    found = source.model.state_dict()
+    state = source.model.state_dict()
     tolerance = 1e-3 if kind.startswith("OpenAI") else 0  # float16
     for key, value in weights.items():
-        assert found[key].dtype == torch.float32
-        torch.testing.assert_close(found[key], value, rtol=tolerance, atol=tolerance)
+        assert state[key].dtype == torch.float32
+        torch.testing.assert_close(state[key], value, rtol=tolerance, atol=tolerance)
     assert source.weights_sha256 == sha256(path)
     assert source.pretrained == path.name
-    quick = any(type(m).__name__ == "QuickGELU" for m in source.model.modules())
-    assert quick == kind.startswith("OpenAI")
+    quick = kind.startswith("OpenAI")
+    assert has_quick_gelu(source) == quick
     assert ("trained with QuickGELU: building" in capsys.readouterr().err) == quick
 
 
@@ -128,13 +79,13 @@ def test_random_weights_are_the_same_each_time(folder: Path) -> None:
 
 
 def has_quick_gelu(source: Source) -> bool:
-    found = any(type(m).__name__ == "QuickGELU" for m in source.model.modules())
-    assert source.quick_gelu == found
-    return found
+    quick = any(type(m).__name__ == "QuickGELU" for m in source.model.modules())
+    assert source.quick_gelu == quick
+    return quick
 
 
 @pytest.mark.parametrize(
-    ("name", "quick", "told"),
+    ("name", "quick", "message"),
     [
         ("epoch_9.pt", False, "assuming GELU, which vit has: --quickgelu if epoch_9.pt was"),
         ("ViT-B-32-openai.pt", True, "assuming QuickGELU, for 'openai' in the name of"),
@@ -146,26 +97,26 @@ def has_quick_gelu(source: Source) -> bool:
         ("notopenai.pt", False, "assuming GELU, which vit has: --quickgelu if notopenai.pt was"),
     ],
 )
-def test_an_activation_that_is_assumed_is_said(
+def test_an_assumed_activation_is_reported(
     folder: Path,
     weights: dict[str, torch.Tensor],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     name: str,
     quick: bool,
-    told: str,
+    message: str,
 ) -> None:
     torch.save(weights, tmp_path / name)
     assert has_quick_gelu(load(str(folder), str(tmp_path / name))) == quick
-    assert told in capsys.readouterr().err
-    for asked in (True, False):
-        source = load(str(folder), str(tmp_path / name), quick_gelu=asked)
-        assert has_quick_gelu(source) == asked
+    assert message in capsys.readouterr().err
+    for choice in (True, False):
+        source = load(str(folder), str(tmp_path / name), quick_gelu=choice)
+        assert has_quick_gelu(source) == choice
         assert "assuming" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_an_activation_that_a_folder_names_is_taken(
+def test_the_activation_of_a_folder_is_used(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], known: bool
 ) -> None:
     shutil.copytree(folder, tmp_path / "run")
@@ -183,7 +134,7 @@ def test_an_activation_that_a_folder_names_is_taken(
 @pytest.mark.parametrize(
     ("tag", "quick"), [("openai", True), ("metaclip_400m", True), ("laion2b_s34b_b79k", False)]
 )
-def test_an_activation_that_a_tag_names_is_taken(
+def test_the_activation_of_a_tag_is_used(
     monkeypatch: pytest.MonkeyPatch,
     folder: Path,
     tmp_path: Path,
@@ -191,25 +142,25 @@ def test_an_activation_that_a_tag_names_is_taken(
     tag: str,
     quick: bool,
 ) -> None:
-    """Of ViT-B-32, shrunk: nothing is fetched."""
+    """Load tags of a shrunk ViT-B-32; nothing is downloaded."""
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     del config["text_cfg"]["tokenizer_kwargs"]
     config["text_cfg"]["vocab_size"] = 49408
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"ViT-B-32": config})
     model = load("ViT-B-32", "random").model
-    save_file(model.state_dict(), tmp_path / "fetched")
-    monkeypatch.setattr(open_clip, "download_pretrained", lambda _: tmp_path / "fetched")
+    save_file(model.state_dict(), tmp_path / "download")
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda _: tmp_path / "download")
     source = load("ViT-B-32", tag)
     assert has_quick_gelu(source) == quick
     assert source.pretrained == tag
-    told = capsys.readouterr().err
-    assert "assuming" not in told
-    assert ("trained with QuickGELU" in told) == quick
+    message = capsys.readouterr().err
+    assert "assuming" not in message
+    assert ("trained with QuickGELU" in message) == quick
     assert not has_quick_gelu(load("ViT-B-32", tag, quick_gelu=False))
 
 
-def half(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Another image tower: FARE's files hold its keys alone."""
+def half_tower(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return another image tower with bare keys, as in FARE's files."""
     return {
         key.removeprefix("visual."): value / 2
         for key, value in weights.items()
@@ -219,10 +170,10 @@ def half(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("prefix", ["", "visual.", "module.", "model.visual.", "module.visual."])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_an_image_tower_is_put_over_base_weights(
+def test_an_image_tower_replaces_base_weights(
     folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path, prefix: str, wrapped: bool
 ) -> None:
-    tower = {prefix + key: value for key, value in half(weights).items()}
+    tower = {prefix + key: value for key, value in half_tower(weights).items()}
     path = tmp_path / "fare.pt"
     torch.save({"vision_encoder_state_dict": tower, "epoch": 2} if wrapped else tower, path)
     source = load(str(folder), None, visual=str(path))
@@ -244,7 +195,7 @@ def test_an_image_tower_is_put_over_base_weights(
 def test_an_image_tower_has_the_bases_activation(
     folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    torch.save(half(weights), tmp_path / "w.pt")
+    torch.save(half_tower(weights), tmp_path / "w.pt")
     torch.save(weights, tmp_path / "openai.pt")
     base = str(tmp_path / "openai.pt")
     assert has_quick_gelu(load(str(folder), base, visual=str(tmp_path / "w.pt")))
@@ -254,17 +205,17 @@ def test_an_image_tower_has_the_bases_activation(
     assert not has_quick_gelu(load(str(folder), None, visual=str(tmp_path / "w.pt")))
 
 
-def test_image_towers_that_do_not_fit(
+def test_mismatched_image_towers_are_refused(
     folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    tower, path = half(weights), tmp_path / "w.pt"
+    tower, path = half_tower(weights), tmp_path / "w.pt"
     wrong = {key: value for key, value in tower.items() if key != "proj"}
     torch.save(wrong | {"ln_pre.bias": torch.zeros(7), "extra": torch.zeros(1)}, path)
     with pytest.raises(ModelError) as caught:
         load(str(folder), None, visual=str(path))
     assert str(caught.value) == (
         "w.pt does not hold this model's image tower; missing: visual.proj; unknown: visual.extra; "
-        "of another shape: visual.ln_pre.bias is (7,), not (64,)"
+        "wrong shape: visual.ln_pre.bias is (7,), not (64,)"
     )
     torch.save(tower, path)
     with pytest.raises(ModelError, match="image tower alone: name it with --visual"):
@@ -285,7 +236,7 @@ def test_image_towers_that_do_not_fit(
         ("visual.proj", float("nan"), "holds infinite values or NaN, in visual.proj"),
     ],
 )
-def test_weights_that_no_model_answers_with(
+def test_weights_without_finite_values_are_refused(
     folder: Path,
     weights: dict[str, torch.Tensor],
     tmp_path: Path,
@@ -325,7 +276,7 @@ def test_scalars_of_another_shape_fit(
     assert load(str(folder), str(tmp_path / "w.safetensors")).model.logit_scale.item() == 3
 
 
-def test_weights_of_another_model(
+def test_weights_of_another_model_are_refused(
     folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     path = tmp_path / "w.safetensors"
@@ -336,12 +287,12 @@ def test_weights_of_another_model(
     message = str(caught.value)
     assert "missing: visual.proj" in message
     assert "unknown: extra" in message
-    assert "of another shape: ln_final.bias is (7,), not (32,)" in message
+    assert "wrong shape: ln_final.bias is (7,), not (32,)" in message
     assert "\n" not in message
 
 
 class Code:
-    """Pickles as a call, which must not be made."""
+    """Object that pickles as a call, which must not happen."""
 
     def __reduce__(self) -> tuple:
         return (pytest.fail, ("pickled code was run",))
@@ -388,11 +339,11 @@ def test_files_without_a_state_dict(tmp_path: Path, value: object) -> None:
         ("ViT-B-32", None, "--pretrained is missing.*laion2b_s34b_b79k"),
         ("ViT-B/32", "no_such_tag", "neither a file nor a tag.*laion2b_s34b_b79k"),
         ("ViT-S-16", "no_such_tag", "ViT-S-16 has no tags"),
-        ("roberta-ViT-B-32", "random", "text tower of Hugging Face's"),
+        ("roberta-ViT-B-32", "random", "Hugging Face text tower"),
         ("tests", None, "no open_clip_config.json or config.json"),
     ],
 )
-def test_models_that_are_not_there(model: str, pretrained: str | None, message: str) -> None:
+def test_unknown_models_are_refused(model: str, pretrained: str | None, message: str) -> None:
     if model == "tests":
         model = str(TESTS)
     with pytest.raises(ModelError, match=message):
@@ -404,20 +355,22 @@ def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError("no network\nand a long story")
 
     monkeypatch.setattr(open_clip, "download_pretrained", offline)
-    with pytest.raises(ModelError, match=r"cannot fetch the weights 'openai' of RN50: no network$"):
+    with pytest.raises(
+        ModelError, match=r"cannot download the weights 'openai' of RN50: no network$"
+    ):
         load("RN50", "openai")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("not json", "no configuration of open_clip's"),
-        ("[]", "no configuration of open_clip's"),
-        ({"model_cfg": {}}, "no configuration of open_clip's"),
+        ("not json", "no open_clip configuration"),
+        ("[]", "no open_clip configuration"),
+        ({"model_cfg": {}}, "no open_clip configuration"),
         ({"model_cfg": {"embed_dim": 8, "vision_cfg": {"widht": 1}, "text_cfg": {}}}, "be built"),
     ],
 )
-def test_configurations_that_are_wrong(tmp_path: Path, change: object, message: str) -> None:
+def test_wrong_configurations_are_refused(tmp_path: Path, change: object, message: str) -> None:
     text = change if isinstance(change, str) else json.dumps(change)
     (tmp_path / "open_clip_config.json").write_text(text)
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"")

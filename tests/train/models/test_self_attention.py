@@ -1,4 +1,4 @@
-"""Attention as it is exported, against open_clip's own modules."""
+"""Exported attention against open_clip's modules."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def random_weights(module: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "of each prompt and head"])
-def test_a_block(mask: str) -> None:
+def test_block(mask: str) -> None:
     block, x = random_weights(ResidualAttentionBlock(24, 3)), torch.randn(4, 7, 24)
     masks = {
         "none": None,
         "causal": torch.full((7, 7), -torch.inf).triu(1),
-        "of each prompt and head": torch.randn(4 * 3, 7, 7),  # as CoCa's text tower has it
+        "of each prompt and head": torch.randn(4 * 3, 7, 7),  # CoCa's text tower
     }
     wanted = block(x, attn_mask=masks[mask])
     with plain_attention(block):
@@ -36,8 +36,8 @@ def test_a_block(mask: str) -> None:
     assert isinstance(block.attn, torch.nn.MultiheadAttention)
 
 
-@pytest.mark.parametrize("context", [24, 40])  # tokens as wide as the queries, and wider
-def test_a_pooling(context: int) -> None:
+@pytest.mark.parametrize("context", [24, 40])  # equal to the queries' width, and larger
+def test_pooling(context: int) -> None:
     pooling = random_weights(AttentionalPooler(24, context, n_head=3, n_queries=5))
     x = torch.randn(4, 7, context)
     wanted = pooling(x)
@@ -48,11 +48,11 @@ def test_a_pooling(context: int) -> None:
 
 
 def test_onnx_runtime_loads_a_pooling_in_fp16(tmp_path: Path) -> None:
-    """It crashed on the graph of nn.MultiheadAttention."""
-    made = exported("coca")
-    fp16.to_fp16(made.bundle.encoder("image_encoder", "fp32"), tmp_path / "half.onnx")
+    """Guard against the crash of ONNX Runtime on the graph of nn.MultiheadAttention."""
+    export = exported("coca")
+    fp16.to_fp16(export.bundle.encoder("image_encoder", "fp32"), tmp_path / "half.onnx")
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    found = torch.from_numpy(run_graph(tmp_path / "half.onnx", "embedding", pixels.numpy()))
+    embeddings = torch.from_numpy(run_graph(tmp_path / "half.onnx", "embedding", pixels.numpy()))
     with torch.no_grad():
-        wanted = made.source.model.encode_image(pixels, normalize=False)
-    assert torch.nn.functional.cosine_similarity(found, wanted).min() > 0.999
+        wanted = export.source.model.encode_image(pixels, normalize=False)
+    assert torch.nn.functional.cosine_similarity(embeddings, wanted).min() > 0.999

@@ -185,7 +185,7 @@ def test_prior_of_another_width_is_refused(tmp_path: Path) -> None:
     prior = TrainedPrior(DiffusionPrior(Shape(48, 1, 1)).eval(), "0" * 64)
     templates = wording(other.source).null_templates
     for actual in (prior, with_prior().prior):
-        with pytest.raises(ModelError, match="the prior is tiny for embeddings and text") as error:
+        with pytest.raises(ModelError, match="the prior is made for embeddings and text") as error:
             write_step(tmp_path, actual, other.source, templates, "exact")
         assert "\n" not in str(error.value)
         assert "have 48 and 32" in str(error.value)

@@ -1,4 +1,4 @@
-"""Models of Hugging Face's transformers, against transformers itself."""
+"""Models in the format of Hugging Face transformers, against transformers itself."""
 
 from __future__ import annotations
 
@@ -15,107 +15,38 @@ from safetensors.torch import load_file, save_file
 from edgeclip import Runtime
 from edgeclip.storage import sha256
 from export.__main__ import main
-from tests.support.export_models import MERGES, VOCABULARY, write_bpe, write_folder
+from tests.support.export_models import VOCABULARY, write_folder
+from tests.support.transformers_models import (
+    VISION,
+    make_model,
+    write_model,
+    write_preprocessing,
+    write_tokenizer,
+)
 from train.errors import ModelError
 from train.models.checkpoints import Source, load
 from train.models.transformers_clip import read_config, to_open_clip
 from train.models.weight_files import join_sha256
 from train.models.wording import image_spec
-from train.progress import quiet
 from train.run.folder import copy_tokenizer, save_model
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PROMPTS = ["dog", "a photo of a small dog.", "", "9 cats, 2 dogs and 17 birds " * 9]
-TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 88,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 24,
-    "bos_token_id": VOCABULARY - 2,
-    "eos_token_id": VOCABULARY - 1,
-    "pad_token_id": 0,
-}
-VISION = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 16,
-}
-
-
-def write_tokenizer(folder: Path) -> None:
-    """The test's byte-pair encoding in the files of transformers' CLIPTokenizer."""
-    write_bpe(folder / "bpe.txt.gz", MERGES)
-    simple = SimpleTokenizer(bpe_path=str(folder / "bpe.txt.gz"))
-    (folder / "bpe.txt.gz").unlink()
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    vocab = {token: index for token, index in simple.encoder.items() if token}
-    for mark, index in zip((start, end), simple.all_special_ids, strict=True):
-        del vocab[simple.decoder[index]]
-        vocab[mark] = index
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    merges = [" ".join(merge) for merge in simple.bpe_ranks if len(merge) == 2]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    config = {"tokenizer_class": "CLIPTokenizer", "bos_token": start, "eos_token": end}
-    config |= {"unk_token": end, "pad_token": end, "model_max_length": 24}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def make_model(
-    act: str = "quick_gelu", vision: dict[str, Any] | None = None, **text: Any
-) -> transformers.CLIPModel:
-    torch.manual_seed(1)
-    with quiet():
-        config = transformers.CLIPConfig(
-            text_config=TEXT | {"hidden_act": act} | text,
-            vision_config=VISION | {"hidden_act": act} | (vision or {}),
-            projection_dim=48,
-        )
-        model = transformers.CLIPModel(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.ndim:
-            parameter += 0.05 * torch.randn_like(parameter)
-    return model
-
-
-def write_model(folder: Path, model: transformers.PreTrainedModel) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(model.config.to_json_string())
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-    return folder
-
-
-def write_preprocessing(folder: Path, name: str = "preprocessor_config.json", **other: Any) -> None:
-    settings = {
-        "crop_size": {"height": 32, "width": 32},
-        "size": {"shortest_edge": 32},
-        "image_mean": [0.5, 0.4, 0.3],
-        "image_std": [0.2, 0.25, 0.3],
-        "resample": 3,
-        "do_center_crop": True,
-    } | other
-    whole = {"image_processor": settings} if name.startswith("processor") else settings
-    (folder / name).write_text(json.dumps(whole))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A whole folder of transformers', with QuickGELU."""
-    made = write_model(tmp_path / "hf", make_model())
-    write_tokenizer(made)
-    write_preprocessing(made)
-    return made
+    """Write a complete transformers folder, with QuickGELU."""
+    folder = write_model(tmp_path / "hf", make_model())
+    write_tokenizer(folder)
+    write_preprocessing(folder)
+    return folder
 
 
 def embeddings(model: transformers.CLIPModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple:
-    """Of images and texts, by transformers alone."""
-    found = model(pixel_values=pixels, input_ids=ids)
-    return found.image_embeds, found.text_embeds
+    """Return the embeddings of images and texts, by transformers alone."""
+    output = model(pixel_values=pixels, input_ids=ids)
+    return output.image_embeds, output.text_embeds
 
 
 def check_same(source: Source, model: transformers.CLIPModel, ids: torch.Tensor) -> None:
@@ -136,7 +67,7 @@ def their_ids(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
-@pytest.mark.parametrize("eos", [VOCABULARY - 1, 2])  # 2: of old configurations, no end mark
+@pytest.mark.parametrize("eos", [VOCABULARY - 1, 2])  # 2: in old configurations, not the end mark
 def test_a_folder_computes_what_transformers_computes(
     tmp_path: Path, act: str, eos: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,7 +88,7 @@ def test_a_folder_computes_what_transformers_computes(
 
 
 def test_other_sizes_and_epsilons(tmp_path: Path) -> None:
-    """Of what open_clip has other defaults for; the heads are not 64 wide either."""
+    """Use values other than open_clip's defaults, with heads not 64 wide."""
     vision = {"layer_norm_eps": 0.05, "intermediate_size": 100, "num_attention_heads": 4}
     model = make_model(
         "gelu", vision, layer_norm_eps=0.02, intermediate_size=77, num_attention_heads=4
@@ -169,24 +100,23 @@ def test_other_sizes_and_epsilons(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [224, 768, 896])
 @pytest.mark.parametrize("inner", [230, 1000, 3072])
-def test_a_width_within_blocks_that_is_no_multiple(tmp_path: Path, width: int, inner: int) -> None:
-    """230 / 224 * 224 is less than 230 in floating point, and open_clip rounds down."""
+def test_mlp_width_that_is_no_multiple_of_the_width(tmp_path: Path, width: int, inner: int) -> None:
+    """Guard against rounding: 230 / 224 * 224 < 230 in floating point, and open_clip rounds down."""
     text = {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": 4}
     config = {"model_type": "clip", "text_config": text, "vision_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = read_config(tmp_path)["text_cfg"]
-    assert int(found["width"] * found["mlp_ratio"]) == inner
+    text_cfg = read_config(tmp_path)["text_cfg"]
+    assert int(text_cfg["width"] * text_cfg["mlp_ratio"]) == inner
 
 
 def test_a_configuration_may_leave_out_defaults(tmp_path: Path) -> None:
-    """As those that transformers 4 saved."""
+    """Read a configuration as transformers 4 saved it."""
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    found = read_config(tmp_path)
-    assert (found["embed_dim"], found["quick_gelu"]) == (512, True)
-    assert {"image_size": 224, "patch_size": 32, "layers": 12}.items() <= found[
-        "vision_cfg"
-    ].items()
-    assert {"vocab_size": 49408, "eos_id": 49407}.items() <= found["text_cfg"].items()
+    config = read_config(tmp_path)
+    assert (config["embed_dim"], config["quick_gelu"]) == (512, True)
+    vision = {"image_size": 224, "patch_size": 32, "layers": 12}
+    assert vision.items() <= config["vision_cfg"].items()
+    assert {"vocab_size": 49408, "eos_id": 49407}.items() <= config["text_cfg"].items()
 
 
 @pytest.mark.parametrize("form", ["pytorch_model.bin", "shards"])
@@ -194,14 +124,14 @@ def test_weights_of_a_folder(folder: Path, form: str) -> None:
     path = folder / "model.safetensors"
     state = load_file(path)
     path.unlink()
-    state["text_model.embeddings.position_ids"] = torch.arange(24)[None]  # of old versions
+    state["text_model.embeddings.position_ids"] = torch.arange(24)[None]  # saved by old versions
     if form == "shards":
         keys = sorted(state)
-        parts = {"model-00001-of-00002.safetensors": keys[:9]}
-        parts["model-00002-of-00002.safetensors"] = keys[9:]
-        for name, own in parts.items():
-            save_file({key: state[key] for key in own}, folder / name)
-        table = {key: name for name, own in parts.items() for key in own}
+        shards = {"model-00001-of-00002.safetensors": keys[:9]}
+        shards["model-00002-of-00002.safetensors"] = keys[9:]
+        for name, shard in shards.items():
+            save_file({key: state[key] for key in shard}, folder / name)
+        table = {key: name for name, shard in shards.items() for key in shard}
         index = folder / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": table}))
     else:
@@ -210,7 +140,7 @@ def test_weights_of_a_folder(folder: Path, form: str) -> None:
 
 
 def test_a_folder_becomes_a_bundle(folder: Path, tmp_path: Path) -> None:
-    """With an image tower from a file, which is the same here."""
+    """Export with an image tower from a file, which has the same weights."""
     state = load_file(folder / "model.safetensors")
     tower = {key: value for key, value in state.items() if key.startswith("vis")}
     torch.save(tower, tmp_path / "tower.pt")
@@ -234,17 +164,17 @@ def test_a_folder_becomes_a_bundle(folder: Path, tmp_path: Path) -> None:
     )
     pixels = torch.zeros(1, 3, 32, 32)
     images, texts = embeddings(model, pixels, inputs.input_ids)
-    found = torch.from_numpy(runtime.embed_texts(prompts))
-    torch.testing.assert_close(found, texts, rtol=0, atol=1e-4)
+    ours = torch.from_numpy(runtime.embed_texts(prompts))
+    torch.testing.assert_close(ours, texts, rtol=0, atol=1e-4)
     grey = (255 * torch.tensor([0.5, 0.4, 0.3])).round().to(torch.uint8).expand(32, 32, 3)
     exact = (grey[0, 0] / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.25, 0.3])
     images, _ = embeddings(model, exact[None, :, None, None].expand(1, 3, 32, 32), inputs.input_ids)
-    found = torch.from_numpy(runtime.embed_images([grey.numpy()]))
-    torch.testing.assert_close(found, images, rtol=0, atol=1e-4)
+    ours = torch.from_numpy(runtime.embed_images([grey.numpy()]))
+    torch.testing.assert_close(ours, images, rtol=0, atol=1e-4)
 
 
-def test_a_run_that_is_made_of_a_folder(folder: Path, tmp_path: Path) -> None:
-    """As train.tgazsr leaves it: a folder of open_clip's, with the tokenizer's files."""
+def test_a_run_that_starts_from_a_folder(folder: Path, tmp_path: Path) -> None:
+    """Save and reload as train.tgazsr does: an open_clip folder with the tokenizer's files."""
     source, run = load(str(folder), None), tmp_path / "run"
     run.mkdir()
     copy_tokenizer(source, run)
@@ -258,7 +188,7 @@ def test_a_run_that_is_made_of_a_folder(folder: Path, tmp_path: Path) -> None:
 def test_weights_for_a_named_architecture(
     tmp_path: Path, act: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Into open_clip's own model; its activation is that of config.json beside the weights."""
+    """Load into an open_clip model; config.json beside the weights names the activation."""
     architecture = write_folder(tmp_path / "vit", "vit")
     path = write_model(tmp_path / "hf", make_model(act, intermediate_size=128, vision={
         "intermediate_size": 256})) / "model.safetensors"  # fmt: skip
@@ -276,7 +206,7 @@ def test_weights_for_a_named_architecture(
 def test_an_image_tower_over_base_weights(
     folder: Path, tmp_path: Path, bare: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """CLIPVisionModelWithProjection."""
+    """Load the image tower of a CLIPVisionModelWithProjection."""
     other = make_model("gelu")
     for parameter in other.parameters():
         parameter *= 1.1
@@ -306,7 +236,7 @@ def test_an_image_tower_over_base_weights(
 
 
 @pytest.mark.parametrize("text", ["{}", "not json", '{"model_type": "bert"}'])
-def test_another_configuration_in_a_folder_called_as_a_model(
+def test_a_foreign_folder_with_the_name_of_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -316,7 +246,7 @@ def test_another_configuration_in_a_folder_called_as_a_model(
         load("ViT-S-16", "some")
 
 
-def test_queries_without_their_keys_are_named(folder: Path) -> None:
+def test_queries_without_keys_are_named(folder: Path) -> None:
     path = folder / "model.safetensors"
     state = load_file(path)
     del state["text_model.encoder.layers.1.self_attn.k_proj.bias"]
@@ -326,16 +256,16 @@ def test_queries_without_their_keys_are_named(folder: Path) -> None:
         load(str(folder), None)
 
 
-def test_without_a_tokenizer_clips_own_is_taken_and_said(
+def test_a_missing_tokenizer_is_replaced_by_clips_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = {"vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406}
-    model = make_model(**own, max_position_embeddings=77)
+    vocabulary = {"vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406}
+    model = make_model(**vocabulary, max_position_embeddings=77)
     folder = write_model(tmp_path / "hf", model)
     source = load(str(folder), None)
-    told = capsys.readouterr().err
-    assert "holds no tokenizer: taking CLIP's own" in told
-    assert "holds no preprocessor_config.json: assuming CLIP's own mean" in told
+    message = capsys.readouterr().err
+    assert "holds no tokenizer: using CLIP's" in message
+    assert "holds no preprocessor_config.json: assuming CLIP's mean" in message
     assert isinstance(source.tokenizer, SimpleTokenizer)
     check_same(source, model, source.tokenizer(PROMPTS))
     spec = image_spec(source.model)
@@ -377,7 +307,7 @@ def test_preprocessing(
         ({"size": None}, "NoneType"),
     ],
 )
-def test_preprocessing_that_edgeclip_does_not_have(
+def test_unsupported_preprocessing_is_refused(
     folder: Path, other: dict[str, Any], message: str
 ) -> None:
     write_preprocessing(folder, **other)
@@ -398,10 +328,10 @@ def test_preprocessing_that_edgeclip_does_not_have(
         ({"model_type": "clip", "text_config": {"hidden_act": "gelu"}}, "gelu and quick_gelu"),
         ({"model_type": "clip", "text_config": {"eos_token_id": [2, 3]}}, "must be one number"),
         ({"model_type": "clip", "vision_config": {"num_channels": 4}}, "three channels"),
-        ({"model_type": "clip", "text_config": {"hidden_size": "x"}}, "cannot be exported"),
+        ({"model_type": "clip", "text_config": {"hidden_size": "x"}}, "cannot be converted"),
     ],
 )
-def test_configurations_that_are_not_supported(tmp_path: Path, change: Any, message: str) -> None:
+def test_unsupported_configurations_are_refused(tmp_path: Path, change: Any, message: str) -> None:
     text = change if isinstance(change, str) else json.dumps(change)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=message) as caught:

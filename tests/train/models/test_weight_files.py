@@ -1,4 +1,4 @@
-"""A state dict found in what training scripts save, and files of every form read without running code."""
+"""Weight files of every format, wrapped state dicts, and pickles whose code must not run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.errors import ModelError
 from train.models import weight_files
 from train.models.weight_files import Ignored, join_sha256, read_file, read_weights
 
-# The least that tells a whole model from an image tower.
+# The fewest keys that distinguish a whole model from an image tower.
 MODEL = {
     "visual.conv1.weight": torch.ones(2),
     "token_embedding.weight": torch.full((3,), 2.0),
@@ -36,19 +36,19 @@ def prefixed(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {prefix + key: value for key, value in state.items()}
 
 
-def saved(folder: Path, value: object, name: str = "w.pt") -> Path:
+def save_checkpoint(folder: Path, value: object, name: str = "w.pt") -> Path:
     torch.save(value, folder / name)
     return folder / name
 
 
-def check_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def check_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert state.keys() == expected.keys()
     for key, value in expected.items():
-        assert torch.equal(found[key], value)
+        assert torch.equal(state[key], value)
 
 
 @pytest.mark.parametrize(
-    ("value", "taken"),
+    ("value", "trail"),
     [
         (MODEL, ""),
         ({"state_dict": MODEL, "epoch": 3, "optimizer": {"state": {0: {"step": 1}}}}, "state_dict"),
@@ -73,20 +73,20 @@ def check_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     ],
 )  # fmt: skip
 def test_wrappers_and_prefixes_are_unwrapped(
-    tmp_path: Path, value: object, taken: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, value: object, trail: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = saved(tmp_path, value)
+    path = save_checkpoint(tmp_path, value)
     weights = read_weights(path)
     check_same(weights.state, MODEL)
     assert (weights.label, weights.sha256) == ("w.pt", sha256(path))
-    assert capsys.readouterr().err == (f"w.pt: taking {taken}\n" if taken else "")
+    assert capsys.readouterr().err == (f"w.pt: taking {trail}\n" if trail else "")
 
 
-def test_tensors_beside_a_prefix_are_left_and_named(
+def test_tensors_beside_a_prefix_are_skipped_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As torch's AveragedModel and Lightning's modules with metrics save them."""
-    path = saved(tmp_path, prefixed("module.", MODEL) | {"n_averaged": torch.tensor(7)})
+    """Cover torch's AveragedModel and Lightning modules with metrics."""
+    path = save_checkpoint(tmp_path, prefixed("module.", MODEL) | {"n_averaged": torch.tensor(7)})
     check_same(read_weights(path).state, MODEL)
     assert capsys.readouterr().err == "w.pt: taking module., leaving n_averaged\n"
 
@@ -105,13 +105,13 @@ def test_tensors_beside_a_prefix_are_left_and_named(
 def test_one_of_several_state_dicts_is_chosen_by_its_key(
     tmp_path: Path, value: object, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = saved(tmp_path, value)
+    path = save_checkpoint(tmp_path, value)
     first = read_weights(path)
     check_same(first.state, MODEL)
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    if key.endswith(("ema", "ema_model")):  # names that are known
-        assert f"not {key} (chosen by w.pt#{key})" in told
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    if key.endswith(("ema", "ema_model")):  # known wrappers
+        assert f"not {key} (chosen by w.pt#{key})" in message
     second = read_weights(f"{path}#{key}")
     check_same(second.state, EMA)
     assert second.label == f"w.pt#{key}"
@@ -121,7 +121,7 @@ def test_one_of_several_state_dicts_is_chosen_by_its_key(
 
 
 def test_a_file_may_have_a_hash_in_its_name(tmp_path: Path) -> None:
-    path = saved(tmp_path, {"model": MODEL, "ema": EMA}, "run#ema")
+    path = save_checkpoint(tmp_path, {"model": MODEL, "ema": EMA}, "run#ema")
     check_same(read_weights(path).state, MODEL)
     check_same(read_weights(f"{path}#ema").state, EMA)
 
@@ -133,13 +133,13 @@ def test_a_file_may_have_a_hash_in_its_name(tmp_path: Path) -> None:
         prefixed("visual.", TOWER),
         prefixed("module.visual.", TOWER),
         {"state_dict": prefixed("model.visual.", TOWER)},
-        # TeCoA's own script: of a prompt, and of the tower.
+        # TeCoA's script saves a prompt and the tower.
         {"state_dict": {"pad_up": torch.zeros(1)}, "vision_encoder_state_dict": TOWER, "epoch": 1},
         {"model": MODEL, "vision_encoder_state_dict": prefixed("module.", TOWER)},
     ],
 )
 def test_image_towers(tmp_path: Path, value: dict[str, Any]) -> None:
-    path = saved(tmp_path, value)
+    path = save_checkpoint(tmp_path, value)
     check_same(read_weights(path, "visual").state, prefixed("visual.", TOWER))
     if "model" in value:
         check_same(read_weights(path).state, MODEL)
@@ -150,32 +150,32 @@ def test_image_towers(tmp_path: Path, value: dict[str, Any]) -> None:
 
 def test_a_whole_model_is_no_image_tower(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="holds a whole model: name it with --pretrained"):
-        read_weights(saved(tmp_path, MODEL), "visual")
+        read_weights(save_checkpoint(tmp_path, MODEL), "visual")
 
 
 def test_without_a_state_dict_the_keys_are_listed(tmp_path: Path) -> None:
     value = {"epoch": 3, "args": argparse.Namespace(lr=1), "losses": [1.0], "optimizer": {}}
     many = value | {f"more{i}": i for i in range(5)}
     with pytest.raises(ModelError) as caught:
-        read_weights(saved(tmp_path, many))
+        read_weights(save_checkpoint(tmp_path, many))
     assert str(caught.value) == (
         f"{tmp_path / 'w.pt'} holds no state dict: its keys are epoch (int), args (Ignored), "
         "losses (list), optimizer (dict), more0 (int), more1 (int) and 3 more; FILE#KEY chooses one"
     )
-    for other, told in (({}, "it is empty"), ([1, 2], "it is a list")):
-        with pytest.raises(ModelError, match=f"holds no state dict: {told}"):
-            read_weights(saved(tmp_path, other))
+    for other, problem in (({}, "it is empty"), ([1, 2], "it is a list")):
+        with pytest.raises(ModelError, match=f"holds no state dict: {problem}"):
+            read_weights(save_checkpoint(tmp_path, other))
 
 
 def test_a_dictionary_that_holds_itself(tmp_path: Path) -> None:
     value: dict[str, Any] = {"epoch": 1}
     value["state_dict"] = value
     with pytest.raises(ModelError, match="holds no state dict"):
-        read_weights(saved(tmp_path, value))
+        read_weights(save_checkpoint(tmp_path, value))
 
 
 def nested(levels: int) -> dict[str, Any]:
-    """Dictionaries that hold the next one under every name of a wrapper."""
+    """Build dictionaries, each of which holds the next one under every wrapper's name."""
     value: dict[str, Any] = {"epoch": 1}
     for _ in range(levels):
         value = dict.fromkeys(weight_files.WRAPPERS, value)
@@ -186,7 +186,7 @@ def nested(levels: int) -> dict[str, Any]:
 def test_each_dictionary_is_searched_once(
     tmp_path: Path, levels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dictionary that holds itself under every name, and a tree whose branches are shared."""
+    """Search a dictionary that holds itself under every name, and a tree with shared branches."""
     value = nested(levels)
     if not levels:
         value |= dict.fromkeys(weight_files.WRAPPERS, value)
@@ -199,11 +199,11 @@ def test_each_dictionary_is_searched_once(
     monkeypatch.setattr(weight_files, "_candidates", counted)
     for key in ("", "#model"):
         with pytest.raises(ModelError, match="holds no state dict"):
-            read_weights(f"{saved(tmp_path, value)}{key}")
+            read_weights(f"{save_checkpoint(tmp_path, value)}{key}")
 
 
 def test_a_state_dict_under_two_names_is_found_by_either(tmp_path: Path) -> None:
-    path = saved(tmp_path, {"model": MODEL, "ema": MODEL})
+    path = save_checkpoint(tmp_path, {"model": MODEL, "ema": MODEL})
     for key in ("", "#model", "#ema"):
         check_same(read_weights(f"{path}{key}").state, MODEL)
 
@@ -222,7 +222,7 @@ def test_a_state_dict_under_two_names_is_found_by_either(tmp_path: Path) -> None
     ids=str,
 )
 def test_numpy_beside_the_weights(tmp_path: Path, value: Any, core: bytes) -> None:
-    path = tmp_path / "w.pt"  # the old form of torch.save: the other is an archive with checksums
+    path = tmp_path / "w.pt"  # the old format of torch.save: the new one has checksums
     torch.save({"model": MODEL, "best_acc": value}, path, _use_new_zipfile_serialization=False)
     data = path.read_bytes()
     assert re.search(rb"numpy\._?core", data)
@@ -233,7 +233,7 @@ def test_numpy_beside_the_weights(tmp_path: Path, value: Any, core: bytes) -> No
 
 def test_arguments_beside_the_weights(tmp_path: Path) -> None:
     args = argparse.Namespace(lr=1e-4, best=np.float64(3), out=Path("runs"), nested={"a": [None]})
-    check_same(read_weights(saved(tmp_path, {"model": MODEL, "args": args})).state, MODEL)
+    check_same(read_weights(save_checkpoint(tmp_path, {"model": MODEL, "args": args})).state, MODEL)
 
 
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
@@ -251,7 +251,7 @@ def test_paths_of_any_system_beside_the_weights(tmp_path: Path, module: str, nam
 
 
 class Forged:
-    """Pickles as a call of `function`, and a state that is set on what it returns."""
+    """Object that pickles as a call of `function`, and a state that is set on the result."""
 
     def __init__(self, function: Any, arguments: tuple, state: Any) -> None:
         self.reduced = function, arguments, state
@@ -261,7 +261,7 @@ class Forged:
 
 
 def test_a_forged_state_reaches_no_class(tmp_path: Path) -> None:
-    """NumPy takes the bytes for addresses of objects: with other flags the process crashes."""
+    """Forge a dtype whose bytes NumPy reads as object addresses; with other flags it crashes."""
     fields, flags = {"a": (np.dtype("O"), 0)}, 0
     dtype = Forged(np.dtype, ("V8", 0, 1), (3, "|", None, ("a",), fields, 8, 1, flags))
     rebuild = np.zeros(1).__reduce__()[0]
@@ -273,31 +273,31 @@ def test_a_forged_state_reaches_no_class(tmp_path: Path) -> None:
         "arguments": Forged(argparse.Namespace, (), slots),
         "path": Forged(PurePosixPath, ("a",), slots),
     }
-    path = saved(tmp_path, {"model": MODEL} | values)
-    found = read_file(path)
-    assert {key: type(found[key]) for key in values} == dict.fromkeys(values, Ignored)
-    assert not any(vars(found[key]) for key in values)
+    path = save_checkpoint(tmp_path, {"model": MODEL} | values)
+    contents = read_file(path)
+    assert {key: type(contents[key]) for key in values} == dict.fromkeys(values, Ignored)
+    assert not any(vars(contents[key]) for key in values)
     check_same(read_weights(path).state, MODEL)
 
 
 class Command:
-    """Pickles as a call of os.system, which leaves a file where it is made."""
+    """Object that pickles as a call of os.system, which creates a file."""
 
-    def __init__(self, made: Path) -> None:
-        self.made = made
+    def __init__(self, created: Path) -> None:
+        self.created = created
 
     def __reduce__(self) -> tuple:
-        return (os.system, (f"touch {self.made}",))
+        return (os.system, (f"touch {self.created}",))
 
 
 @pytest.mark.parametrize("kind", ["archive", "old", "pickle", "namespace", "array"])
 def test_no_command_is_run(tmp_path: Path, kind: str) -> None:
-    made, path = tmp_path / "made", tmp_path / "w.pt"
-    value: Any = {"model": MODEL, "best_acc": Command(made)}
+    created, path = tmp_path / "created", tmp_path / "w.pt"
+    value: Any = {"model": MODEL, "best_acc": Command(created)}
     if kind == "namespace":
-        value["best_acc"] = argparse.Namespace(lr=Command(made))
+        value["best_acc"] = argparse.Namespace(lr=Command(created))
     if kind == "array":
-        value["best_acc"] = np.array([Command(made)], object)
+        value["best_acc"] = np.array([Command(created)], object)
     if kind == "pickle":
         path.write_bytes(pickle.dumps(value["best_acc"], protocol=2))
     else:
@@ -305,17 +305,17 @@ def test_no_command_is_run(tmp_path: Path, kind: str) -> None:
     with pytest.raises(ModelError, match=r"holds pickled code \(posix.system\), which") as caught:
         read_weights(path)
     assert "\n" not in str(caught.value)
-    assert not made.exists()
+    assert not created.exists()
 
 
 @pytest.mark.parametrize("name", ["w.bin", "w.pt", "w.ckpt", "w", "w.safetensors"])
-def test_safetensors_are_known_by_content(tmp_path: Path, name: str) -> None:
+def test_safetensors_are_recognised_by_content(tmp_path: Path, name: str) -> None:
     save_file(MODEL, tmp_path / name)
     check_same(read_weights(tmp_path / name).state, MODEL)
 
 
 @pytest.mark.parametrize("archive", [True, False])
-def test_a_pickle_that_is_called_safetensors(tmp_path: Path, archive: bool) -> None:
+def test_a_pickle_with_the_suffix_of_safetensors(tmp_path: Path, archive: bool) -> None:
     path = tmp_path / "w.safetensors"
     torch.save(MODEL, path, _use_new_zipfile_serialization=archive)
     with pytest.raises(ModelError, match=r"no safetensors but a PyTorch checkpoint: rename it"):
@@ -330,7 +330,7 @@ def test_a_pointer_of_git_lfs(tmp_path: Path, name: str) -> None:
 
 
 def shards(folder: Path, suffix: str = ".safetensors") -> Path:
-    """MODEL in two files, as transformers saves a large one; the index."""
+    """Write MODEL in two shards, as transformers saves a large model, and return the index."""
     stem = "model" if suffix == ".safetensors" else "pytorch_model"
     table = {}
     for i, part in enumerate((["visual.conv1.weight"], ["token_embedding.weight", "logit_scale"])):

@@ -1,4 +1,4 @@
-"""The checks let a sound measurement pass, and name what is wrong with defences that only seem so."""
+"""Checks pass a sound measurement, and fail defences that only seem robust."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from edgeclip.purify import MAX_SEED, CosPurifier, DiffPurifier
 from tests.support.toy_models import null_prior, toy, toy_images
 from train.robustness import checks
-from train.robustness.checks import CHECKS, Finding, Fixed, Trial
-from train.robustness.defence import Defence, View, right
-from train.robustness.threat import Bank, Threat, build
+from train.robustness.checks import CHECKS, Finding, Trial
+from train.robustness.defence import Defence, FixedNoise, View, correct
+from train.robustness.threat import TargetImages, Threat, build
 
 EPS = {"linf": 10 / 255, "l2": 0.6}
 GENTLE = CosPurifier(3, 0.01)
@@ -31,19 +31,19 @@ def measured(
     count: int = COUNT,
     **changes: Any,
 ) -> Trial:
-    """How a measurement goes on that defence, by fewer attacks than usual."""
+    """Measure a defence by few attacks."""
     images, labels = toy_images(defence, count)
     seeds, eps = torch.arange(count), EPS[norm]
     given = {"eps": eps, "steps": 8, "step_size": eps / 4, "queries": 30} | changes
-    threat, bank = Threat(norm, **given), Bank.of(defence, images, labels)
-    clean = held = right(defence, images, labels)
+    threat, targets = Threat(norm, **given), TargetImages.embed(defence, images, labels)
+    clean = robust = correct(defence, images, labels)
     for attack in attacks:
         for gradient in gradients if defence.purifier else gradients[:1]:
-            found = build(attack, defence, gradient, threat, bank)(images, labels, seeds)
-            held = held & right(defence, found, labels)
+            found = build(attack, defence, gradient, threat, targets)(images, labels, seeds)
+            robust = robust & correct(defence, found, labels)
     return Trial(
-        defence, threat, images, labels, seeds, clean=clean, held=held, before_square=held,
-        square=None, bank=bank, batch_size=16,
+        defence, threat, images, labels, seeds, clean=clean, robust=robust, before_square=robust,
+        square=None, targets=targets, batch_size=16,
     )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def check(name: str, trial: Trial) -> Finding:
 
 
 class Changed(Defence):
-    """A defence made of another, which does something to images or to what is seen of them."""
+    """Another defence, with changed images or logits."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Changed(Defence):
 
 
 class Masked(Defence):
-    """The exact gradient is said to be what the released code gives."""
+    """Defence whose exact gradient is the released one."""
 
     def view(self, images: Tensor, gradient: str) -> View:
         return super().view(images, "released" if gradient == "exact" else gradient)
@@ -110,7 +110,7 @@ def sound() -> Trial:
 
 def test_sound_trial_is_worth_checking(sound: Trial) -> None:
     assert sound.clean.all()
-    assert 0.2 < sound.held.float().mean() < 0.8
+    assert 0.2 < sound.robust.float().mean() < 0.8
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -120,7 +120,7 @@ def test_sound_measurements_pass(sound: Trial, norm: str, name: str) -> None:
     trial = replace(
         trial,
         surrogate=toy(),
-        shipped={"fp32": lambda images: trial.defence(images).argmax(1)},
+        exported={"fp32": lambda images: trial.defence(images).argmax(1)},
     )
     finding = check(name, trial)
     assert finding.passed is (None if name == "step parity" else True), finding.figure
@@ -143,7 +143,7 @@ def test_what_does_not_apply_is_neither(sound: Trial) -> None:
 @pytest.mark.parametrize("make", [quantised, detached, masked])
 def test_gradients_that_are_not_there(make: Callable[[], Defence]) -> None:
     trial = measured(make(), attacks=("cw",), gradients=("exact",))
-    assert trial.held.float().mean() > 0.9  # what is believed without the checks
+    assert trial.robust.float().mean() > 0.9  # what is believed without the checks
     names = ["gradient health", "falls at a large eps, never rises"]
     if make is not masked:  # in so few dimensions what rounding leaves does a little
         names.append("beats noise")
@@ -157,7 +157,7 @@ def test_gradients_that_are_not_there(make: Callable[[], Defence]) -> None:
 
 
 class Fewer(torch.autograd.Function):
-    """The same, with a gradient that is a given multiple of what it should be, image by image."""
+    """Identity with a scaled gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
@@ -182,8 +182,6 @@ def test_gradients_that_are_small_or_point_elsewhere(
 
 @pytest.mark.parametrize(("zeros", "passes"), [(1, True), (3, False)])
 def test_gradients_that_are_zero_for_some(sound: Trial, zeros: int, passes: bool) -> None:
-    """Of 33 images one is 3 %."""
-
     def before(images: Tensor) -> Tensor:
         nowhere = (images[:, None] == sound.images[-zeros:]).flatten(2).all(2).any(1)
         return Fewer.apply(images, (~nowhere).to(images)[:, None, None, None])
@@ -193,7 +191,7 @@ def test_gradients_that_are_zero_for_some(sound: Trial, zeros: int, passes: bool
 
 
 def test_gradients_of_another_function(sound: Trial) -> None:
-    """As by a straight-through estimate: of a healthy size, but not what is evaluated."""
+    """Use a straight-through estimate: its gradient is large, but not of the evaluated function."""
     other = toy(seed=5)
 
     def before(images: Tensor) -> Tensor:
@@ -211,7 +209,7 @@ def test_gradients_are_looked_at_whatever_is_right(sound: Trial) -> None:
 
 
 def refuge(inner: float, outer: float) -> Defence:
-    """Images so far from the clean ones (linf) are taken back to them, and answered rightly."""
+    """Defence that classifies images far from the clean ones (linf) as these."""
     plain = toy()
     clean, _ = toy_images(plain, COUNT)
 
@@ -226,14 +224,14 @@ def refuge(inner: float, outer: float) -> Defence:
 
 def test_what_resists_a_large_eps() -> None:
     trial = measured(refuge(30 / 255, 2), attacks=("cw",))
-    assert 0.2 < trial.held.float().mean() < 0.8
+    assert 0.2 < trial.robust.float().mean() < 0.8
     finding = check("falls at a large eps, never rises", trial)
     assert finding.passed is False
     assert "without purification at 80/255 0.0" in finding.figure
 
 
 def test_what_resists_a_larger_eps_better() -> None:
-    """At the largest it falls, but between there is an eps at which it does better than below."""
+    """Fail a defence that falls at the largest eps, but does better at a middle one than below it."""
     trial = measured(refuge(15 / 255, 21 / 255), attacks=("cw",))
     finding = check("falls at a large eps, never rises", trial)
     assert "80/255 0.0; " in finding.figure
@@ -258,16 +256,16 @@ def test_rises_by_more_than_an_image_and_the_tolerance(
 
 
 def test_an_attack_that_does_no_more_than_noise(sound: Trial) -> None:
-    assert check("beats noise", replace(sound, held=sound.clean)).passed is False
-    held = sound.clean.clone()
-    held[0] = False  # 3 points
-    assert check("beats noise", replace(sound, held=held)).passed is True
-    nothing = torch.zeros_like(held)
-    assert check("beats noise", replace(sound, clean=nothing, held=nothing)).passed is True
+    assert check("beats noise", replace(sound, robust=sound.clean)).passed is False
+    robust = sound.clean.clone()
+    robust[0] = False  # 3 points
+    assert check("beats noise", replace(sound, robust=robust)).passed is True
+    nothing = torch.zeros_like(robust)
+    assert check("beats noise", replace(sound, clean=nothing, robust=nothing)).passed is True
 
 
 def test_noise_is_as_large_as_the_attack(sound: Trial) -> None:
-    """And fools by itself what has no margin, for which no attack was needed."""
+    """Use noise that alone defeats a defence without a margin."""
     for norm, eps in (("linf", 0.5), ("l2", 12.0)):
         trial = replace(sound, threat=replace(sound.threat, norm=norm, eps=eps))
         floor = check("beats noise", trial).figure
@@ -311,7 +309,7 @@ def test_answers_that_depend_on_the_order(sound: Trial) -> None:
 
 @pytest.mark.parametrize(("size", "passes"), [(5e-5, True), (5e-4, False)])
 def test_batches_differ_by_rounding_only(sound: Trial, size: float, passes: bool) -> None:
-    """Of cosines, whatever the scale of the logits."""
+    """Compare cosines, which do not depend on the scale of the logits."""
     defence = Changed(toy(), after=lambda logits: logits + 20 * size * (len(logits) == COUNT - 1))
     assert check("batch invariance", replace(sound, defence=defence)).passed is passes
 
@@ -321,7 +319,7 @@ def test_one_image_is_a_batch(sound: Trial) -> None:
         sound,
         **{
             name: getattr(sound, name)[:1]
-            for name in ("images", "labels", "seeds", "clean", "held", "before_square")
+            for name in ("images", "labels", "seeds", "clean", "robust", "before_square")
         },
     )
     for name in CHECKS:
@@ -337,13 +335,13 @@ def test_random_answers_measured_as_if_they_were_not() -> None:
 
 
 def test_random_answers_measured_as_they_should() -> None:
-    """By 20 draws, and with a figure that no more submissions and no known noise bring down."""
+    """Measure with 20 draws a figure that resubmission and known noise do not lower."""
     torch.manual_seed(0)
     trial = measured(noisy(1e-4), attacks=("cw",), count=9, eot=20, steps=3)
-    assert trial.held.any()
+    assert trial.robust.any()
     finding = check("randomness", trial)
     assert finding.passed is True, finding.figure
-    assert check("randomness", replace(trial, held=trial.clean)).passed is False  # too good
+    assert check("randomness", replace(trial, robust=trial.clean)).passed is False  # too good
 
 
 def test_answers_that_are_not_random(sound: Trial) -> None:
@@ -354,7 +352,7 @@ def test_answers_that_are_not_random(sound: Trial) -> None:
 def test_known_noise_is_the_same_each_time() -> None:
     defence = noisy(0.05)
     images, _ = toy_images(defence, 5)
-    fixed, other = Fixed(defence, 3), Fixed(defence, 4)
+    fixed, other = FixedNoise(defence, 3), FixedNoise(defence, 4)
     state = torch.get_rng_state()
     first = fixed(images)
     assert torch.equal(fixed(images), first)
@@ -364,10 +362,10 @@ def test_known_noise_is_the_same_each_time() -> None:
 
 
 def test_known_noise_is_the_same_in_any_batch() -> None:
-    """Else what was found with some images is judged beside others with another noise."""
+    """Attack and evaluate with equal noise, whatever the batch."""
     defence = noisy(0.05)
     images, _ = toy_images(defence, 5)
-    fixed = Fixed(defence, 3)
+    fixed = FixedNoise(defence, 3)
     whole = fixed(images)
     torch.testing.assert_close(fixed(images[2:3]), whole[2:3], rtol=0, atol=1e-5)
     torch.testing.assert_close(fixed(images[[4, 1]]), whole[[4, 1]], rtol=0, atol=1e-5)
@@ -403,22 +401,22 @@ def test_exported_precisions_that_answer_otherwise(sound: Trial) -> None:
         return (exact(images) + 1) % 5
 
     def harder(images: Tensor) -> Tensor:
-        """What a graph answers that undoes the attack."""
+        """Return the classes of a graph that undoes the attack."""
         return sound.labels[: len(images)] if len(images) == COUNT else exact(images)
 
     def one_off(images: Tensor) -> Tensor:
-        """For one image in 33, which is 3 points."""
+        """Return other classes for one image in 33, which is 3 points."""
         answers, right_now = exact(images), exact(images) == sound.labels
         answers[right_now.nonzero()[0]] += 1
         return answers % 5
 
     for wrong in (off, harder, one_off):
         finding = check(
-            "exported precisions", replace(sound, shipped={"fp32": exact, "int8": wrong})
+            "exported precisions", replace(sound, exported={"fp32": exact, "int8": wrong})
         )
         assert finding.passed is False, finding.figure
         assert "int8" in finding.figure
-        finding = check("exported precisions", replace(sound, shipped={"fp32": exact}))
+        finding = check("exported precisions", replace(sound, exported={"fp32": exact}))
         assert finding.passed is True
 
 
@@ -429,16 +427,16 @@ def test_exported_precisions_that_answer_otherwise(sound: Trial) -> None:
 def test_marks_that_other_attacks_do_not_bear_out(name: str) -> None:
     for defence in (toy(purifier=GENTLE), toy()):
         trial = replace(measured(defence, attacks=("cw",)), surrogate=toy())
-        optimistic = replace(trial, held=trial.clean)
+        optimistic = replace(trial, robust=trial.clean)
         assert check(name, optimistic).passed is False
         assert check(name, trial).passed is True
 
 
 def test_another_models_attack_that_is_stronger(sound: Trial) -> None:
-    held = sound.held.clone()
-    held[(~held).nonzero()[:2]] = True
+    robust = sound.robust.clone()
+    robust[(~robust).nonzero()[:2]] = True
     assert check("transfer is weaker", replace(sound, surrogate=toy())).passed is True
-    trial = replace(sound, surrogate=toy(), held=held)
+    trial = replace(sound, surrogate=toy(), robust=robust)
     finding = check("transfer is weaker", trial)
     assert finding.passed is False
     assert "from another model" in finding.figure
@@ -446,10 +444,10 @@ def test_another_models_attack_that_is_stronger(sound: Trial) -> None:
 
 
 def test_square_that_is_stronger(sound: Trial) -> None:
-    stronger = sound.held.clone()
-    stronger[sound.held.nonzero()[0]] = False
-    for marks, passes in ((sound.clean, True), (sound.held, True), (stronger, False)):
-        trial = replace(sound, square=marks, held=sound.held & marks)
+    stronger = sound.robust.clone()
+    stronger[sound.robust.nonzero()[0]] = False
+    for marks, passes in ((sound.clean, True), (sound.robust, True), (stronger, False)):
+        trial = replace(sound, square=marks, robust=sound.robust & marks)
         assert check("square is weaker", trial).passed is passes
     # Where the measurement did without it, the check runs it.
     big = replace(sound.threat, eps=60 / 255, queries=300)
@@ -471,10 +469,10 @@ def test_what_was_wrong_is_not_attacked(sound: Trial) -> None:
     found = trial.attack("pgd")
     moved = (found != trial.images).flatten(1).any(1)
     assert torch.equal(moved, clean)
-    assert not (trial.holds(trial.images) & ~clean).any()
+    assert not (trial.still_correct(trial.images) & ~clean).any()
     none = replace(trial, clean=torch.zeros_like(clean))
     assert torch.equal(none.attack("cw"), none.images)
-    assert not none.holds(none.images).any()
+    assert not none.still_correct(none.images).any()
 
 
 def test_batches_do_not_change_what_is_found(sound: Trial) -> None:
@@ -486,7 +484,7 @@ def test_batches_do_not_change_what_is_found(sound: Trial) -> None:
 def test_another_eps_has_steps_of_its_own(sound: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Threat] = []
 
-    def build(name: str, defence: Defence, gradient: str, threat: Threat, bank: Bank):  # type: ignore[no-untyped-def]
+    def build(name: str, defence: Defence, gradient: str, threat: Threat, targets: TargetImages):  # type: ignore[no-untyped-def]
         seen.append(threat)
         return lambda images, labels, seeds: images
 
@@ -517,12 +515,12 @@ def test_seeds_that_are_known_guessed_and_drawn_again(climbing: Trial) -> None:
     assert finding.passed is True, finding.figure
     for told in ("the seed known", "EOT with 20 draws of it", "by 10 other seeds in turn"):
         assert told in finding.figure
-    held = 100 * climbing.held.float().mean().item()
-    assert f"under all attacks {held:.1f}" in finding.figure
+    robust = 100 * climbing.robust.float().mean().item()
+    assert f"under all attacks {robust:.1f}" in finding.figure
 
 
 def test_attack_that_did_not_know_the_seed(climbing: Trial) -> None:
-    trial = replace(climbing, held=climbing.clean, threat=replace(climbing.threat, eps=40 / 255))
+    trial = replace(climbing, robust=climbing.clean, threat=replace(climbing.threat, eps=40 / 255))
     assert check("randomness", trial).passed is False
 
 
@@ -572,7 +570,7 @@ def test_sound_measurements_of_diff_pass(climbing: Trial, name: str) -> None:
 
 @pytest.mark.parametrize("eot", [1, 2])
 def test_transfer_to_diff_is_by_the_other_models_gradient(climbing: Trial, eot: int) -> None:
-    """However many draws the attack on the defence itself averages."""
+    """Use the other model's gradient, for any number of draws."""
 
     class Asked(Defence):
         count = 0

@@ -1,4 +1,4 @@
-"""What a defence answers is what the core answers; what an attack sees of it depends on the mode."""
+"""Defences answer as the core does, and show attacks the gradient of each mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.support.toy_models import toy, toy_images
 from train.models.checkpoints import Source, load
 from train.models.classifier import Classifier, class_embeddings
 from train.models.wording import null_text
-from train.robustness.defence import GRADIENTS, Defence, Seen, right
+from train.robustness.defence import Defence, LogitsModel, correct
+from train.robustness.result_file import GRADIENTS
 
 SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}
 NAMES = ("trousers", "dress", "boot", "bag", "coat")
@@ -42,7 +43,7 @@ def images() -> torch.Tensor:
 
 
 def core_logits(embeddings: np.ndarray, defence: Defence) -> tuple[np.ndarray, ...]:
-    """Classes, most probable first, their probabilities, and the logits, by the compiled core."""
+    """Return the core's classes, most probable first, their probabilities, and the logits."""
     classes = F.normalize(defence.model.classes, dim=1).numpy()
     null, purifier = defence.null_text.numpy(), defence.purifier
     purified = (
@@ -116,7 +117,7 @@ def test_every_mode_answers_the_same(
 def test_encoder_sees_what_is_not_answered(
     model: Classifier, null: torch.Tensor, images: torch.Tensor
 ) -> None:
-    """Of the modes it alone shows other logits than the answer, which no gradient goes through."""
+    """Compare logits with the answer: only encoder differs, and its answer has no gradient."""
     defence = Defence(model, null, CosPurifier(9, 30.0))
     shown = images.clone().requires_grad_()
     view = defence.view(shown, "encoder")
@@ -130,7 +131,7 @@ def test_encoder_sees_what_is_not_answered(
 
 
 def image_gradients(defence: Defence, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of the first class's logit, by mode, (B, pixels)."""
+    """Return the gradients of the first class's logit, (B, pixels), by mode."""
     found = {}
     for mode in GRADIENTS:
         shown = images.clone().requires_grad_()
@@ -139,7 +140,7 @@ def image_gradients(defence: Defence, images: torch.Tensor) -> dict[str, torch.T
 
 
 def test_gradients_of_the_modes() -> None:
-    """Each is that of the function that it says; where steps are even, all but one are the same."""
+    """Compare each gradient with its definition; for even steps all but one are equal."""
     defence = toy(purifier=CosPurifier(9, 30.0)).double()
     images, _ = toy_images(defence, 7)
     images = images.double()
@@ -197,7 +198,7 @@ def test_unknown_gradient(
 def test_seen_shows_a_library_the_modes_logits(mode: str) -> None:
     defence = toy(purifier=CosPurifier(9, 30.0))
     images, _ = toy_images(defence, 5)
-    seen = Seen(defence, mode)
+    seen = LogitsModel(defence, mode)
     torch.testing.assert_close(seen(images), defence.view(images, mode).logits)
     assert next(seen.parameters()).device == images.device
 
@@ -205,14 +206,14 @@ def test_seen_shows_a_library_the_modes_logits(mode: str) -> None:
 def test_which_are_right() -> None:
     defence = toy()
     images, labels = toy_images(defence, 33)
-    assert right(defence, images, labels).all()
+    assert correct(defence, images, labels).all()
     wrong = labels.clone()
     wrong[::3] = (labels[::3] + 1) % 5
-    marks = right(defence, images, wrong)
+    marks = correct(defence, images, wrong)
     assert marks.dtype == torch.bool
     assert marks.tolist() == [i % 3 != 0 for i in range(33)]
     # By its own answer, not by the encoder's: an odd number of published steps turns these over.
-    assert not right(toy(purifier=CosPurifier(9, 30.0)), images, labels).any()
+    assert not correct(toy(purifier=CosPurifier(9, 30.0)), images, labels).any()
 
 
 def test_null_text_follows_the_defence_but_is_not_stored() -> None:

@@ -19,7 +19,7 @@ ATTACKS = {"apgd-ce", "apgd-t", "fab-t", "square", "autoattack", "pgd", "cw", "f
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The default place of data sets: empty, and whatever package is not installed."""
+    """Return an empty default folder of data sets, and replace packages that are not installed."""
     monkeypatch.setenv("EDGECLIP_DATA", str(tmp_path))
     monkeypatch.setitem(sys.modules, "h5py", types.ModuleType("h5py"))
     monkeypatch.setattr(
@@ -97,9 +97,9 @@ def test_described(root: Path) -> None:
     data_sets.cifar10(root)
     shown = describe(PROTOCOLS["tga-zsr-16"])
     assert "arXiv 2410.21802" in shown.splitlines()[0]
-    assert "1 of 16 here: cifar10" in shown
+    assert "1 of 16 available: cifar10" in shown
     assert all(line in shown for line in missing(PROTOCOLS["tga-zsr-16"]).values())
-    assert f"{root}; the variable EDGECLIP_DATA" in shown
+    assert f"{root} (set EDGECLIP_DATA" in shown
     assert "pgd, autoattack; 100 steps, pgd in steps of 1/255" in shown
     assert "linf 1/255" in shown
     assert "all of each data set's test split" in shown
@@ -110,7 +110,7 @@ def test_described(root: Path) -> None:
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 def test_described_in_full(protocol: Protocol) -> None:
     shown = describe(protocol)
-    assert f"0 of {len(protocol.data)} here\n" in shown
+    assert f"0 of {len(protocol.data)} available\n" in shown
     for text in (*protocol.attacks, *protocol.published, *protocol.assumed):
         assert text in shown
     assert all(f"{value:.2f}%" in shown for value in protocol.published.values())
@@ -132,7 +132,7 @@ def test_find() -> None:
         find("clipure-14")
     known = ", ".join(PROTOCOLS)
     assert str(caught.value) == (
-        f"unknown protocol 'clipure-14', did you mean clipure-13? known are {known}"
+        f"unknown protocol 'clipure-14', did you mean clipure-13? choose one of {known}"
     )
-    with pytest.raises(SettingsError, match="unknown protocol 'x': known are tga-zsr-16,"):
+    with pytest.raises(SettingsError, match="unknown protocol 'x'; choose one of tga-zsr-16,"):
         find("x")

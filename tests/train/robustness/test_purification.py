@@ -1,5 +1,4 @@
-"""train.robustness.purification against the released code's output, the core and a float64 loop; and that its
-gradients are what each mode promises."""
+"""Purification in PyTorch against the released code, the core and a float64 loop; its gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from tests.support.clipure_reference import (
     relative_error,
 )
 from tests.support.toy_models import null_prior
-from train.robustness.purification import PURIFIED, NullPrior, purify
+from train.robustness.purification import PURIFIER_GRADIENTS, NullPrior, purify
 
 DIMS = [2, 33, 2049]
 # Small steps, one right onto the null text, some beyond it and back, and nothing at all.
@@ -30,7 +29,7 @@ TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-11}
 def problem(
     n: int, dim: int, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings of various norms, and a null text of norm 1."""
+    """Return embeddings of various norms, and a null text of norm 1."""
     rng = torch.Generator().manual_seed(1000 * dim + seed)
     z = torch.randn(n, dim, generator=rng, dtype=torch.float64)
     z = z * torch.logspace(-3, 3, n, dtype=torch.float64)[:, None]
@@ -41,7 +40,7 @@ def problem(
 def at_angle(
     degrees: float, dim: int, dtype: torch.dtype, seed: int = 0
 ) -> tuple[torch.Tensor, ...]:
-    """Unit u (1, D) with that angle to the unit null text t, and the unit tangent w at t."""
+    """Return unit u (1, D) at an angle to the unit null text t, with t and the unit tangent w at t."""
     rng = np.random.default_rng(seed)
     t, w = torch.from_numpy(np.linalg.qr(rng.standard_normal((dim, 2)))[0].T.copy())
     radians = np.radians(degrees)
@@ -52,14 +51,14 @@ def at_angle(
 def pull_back(
     z: torch.Tensor, t: torch.Tensor, purifier: CosPurifier, mode: str, incoming: torch.Tensor
 ) -> torch.Tensor:
-    """What the backward pass makes of `incoming`."""
+    """Return the gradient that the backward pass makes of `incoming`."""
     z = z.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(purify(z, t, purifier, mode), z, incoming)
     return gradient
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 def test_golden_values(mode: str, dtype: torch.dtype) -> None:
     golden = np.load(GOLDEN)
     z, t = torch.from_numpy(golden["z"]).to(dtype), torch.from_numpy(golden["t"]).to(dtype)
@@ -74,7 +73,7 @@ def test_golden_values(mode: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize(("steps", "step_size"), SETTINGS)
 def test_every_mode_has_the_values_of_the_loop_and_of_the_core(
@@ -93,7 +92,7 @@ def test_every_mode_has_the_values_of_the_loop_and_of_the_core(
         assert relative_error(got.numpy(), core) < tolerance
 
 
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 @pytest.mark.parametrize("degrees", [1.0, 30.0, 75.0, 87.9])
 @pytest.mark.parametrize("steps", [2, 9, 10, 11])
 def test_published_steps_do_nothing_if_even_and_reflect_if_odd(
@@ -122,7 +121,7 @@ def test_an_odd_number_of_steps_of_twice_the_angle_is_the_reflection(
     torch.testing.assert_close(got, 2 * (u @ t)[:, None] * t - u, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 @pytest.mark.parametrize("steps", [1, 9])
 def test_a_step_onto_the_null_text_stays_there(steps: int, mode: str) -> None:
     u, t, _ = at_angle(75.0, 64, torch.float64)
@@ -131,7 +130,7 @@ def test_a_step_onto_the_null_text_stays_there(steps: int, mode: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 @pytest.mark.parametrize(("steps", "step_size"), SETTINGS)
 def test_norms_are_kept(steps: int, step_size: float, mode: str, dtype: torch.dtype) -> None:
     z, t = problem(33, 65, dtype)
@@ -139,11 +138,11 @@ def test_norms_are_kept(steps: int, step_size: float, mode: str, dtype: torch.dt
     torch.testing.assert_close(got.norm(dim=1), z.norm(dim=1), rtol=TOLERANCE[dtype], atol=0)
 
 
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 @pytest.mark.parametrize("steps", [1, 2, 9, 10])
 @pytest.mark.parametrize("degrees", [2e-3, 0.01, 0.1, 1.0, 179.0, 179.99])
 def test_norms_are_kept_near_the_null_text(degrees: float, steps: int, mode: str) -> None:
-    """There 1 / sine is large, and must not meet the rounding of a norm in float32."""
+    """Purify where 1 / sine is large, and would amplify the rounding of a norm in float32."""
     u, t, _ = at_angle(degrees, 512, torch.float32)
     got = purify(u, t, CosPurifier(steps, 30.0), mode)
     assert got.norm().item() == pytest.approx(1, abs=1e-4)
@@ -154,7 +153,7 @@ def test_norms_are_kept_near_the_null_text(degrees: float, steps: int, mode: str
         assert relative_error(got.numpy(), expected) < known
 
 
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("steps", [1, 10])
 @pytest.mark.parametrize("dim", [*DIMS, 96])
@@ -179,10 +178,10 @@ def test_parallel_to_the_null_text_there_is_no_tangent(
             torch.testing.assert_close(gradient[:-1], torch.ones_like(z[:-1]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_on_the_null_text_to_the_last_bit(dtype: torch.dtype, mode: str) -> None:
-    """There the sine is 0, by which nothing may be divided in the backward pass either."""
+    """Purify where the sine is 0: the backward pass must not divide by it."""
     t = torch.eye(33, dtype=dtype)[0]
     z = torch.stack([t, -t, 4 * t, -0.25 * t, t + torch.eye(33, dtype=dtype)[1]])
     for steps in (1, 10):
@@ -193,7 +192,7 @@ def test_on_the_null_text_to_the_last_bit(dtype: torch.dtype, mode: str) -> None
         assert (gradient[:-1].norm(dim=1) <= 6).all()
 
 
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 def test_one_dimension_has_no_tangent(mode: str) -> None:
     z = torch.tensor([[2.0], [-3.0]])
     got = purify(z, torch.ones(1), CosPurifier(5, 30.0), mode)
@@ -203,7 +202,7 @@ def test_one_dimension_has_no_tangent(mode: str) -> None:
 @pytest.mark.parametrize(("steps", "step_size"), SETTINGS)
 @pytest.mark.parametrize("dim", [2, 5, 33])
 def test_exact_gradient_is_the_functions(steps: int, step_size: float, dim: int) -> None:
-    """Against central differences of the float64 loop over vectors."""
+    """Compare with central differences of the float64 loop over vectors."""
     rng = np.random.default_rng(dim)
     angles = [
         20,
@@ -271,7 +270,7 @@ def test_identity_hands_the_gradient_on_untouched(dim: int, dtype: torch.dtype) 
 def test_released_gradient_shrinks_by_the_length_of_each_step(
     degrees: float, steps: int, step_size: float
 ) -> None:
-    """Across the plane of u and t; within it by the square, since there each step also turns it."""
+    """Measure the shrinking across the plane of u and t, and within it, where each step also turns."""
     u, t, w = at_angle(degrees, 64, torch.float64)
     purifier = CosPurifier(steps, step_size)
     out = purify(u, t, purifier, "exact")
@@ -296,7 +295,7 @@ def test_released_gradient_shrinks_by_the_length_of_each_step(
 
 
 def test_published_released_gradient_is_rounding() -> None:
-    """In the precision that attacks run in, next to nothing is left and its direction is noise."""
+    """Show that the released gradient is tiny, and that its direction is noise, in float32."""
     z, t = problem(33, 512, torch.float32)
     incoming = torch.randn(33, 512, generator=torch.Generator().manual_seed(0))
     unit = F.normalize(purify(z, t, CosPurifier(), "exact"), dim=1)
@@ -305,7 +304,7 @@ def test_published_released_gradient_is_rounding() -> None:
     assert (rows["released"].norm(dim=1) < 1e-5 * rows["exact"].norm(dim=1)).all()
 
 
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 @pytest.mark.parametrize(("steps", "step_size"), [(10, 30.0), (9, 30.0), (3, 0.2)])
 @pytest.mark.parametrize("dim", DIMS)
 def test_alone_and_in_a_batch(dim: int, steps: int, step_size: float, mode: str) -> None:
@@ -323,12 +322,12 @@ def test_alone_and_in_a_batch(dim: int, steps: int, step_size: float, mode: str)
             assert relative_error(got.numpy(), expected[row].numpy()) < 1e-9
 
 
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 def test_no_embeddings(mode: str) -> None:
     assert purify(torch.empty(0, 5), torch.ones(5), CosPurifier(), mode).shape == (0, 5)
 
 
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 def test_inputs_are_left_alone(mode: str) -> None:
     z, t = problem(3, 33)
     before = z.clone(), t.clone()
@@ -355,7 +354,7 @@ def climbed(
     purifier: DiffPurifier,
     ways: list[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """The published loop in float64; ways: gradients to go by, which are found and kept if empty."""
+    """Run the published loop in float64; ways: gradients to follow, computed and stored if empty."""
     random = np.random.RandomState(purifier.seed)
     times = random.randint(purifier.timesteps[0], purifier.timesteps[1] + 1, purifier.steps)
     noise = random.standard_normal((purifier.steps, z.shape[1])).astype(np.float32)
@@ -377,7 +376,7 @@ def diff(z: torch.Tensor, prior: NullPrior, mode: str, purifier: Purifier = STEA
 
 
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 @pytest.mark.parametrize("dim", [6, 33])
 @pytest.mark.parametrize(
     "purifier",
@@ -415,7 +414,7 @@ def diff_pull_back(
 
 
 def differences(function: Any, z: torch.Tensor, incoming: torch.Tensor) -> np.ndarray:
-    """What incoming (B, D) is pulled back to, by central differences of each value of z."""
+    """Return the gradient of `incoming` (B, D) by central differences of each value of z."""
     columns = []
     for axis in np.eye(z.shape[1]):
         step = 1e-6 * np.linalg.norm(z.numpy(), axis=1, keepdims=True)
@@ -433,7 +432,7 @@ def incoming() -> torch.Tensor:
 def test_exact_gradient_of_diff_is_that_of_the_function(
     incoming: torch.Tensor, exact: bool
 ) -> None:
-    """Also where the bundle steps by the forward gradient: the function is then another one."""
+    """Compare for the forward gradient of a bundle too, which is another function."""
     z, _ = problem(3, 9)
     prior = null_prior(9, exact=exact)
     found = diff_pull_back(z, prior, "exact", incoming)
@@ -460,7 +459,7 @@ def test_identity_gradient_of_diff_is_what_comes_in(incoming: torch.Tensor) -> N
     assert torch.equal(diff_pull_back(z, null_prior(9), "identity", incoming), incoming)
 
 
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 def test_diff_alone_and_in_a_batch(mode: str) -> None:
     z, _ = problem(33, 9)
     prior = null_prior(9)
@@ -473,7 +472,7 @@ def test_diff_alone_and_in_a_batch(mode: str) -> None:
             assert relative_error(got.numpy(), expected[row].numpy()) < 1e-8
 
 
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 def test_diff_without_a_gradient_stays(mode: str) -> None:
     class Flat(torch.nn.Module):
         def gradient(self, unit: torch.Tensor, timestep: int, noise: torch.Tensor) -> torch.Tensor:
@@ -484,12 +483,12 @@ def test_diff_without_a_gradient_stays(mode: str) -> None:
     assert diff_pull_back(z, Flat(), mode, torch.ones_like(z)).isfinite().all()
 
 
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 def test_diff_of_no_embeddings(mode: str) -> None:
     assert diff(torch.empty(0, 9).double(), null_prior(9), mode).shape == (0, 9)
 
 
-@pytest.mark.parametrize("mode", PURIFIED)
+@pytest.mark.parametrize("mode", PURIFIER_GRADIENTS)
 def test_diff_needs_a_prior(mode: str) -> None:
     with pytest.raises(ValueError, match="CLIPure-Diff needs a prior"):
         purify(torch.ones(1, 9), torch.ones(9), STEADY, mode)

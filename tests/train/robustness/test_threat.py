@@ -1,4 +1,4 @@
-"""Attacks by name: within their threat, with the published settings, by the gradient that is asked."""
+"""Attacks by name: their threat, their published settings, and the gradient they use."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torchattacks
 from edgeclip.purify import CosPurifier, DiffPurifier
 from tests.support.toy_models import null_prior, toy, toy_images
 from train.errors import SettingsError
-from train.robustness.defence import GRADIENTS, Defence, Guessed, right
-from train.robustness.threat import ATTACKS, AUTOATTACK, Bank, Stage, Threat, build, plan
+from train.robustness.defence import Defence, UnknownSeed, correct
+from train.robustness.result_file import GRADIENTS
+from train.robustness.threat import ATTACKS, AUTOATTACK, Stage, TargetImages, Threat, build, plan
 
 OURS = ("pgd", "cw", "feature")
 EPS = {"linf": 8 / 255, "l2": 0.4}
@@ -34,11 +35,11 @@ def attack(
     labels: torch.Tensor,
     gradient: str = "exact",
     seeds: torch.Tensor | None = None,
-    bank: Bank | None = None,
+    targets: TargetImages | None = None,
     **changes: Any,
 ) -> torch.Tensor:
-    bank = bank or Bank.of(defence, *toy_images(defence, 20))
-    run = build(name, defence, gradient, threat(**changes), bank)
+    targets = targets or TargetImages.embed(defence, *toy_images(defence, 20))
+    run = build(name, defence, gradient, threat(**changes), targets)
     return run(images, labels, torch.arange(len(images)) if seeds is None else seeds)
 
 
@@ -68,15 +69,15 @@ def test_stays_within_eps_and_the_range(name: str, norm: str, edges: bool) -> No
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", ATTACKS)
 def test_finds_what_there_is_to_find(name: str, norm: str) -> None:
-    """Names the right images wrongly that are within easy reach, and images and weights are kept."""
+    """Attack images within easy reach; the images and weights themselves do not change."""
     defence = toy()
     images, labels = toy_images(defence, 10, 4 / 255, 6 / 255)
     kept, weights = images.clone(), [p.clone() for p in defence.parameters()]
     eps = 16 / 255 if norm == "linf" else 0.9
     more = {"eps": eps, "step_size": eps / 4, "queries": 1000}
     found = attack(name, defence, images, labels, norm=norm, **more)
-    assert right(defence, images, labels).all()
-    left = right(defence, found, labels).float().mean()
+    assert correct(defence, images, labels).all()
+    left = correct(defence, found, labels).float().mean()
     assert left <= (0.2 if name == "square" else 0)
     assert torch.equal(images, kept)
     for parameter, weight in zip(defence.parameters(), weights, strict=True):
@@ -86,7 +87,7 @@ def test_finds_what_there_is_to_find(name: str, norm: str) -> None:
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[torchattacks.attack.Attack]:
-    """The library's attacks that are called, none of which is run."""
+    """Record calls of the library's attacks instead of running them."""
     seen: list[torchattacks.attack.Attack] = []
 
     def call(self: torchattacks.attack.Attack, images: torch.Tensor, labels: torch.Tensor):  # type: ignore[no-untyped-def]
@@ -101,13 +102,15 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[torchattacks.attack.Attack]:
 def test_settings_are_those_of_autoattacks_standard_version(
     called: list[Any], norm: str, shown: str
 ) -> None:
-    """Croce and Hein, ICML 2020, and their standard version: 100 steps or 5,000 queries each."""
+    """Compare with Croce and Hein, ICML 2020: 100 steps or 5,000 queries each."""
     defence = toy(12)
     images, labels = toy_images(defence, 2)
     standard = Threat(norm=norm, eps=EPS[norm], steps=100, step_size=0.01, seed=7)
     assert (standard.restarts, standard.queries, standard.eot) == (1, 5000, 1)
     for name in AUTOATTACK:
-        run = build(name, defence, "identity", standard, Bank.of(defence, images, labels))
+        run = build(
+            name, defence, "identity", standard, TargetImages.embed(defence, images, labels)
+        )
         assert torch.equal(run(images, labels, labels), images)
     assert AUTOATTACK == ("apgd-ce", "apgd-t", "fab-t", "square")
     ce, targeted, fab, square = called
@@ -155,44 +158,46 @@ def test_as_many_classes_as_an_attack_needs(name: str) -> None:
     for classes in (1, 2, 3, 4):
         defence = toy(classes)
         images, labels = toy_images(defence, 4)
-        bank = Bank.of(defence, images, labels)
+        targets = TargetImages.embed(defence, images, labels)
         if classes >= needed:
-            found = attack(name, defence, images, labels, bank=bank, queries=20)
+            found = attack(name, defence, images, labels, targets=targets, queries=20)
             assert found.shape == images.shape
         elif name not in OURS:
             with pytest.raises(
                 SettingsError, match=f"{name} needs {needed} classes or more, here "
             ):
-                build(name, defence, "exact", threat(), bank)
+                build(name, defence, "exact", threat(), targets)
 
 
 def test_bad_names() -> None:
     defence = toy()
-    bank = Bank.of(defence, *toy_images(defence, 5))
+    targets = TargetImages.embed(defence, *toy_images(defence, 5))
     for name in ("autoattack", "apgd", ""):
         with pytest.raises(KeyError):
-            build(name, defence, "exact", threat(), bank)
+            build(name, defence, "exact", threat(), targets)
     with pytest.raises(KeyError):
-        build("apgd-ce", defence, "exact", Threat("l1", 0.1, 1, 0.1), bank)
+        build("apgd-ce", defence, "exact", Threat("l1", 0.1, 1, 0.1), targets)
     with pytest.raises(ValueError, match="norm must be linf or l2"):
-        build("pgd", defence, "exact", Threat("l1", 0.1, 1, 0.1), bank)(
+        build("pgd", defence, "exact", Threat("l1", 0.1, 1, 0.1), targets)(
             *toy_images(defence, 5), torch.arange(5)
         )
 
 
-# A bank of images to be taken for.
+# A targets of images to be taken for.
 
 
-def test_bank_holds_unit_embeddings_as_the_defence_gives_them() -> None:
+def test_target_images_are_unit_embeddings_of_the_defence() -> None:
     defence = toy(purifier=CosPurifier(9, 30.0))
     images, labels = toy_images(defence, 33)
-    bank = Bank.of(defence, images, labels)
-    assert torch.equal(bank.labels, labels)
+    targets = TargetImages.embed(defence, images, labels)
+    assert torch.equal(targets.labels, labels)
     for gradient in GRADIENTS:
-        assert not bank.seen(gradient).requires_grad
+        assert not targets.embeddings(gradient).requires_grad
         expected = F.normalize(defence.view(images, gradient).embedding, dim=1)
-        torch.testing.assert_close(bank.seen(gradient), expected.detach(), rtol=0, atol=1e-4)
-    assert (bank.seen("exact") - bank.seen("encoder")).norm(dim=1).min() > 0.1
+        torch.testing.assert_close(
+            targets.embeddings(gradient), expected.detach(), rtol=0, atol=1e-4
+        )
+    assert (targets.embeddings("exact") - targets.embeddings("encoder")).norm(dim=1).min() > 0.1
 
 
 @pytest.mark.parametrize("gradient", ["exact", "encoder"])
@@ -200,42 +205,44 @@ def test_bank_holds_unit_embeddings_as_the_defence_gives_them() -> None:
 def test_nearest_image_of_another_class_equals_a_plain_loop(count: int, gradient: str) -> None:
     rng = torch.Generator().manual_seed(count)
     rows = [F.normalize(torch.randn(50, 6, generator=rng), dim=1) for _ in range(2)]
-    bank = Bank(*rows, torch.randint(5, (50,), generator=rng))
+    targets = TargetImages(*rows, torch.randint(5, (50,), generator=rng))
     embeddings = F.normalize(torch.randn(count, 6, generator=rng), dim=1)
     labels = torch.randint(5, (count,), generator=rng)
-    found = bank.nearest(3 * embeddings, labels, gradient).tolist()
+    found = targets.nearest(3 * embeddings, labels, gradient).tolist()
     for i in range(0, count, 37):
-        others = [j for j in range(50) if bank.labels[j] != labels[i]]
-        distances = [float((bank.seen(gradient)[j] - embeddings[i]).norm()) for j in others]
+        others = [j for j in range(50) if targets.labels[j] != labels[i]]
+        distances = [
+            float((targets.embeddings(gradient)[j] - embeddings[i]).norm()) for j in others
+        ]
         assert found[i] == others[distances.index(min(distances))]
-    assert (bank.labels[found] != labels).all()
+    assert (targets.labels[found] != labels).all()
 
 
 def test_one_class_is_no_bank() -> None:
     defence = toy()
     images, labels = toy_images(defence, 10)
     same = labels == 0
-    bank = Bank.of(defence, images[same], labels[same])
+    targets = TargetImages.embed(defence, images[same], labels[same])
     with pytest.raises(SettingsError, match="'feature' needs images of two classes"):
-        attack("feature", defence, images, labels, bank=bank)
-    others = labels != 0  # for these alone the bank does
-    found = attack("feature", defence, images[others], labels[others], bank=bank)
+        attack("feature", defence, images, labels, targets=targets)
+    others = labels != 0  # for these alone the targets does
+    found = attack("feature", defence, images[others], labels[others], targets=targets)
     assert found.shape == images[others].shape
 
 
 def distances_to_aims(
     purifier: CosPurifier | None, gradient: str, norm: str = "linf"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of unit embeddings from those of the nearest images of other classes, before and after."""
+    """Return distances to the nearest images of other classes, before and after an attack."""
     defence = toy(purifier=purifier)
     images, labels = toy_images(defence, 12, 10 / 255, 20 / 255)
-    bank = Bank.of(defence, images, labels)
-    space = bank.seen(gradient)
-    aims = space[bank.nearest(space, labels, gradient)]
+    targets = TargetImages.embed(defence, images, labels)
+    space = targets.embeddings(gradient)
+    aims = space[targets.nearest(space, labels, gradient)]
     eps = EPS[norm] / 4  # too little to be named wrongly, and to stop there
     step = {"norm": norm, "eps": eps, "step_size": eps / 4}
-    found = attack("feature", defence, images, labels, gradient, bank=bank, **step)
-    assert right(defence, found, labels).all()
+    found = attack("feature", defence, images, labels, gradient, targets=targets, **step)
+    assert correct(defence, found, labels).all()
     with torch.no_grad():
         reached = F.normalize(defence.view(found, gradient).embedding, dim=1)
     return (space - aims).norm(dim=1), (reached - aims).norm(dim=1)
@@ -260,12 +267,14 @@ def test_feature_by_the_released_gradient_goes_nowhere() -> None:
 def test_feature_gets_as_near_as_any_attack() -> None:
     defence = toy()
     images, labels = toy_images(defence, 12, 10 / 255, 20 / 255)
-    bank = Bank.of(defence, images, labels)
-    space = bank.seen("exact")
-    aims = space[bank.nearest(space, labels, "exact")]
+    targets = TargetImages.embed(defence, images, labels)
+    space = targets.embeddings("exact")
+    aims = space[targets.nearest(space, labels, "exact")]
     apart = {}
     for name in OURS:
-        found = attack(name, defence, images, labels, bank=bank, eps=2 / 255, step_size=0.5 / 255)
+        found = attack(
+            name, defence, images, labels, targets=targets, eps=2 / 255, step_size=0.5 / 255
+        )
         with torch.no_grad():
             reached = F.normalize(defence.view(found, "exact").embedding, dim=1)
         apart[name] = (reached - aims).norm(dim=1)
@@ -277,18 +286,18 @@ def test_feature_gets_as_near_as_any_attack() -> None:
 
 
 def turned() -> tuple[Defence, torch.Tensor, torch.Tensor]:
-    """A defence that turns every answer over; images and labels that only its encoder has right."""
+    """Return a defence that reverses answers, and images that only its encoder classifies correctly."""
     defence = toy(purifier=CosPurifier(9, 30.0))
     images, labels = toy_images(defence, 9, 10 / 255, 20 / 255)
     assert (defence.view(images, "encoder").logits.argmax(1) == labels).all()
-    assert not right(defence, images, labels).any()
+    assert not correct(defence, images, labels).any()
     return defence, images, labels
 
 
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("gradient", ["exact", "identity", "encoder"])
 def test_stops_on_the_defences_own_answer(gradient: str, name: str) -> None:
-    """In encoder mode too, where what is attacked still names the images rightly."""
+    """Stop in encoder mode too, where the attacked model still classifies the images correctly."""
     defence, images, labels = turned()
     small = {"eps": 1 / 255, "step_size": 0.5 / 255}
     start = attack(name, defence, images, labels, gradient, steps=0, **small)
@@ -300,20 +309,22 @@ def test_stops_on_the_defences_own_answer(gradient: str, name: str) -> None:
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_goes_on_while_the_defence_is_right(gradient: str, name: str) -> None:
-    """In encoder mode too, although what is attacked names the images wrongly."""
+    """Continue in encoder mode too, although the attacked model misclassifies the images."""
     defence, images, _ = turned()
     own = defence(images).argmax(1)
-    bank = Bank.of(defence, images, (own + torch.arange(9)) % 5)  # of more than one class
-    small = {"eps": 0.01 / 255, "step_size": 0.005 / 255, "bank": bank}
+    targets = TargetImages.embed(
+        defence, images, (own + torch.arange(9)) % 5
+    )  # of more than one class
+    small = {"eps": 0.01 / 255, "step_size": 0.005 / 255, "targets": targets}
     start = attack(name, defence, images, own, gradient, steps=0, **small)
     found = attack(name, defence, images, own, gradient, steps=5, **small)
-    assert right(defence, found, own).all()
+    assert correct(defence, found, own).all()
     assert (found != start).flatten(1).any(1).all()
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_released_gradient_does_not_stop_early(name: str) -> None:
-    """Else asking the defence at each step would find what the gradient does not."""
+    """Keep the last image: asking the defence at each step would be a search of its own."""
     defence, images, labels = turned()
     small = {"eps": 1 / 255, "step_size": 0.5 / 255}
     start = attack(name, defence, images, labels, "released", steps=0, **small)
@@ -351,12 +362,12 @@ def test_an_image_does_not_depend_on_those_beside_it(name: str, norm: str, gradi
     defence = toy(purifier=CosPurifier(3, 0.02)).double()  # whose gradients' signs are sure
     images, labels = toy_images(defence, 33)
     images, seeds = images.double(), torch.arange(33) * 7
-    bank = Bank.of(defence, images[:20], labels[:20])
+    targets = TargetImages.embed(defence, images[:20], labels[:20])
     if gradient == "released":  # left is what rounding leaves
         defence.purifier = CosPurifier(1, 0.02)
-    given = {"norm": norm, "restarts": 1, "bank": bank}
+    given = {"norm": norm, "restarts": 1, "targets": targets}
     together = attack(name, defence, images, labels, gradient, seeds, **given)
-    assert 0 < right(defence, together, labels).float().mean() < 1 or name == "feature"
+    assert 0 < correct(defence, together, labels).float().mean() < 1 or name == "feature"
     for chosen in ([5], [32, 0, 7]):
         part = torch.tensor(chosen)
         alone = attack(name, defence, images[part], labels[part], gradient, seeds[part], **given)
@@ -370,7 +381,7 @@ def test_restarts_find_more() -> None:
     counts = []
     for restarts in (1, 50):
         found = attack("pgd", defence, images, labels, restarts=restarts, **weak)
-        counts.append(right(defence, found, labels).sum())
+        counts.append(correct(defence, found, labels).sum())
     assert counts[1] < counts[0]
 
 
@@ -386,7 +397,7 @@ def test_eot_asks_for_as_many_gradients() -> None:
         eot=4,
         steps=3,
         eps=1 / 255,
-        bank=Bank(images, images, labels),
+        targets=TargetImages(images, images, labels),
     )
     assert sum(counted) == 12
 
@@ -396,10 +407,10 @@ def test_eot_asks_for_as_many_gradients() -> None:
 
 def test_a_cascade_attacks_what_is_left() -> None:
     assert plan(["autoattack"], ["exact"], 10) == [
-        Stage("apgd-ce", "exact", "autoattack apgd-ce/exact", "clean"),
-        Stage("apgd-t", "exact", "autoattack apgd-t/exact", "autoattack apgd-ce/exact"),
-        Stage("fab-t", "exact", "autoattack fab-t/exact", "autoattack apgd-t/exact"),
-        Stage("square", "exact", "autoattack square/exact", "autoattack fab-t/exact"),
+        Stage("apgd-ce", "exact", "autoattack/apgd-ce/exact", "clean"),
+        Stage("apgd-t", "exact", "autoattack/apgd-t/exact", "autoattack/apgd-ce/exact"),
+        Stage("fab-t", "exact", "autoattack/fab-t/exact", "autoattack/apgd-t/exact"),
+        Stage("square", "exact", "autoattack/square/exact", "autoattack/fab-t/exact"),
     ]
 
 
@@ -412,7 +423,7 @@ def test_single_attacks_stand_alone() -> None:
 
 @pytest.mark.parametrize("attacks", [["autoattack"], ["square"], ["autoattack", "pgd", "square"]])
 def test_square_runs_once(attacks: list[str]) -> None:
-    """It asks for answers alone, which no gradient changes."""
+    """Square uses only answers, which no gradient changes."""
     found = plan(attacks, GRADIENTS, 10)
     squares = [stage for stage in found if stage.attack == "square"]
     assert [stage.gradient for stage in squares] == ["exact"] * sum(a != "pgd" for a in attacks)
@@ -471,12 +482,12 @@ def with_seed(defence: Defence, seed: int) -> Defence:
 def test_answers_are_the_defences_own_and_gradients_of_guessed_seeds(mode: str) -> None:
     defence = diff_toy()
     images, _ = toy_images(defence, 5)
-    guessed = Guessed(defence, 9)
+    unknown = UnknownSeed(defence, 9)
     draws = random.Random(9)
     for _ in range(3):
         other = with_seed(defence, draws.randint(0, 2**32 - 1))
         seen = images.clone().requires_grad_()
-        view = guessed.view(seen, mode)
+        view = unknown.view(seen, mode)
         mirrored = images.clone().requires_grad_()
         wanted = other.view(mirrored, mode)
         assert torch.equal(view.answer, defence(images))
@@ -493,42 +504,42 @@ def test_answers_are_the_defences_own_and_gradients_of_guessed_seeds(mode: str) 
     assert defence.purifier == UNSURE
 
 
-def test_guesses_begin_again() -> None:
+def test_unknown_seed_restarts() -> None:
     defence = diff_toy()
     images, _ = toy_images(defence, 3)
-    guessed = Guessed(defence, 9)
-    first = [guessed.view(images, "exact").logits for _ in range(3)]
+    unknown = UnknownSeed(defence, 9)
+    first = [unknown.view(images, "exact").logits for _ in range(3)]
     assert not torch.equal(first[0], first[1])
-    guessed.restart()
-    again = [guessed.view(images, "exact").logits for _ in range(3)]
+    unknown.restart()
+    again = [unknown.view(images, "exact").logits for _ in range(3)]
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
-    other = Guessed(defence, 10).view(images, "exact").logits
+    other = UnknownSeed(defence, 10).view(images, "exact").logits
     assert not torch.equal(first[0], other)
 
 
 @pytest.fixture
-def guesses(monkeypatch: pytest.MonkeyPatch) -> list[Guessed]:
-    """Those that are made while the test runs."""
-    made: list[Guessed] = []
+def guesses(monkeypatch: pytest.MonkeyPatch) -> list[UnknownSeed]:
+    """Collect the instances made while the test runs."""
+    made: list[UnknownSeed] = []
 
-    class Noted(Guessed):
+    class Recorded(UnknownSeed):
         def __init__(self, defence: Defence, seed: int) -> None:
             super().__init__(defence, seed)
             made.append(self)
 
-    monkeypatch.setattr("train.robustness.threat.Guessed", Noted)
+    monkeypatch.setattr("train.robustness.threat.UnknownSeed", Recorded)
     return made
 
 
-def test_seed_is_guessed_where_draws_are_averaged(guesses: list[Guessed]) -> None:
+def test_seed_is_guessed_where_draws_are_averaged(guesses: list[UnknownSeed]) -> None:
     defence = diff_toy()
-    bank = Bank.of(defence, *toy_images(defence, 20))
+    targets = TargetImages.embed(defence, *toy_images(defence, 20))
     for name in ATTACKS:
-        build(name, defence, "exact", threat(eot=1), bank)
-        build(name, toy(purifier=CosPurifier(3, 0.02)), "exact", threat(eot=3), bank)
+        build(name, defence, "exact", threat(eot=1), targets)
+        build(name, toy(purifier=CosPurifier(3, 0.02)), "exact", threat(eot=3), targets)
     assert guesses == []
     for name in ATTACKS:
-        build(name, defence, "exact", threat(eot=3, seed=7), bank)
+        build(name, defence, "exact", threat(eot=3, seed=7), targets)
     assert len(guesses) == len(ATTACKS) - 1  # square asks for answers alone
     assert {guess.seed for guess in guesses} == {7}
 
@@ -537,18 +548,18 @@ def test_seed_is_guessed_where_draws_are_averaged(guesses: list[Guessed]) -> Non
 def test_what_was_attacked_before_is_no_matter(name: str) -> None:
     defence = diff_toy()
     images, labels = toy_images(defence, 6)
-    bank = Bank.of(defence, *toy_images(defence, 20))
-    run = build(name, defence, "exact", threat("l2", eot=2, steps=3), bank)
+    targets = TargetImages.embed(defence, *toy_images(defence, 20))
+    run = build(name, defence, "exact", threat("l2", eot=2, steps=3), targets)
     seeds = torch.arange(6)
     first = run(images, labels, seeds)
     run(images[:3] * 0.9, labels[:3], seeds[:3])
     assert torch.equal(run(images, labels, seeds), first)
-    known = build(name, defence, "exact", threat("l2", steps=3), bank)(images, labels, seeds)
+    known = build(name, defence, "exact", threat("l2", steps=3), targets)(images, labels, seeds)
     assert not torch.equal(known, first)
 
 
 class Misled(torch.nn.Module):
-    """A prior that leaves the true seed's answers as they are, and turns those of all others."""
+    """Prior that leaves the answers of the true seed unchanged, and reverses those of all others."""
 
     def __init__(self, purifier: DiffPurifier) -> None:
         super().__init__()
@@ -562,12 +573,12 @@ class Misled(torch.nn.Module):
 
 @pytest.mark.parametrize("name", ["pgd", "cw", "apgd-ce", "apgd-t", "fab-t"])
 def test_images_that_a_guess_names_wrongly_are_attacked(name: str) -> None:
-    """The answer that counts is the true seed's, whatever the library sees of others."""
+    """Attack by the answer of the true seed, whatever the library sees by other seeds."""
     purifier = DiffPurifier(1, 30.0, (0, 999), 5)
     defence = diff_toy(purifier, Misled(purifier))
     images, labels = toy_images(defence, 9)
-    assert right(defence, images, labels).all()
-    wrong = ~right(with_seed(defence, 6), images, labels)
+    assert correct(defence, images, labels).all()
+    wrong = ~correct(with_seed(defence, 6), images, labels)
     assert wrong.float().mean() > 0.5
     found = attack(name, defence, images, labels, eot=2, steps=4)
     moved = (found != images).flatten(1).any(1)
