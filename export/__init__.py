@@ -1,7 +1,7 @@
-"""Models in PyTorch to bundles that a device runs without it: `python -m export --help`."""
+"""Export of PyTorch models to bundles that run without PyTorch: `python -m export --help`."""
 
 from edgeclip.errors import EdgeclipError
 
 
 class ExportError(EdgeclipError):
-    """A model, checkpoint or tokenizer that cannot become a bundle; the message is one line."""
+    """Failed export; the message is one line that says what to do."""

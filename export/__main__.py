@@ -1,4 +1,4 @@
-"""The command `python -m export`."""
+"""Command `python -m export`: a model from PyTorch becomes a bundle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from edgeclip import storage
 from edgeclip.backends.onnx_runtime import import_onnxruntime
 from edgeclip.cli.command import run_command
-from edgeclip.manifest import PRIOR_GRADIENTS
+from edgeclip.manifest import PRIOR_GRADIENTS, Manifest
 from edgeclip.precisions import PRECISIONS, REFERENCE
 from export import ExportError
 from train.models.weight_options import add_weight_options
@@ -35,7 +35,7 @@ EPILOG = """examples:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m export",
-        description="Make a bundle that edgeclip runs out of an open_clip model.",
+        description="Export an open_clip model as a bundle that edgeclip runs.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,30 +43,33 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "model",
         metavar="MODEL",
-        help="name of an open_clip model, or folder of a training run or of transformers' CLIP",
+        help="name of an open_clip model, or folder of a training run or of a transformers CLIP model",
     )
     add_weight_options(parser)
-    add("-o", "--out", metavar="BUNDLE", type=Path, required=True, help="directory to write")
+    add("-o", "--out", metavar="BUNDLE", type=Path, required=True, help="bundle directory to write")
     for option, text in (
-        ("--template", "prompt with {} for the label; may be given several times"),
-        ("--null-template", "prompt whose empty form is the null text (default: the templates)"),
+        ("--template", "prompt with {} for the label; repeatable"),
+        (
+            "--null-template",
+            "prompt whose empty form is the null text (default: the templates); repeatable",
+        ),
     ):
         add(option, metavar="TEXT", action="append", help=text)
-    add("--description", metavar="TEXT", help="what the model is for, in a line")
+    add("--description", metavar="TEXT", help="one-line description of the model")
     add(
         "--precision",
         nargs="+",
         choices=PRECISIONS,
         default=[REFERENCE],
-        help="precisions of the encoders: "
+        help="one or more precisions of the encoders: "
         + ", ".join(f"{row.name} for {row.hardware}" for row in PRECISIONS.values())
         + f" (default: {REFERENCE})",
     )
     add(
         "--data",
         metavar="SET",
-        help="data set, as for python -m train.evaluate, on whose test images each precision has to "
-        "answer as the model does, under attack too",
+        help="data set, named as for python -m train.evaluate, on whose test images each precision "
+        "must answer as the original model does, clean and under attack",
     )
     add(
         "--robustness",
@@ -74,35 +77,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=Path,
         action="append",
         default=[],
-        help="result of python -m train.evaluate on this model, with or without a purification: "
-        "what gains by it is recommended; may be given several times",
+        help="result file of python -m train.evaluate on this model, with or without purification; "
+        "the bundle recommends the purification with the largest significant gain; repeatable",
     )
     add(
         "--prior",
         metavar="RUN_OR_FILE",
         type=Path,
-        help="a diffusion prior for --purify diff: run of train.diffusion_prior, or a checkpoint of "
-        "dalle2-pytorch",
+        help="diffusion prior for --purify diff: run of train.diffusion_prior, or dalle2-pytorch "
+        "checkpoint",
     )
     add(
         "--prior-gradient",
         choices=PRIOR_GRADIENTS,
         default="exact",
-        help="forward: half of the work, by a gradient that is not the exact one (default: exact)",
+        help="gradient of the prior's loss; forward is approximate, for half of the work (default: "
+        "exact)",
     )
     add(
         "--fused",
         action="store_true",
-        help="write fused.PRECISION.onnx too: image to answer in one graph, for trtexec, OpenVINO and "
-        "others (see docs/serving.md)",
+        help="also write fused.PRECISION.onnx, one graph from image to answer for trtexec, OpenVINO "
+        "and others (docs/serving.md)",
     )
-    add("--force", action="store_true", help="replace the bundle at -o")
+    add("--force", action="store_true", help="replace an existing bundle at -o")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
-    import_onnxruntime()  # which verifies; better missed now than after the export
-    # Imported late: what is wrong with the arguments is said before PyTorch has loaded.
+    """Export the model that the options name, and print a report. Raises EdgeclipError."""
+    import_onnxruntime()  # fail now rather than at verification
+    # Imported late: wrong arguments are reported before PyTorch has loaded.
     try:
         with step("loading PyTorch"):
             from export import bundle, fused
@@ -116,7 +121,8 @@ def run(options: argparse.Namespace) -> None:
             )
     except ImportError as err:
         raise ExportError(f"{err}: exporting needs pip install 'edgeclip[export]'") from err
-    bundle.check_target(options.out, options.force)  # before minutes of work
+    # All inputs are checked before minutes of work.
+    bundle.check_target(options.out, options.force)
     model = Path(options.model)
     folder = [model] if architectures.is_model_folder(model) else []
     weights = [weight_files.split_key(p)[0] for p in (options.pretrained, options.visual) if p]
@@ -130,12 +136,12 @@ def run(options: argparse.Namespace) -> None:
         quick_gelu=options.quickgelu,
     )
     words = wording.wording(source, options.description, options.template, options.null_template)
-    prior = options.prior and trained_prior.load_prior(options.prior)
+    prior = trained_prior.load_prior(options.prior) if options.prior else None
     measured, recommended = evidence.read(
         options.robustness, source, words.templates, prior, options.prior_gradient
     )
     if options.fused:
-        fused.check_purifier(recommended)  # before minutes of work
+        fused.check_purifier(recommended)
     manifest = bundle.export_bundle(
         source,
         options.out,
@@ -149,33 +155,36 @@ def run(options: argparse.Namespace) -> None:
         fused=options.fused,
         force=options.force,
     )
-    size = sum(path.stat().st_size for path in options.out.iterdir())
-    print(f"{options.out}: {manifest.description}, {size / 1e6:,.1f} MB")
+    _print_report(options.out, manifest, compared=data is not None)
+
+
+def _load_data(spec: str) -> DataSet:
+    try:
+        from export.checks import fidelity
+    except ImportError as err:
+        raise ExportError(f"{err}: --data also needs pip install 'edgeclip[train]'") from err
+    return fidelity.load(spec)
+
+
+def _print_report(out: Path, manifest: Manifest, compared: bool) -> None:
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"{out}: {manifest.description}, {size / 1e6:,.1f} MB")
     print("difference from PyTorch, by ONNX Runtime on this CPU:")
     for precision, variant in manifest.precisions.items():
         print(f"  {precision}: one image in {variant.cpu_ms:.3g} ms")
         for name, value in variant.parity.items():
-            is_fraction = "cosine" in name or "agreement" in name or "accuracy" in name
-            print(f"    {name:24} {value:.7f}" if is_fraction else f"    {name:24} {value:.1e}")
-    if options.data is None and set(options.precision) != {REFERENCE}:
-        print("whether its answers are the same was not measured: name a data set with --data")
+            print(f"    {name:24} {_format(name, value)}")
+    if not compared and set(manifest.precisions) != {REFERENCE}:
+        print("answers were not compared with the original model's: name a data set with --data")
     if manifest.prior is not None:
         for name, value in manifest.prior.parity.items():
-            print(
-                f"  prior {name:18} {value:.7f}"
-                if "cosine" in name
-                else f"  prior {name:18} {value:.1e}"
-            )
-    print(f"use it: edgeclip classify IMAGE --labels FILE --bundle {options.out}")
+            print(f"  prior {name:18} {_format(name, value)}")
+    print(f"try it: edgeclip classify IMAGE --labels FILE --bundle {out}")
 
 
-def _load_data(spec: str) -> DataSet:
-    """Before minutes of work. Raises ExportError."""
-    try:
-        from export.checks import fidelity
-    except ImportError as err:
-        raise ExportError(f"{err}: --data needs pip install 'edgeclip[train]' too") from err
-    return fidelity.load(spec)
+def _format(name: str, value: float) -> str:
+    is_fraction = any(word in name for word in ("cosine", "agreement", "accuracy"))
+    return f"{value:.7f}" if is_fraction else f"{value:.1e}"
 
 
 def main(arguments: list[str] | None = None) -> int:

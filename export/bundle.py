@@ -1,4 +1,4 @@
-"""A model in PyTorch written as a bundle: complete and verified, or not at all."""
+"""Export of a model to a bundle, which is written completely and verified, or not at all."""
 
 from __future__ import annotations
 
@@ -13,25 +13,21 @@ from safetensors.numpy import save
 from edgeclip import Runtime
 from edgeclip.backends.base import EMBEDDING, TOKENS
 from edgeclip.bundle import EMBEDDINGS, GOLDEN, MANIFEST, TOKENIZER, Bundle
-from edgeclip.manifest import (
-    ImageSpec,
-    Manifest,
-    Robustness,
-    TextSpec,
-    Variant,
-)
+from edgeclip.manifest import ImageSpec, Manifest, Robustness, TextSpec, Variant
 from edgeclip.precisions import PRECISIONS, REFERENCE
 from edgeclip.purify import Purifier
 from export import ExportError, output
-from export.checks.parity import cpu_ms, verify
+from export.checks.latency import cpu_ms
+from export.checks.parity import verify
 from export.fused import check_purifier, write_fused
-from export.golden import golden
+from export.golden import golden_values
 from export.graphs import encoders
 from export.graphs.fused import Head
-from export.graphs.precisions import convert_encoders, pictures
+from export.graphs.int8 import Inputs
+from export.graphs.precisions import calibration_images, convert_encoders
 from export.graphs.prior import write_prior
 from export.graphs.save import split_outputs
-from export.output import move, workshop
+from export.output import publish, staging_directory
 from export.tokenizer import clean_kind, convert, pad_id
 from train.models.checkpoints import Source
 from train.models.trained_prior import TrainedPrior
@@ -58,129 +54,64 @@ def export_bundle(
 ) -> Manifest:
     """Write the bundle of `source` to `out`, and return its manifest.
 
-    precisions: fp32, fp16, int8 and int8-qdq, each verified. data: test images, on which each of them
-    has to answer as the model does, under attack too; without it only embeddings are compared.
-    int8-qdq takes its ranges from it.
-    purification: what the bundle recommends; it has to be earned by a measurement. prior: what
-    CLIPure-Diff needs; prior_gradient is exact or forward, see export.diffusion_prior. fused: write
-    fused.<precision>.onnx of each precision too, see export.fused.
+    precisions: any of fp32, fp16, int8 and int8-qdq; each is verified.
+    data: test images on which each precision must answer as the model does, clean and under attack;
+    without them, only embeddings are compared. int8-qdq takes its ranges from them.
+    robustness, purification: measurements, and the purification they recommend; see
+    `evidence.read`.
+    prior, prior_gradient: diffusion prior for CLIPure-Diff, and its gradient, exact or forward; see
+    export.diffusion_prior.
+    fused: also write fused.<precision>.onnx; see export.fused.
+    force: replace an existing bundle, once the new one is verified.
 
-    An existing bundle is replaced only with `force`, and only once the new one is verified. Raises
-    ExportError; then nothing is left behind.
+    Raises EdgeclipError; then nothing is left behind.
     """
-    out = out.resolve()  # a link stays, what it points to is replaced
+    out = out.resolve()  # a link stays, and its target is replaced
     check_target(out, force)
     for name in precisions:
         if PRECISIONS[name].needs_images and data is None:
             raise ExportError(f"{name} takes its ranges from images: name a data set with --data")
     image = image_spec(source.model)
-    with workshop(out) as work:
-        manifest = _write_encoders(work, source, image, words)
-        with step("writing the tokenizer, the null text and the golden input"):
+    with staging_directory(out) as staging:
+        manifest = _write_encoders(staging, source, image, words)
+        with step("writing the tokenizer, the null text and the golden values"):
             text = convert(source.tokenizer).to_str(pretty=False)
-            (work / TOKENIZER).write_text(text, encoding="utf-8")
+            (staging / TOKENIZER).write_text(text, encoding="utf-8")
             vector = null_text(source, words.null_templates)
-            (work / EMBEDDINGS).write_bytes(save({"null_text": vector}))
-            np.savez(work / GOLDEN, **golden(work, source, manifest))
-        manifest = _write_precisions(work, source, manifest, precisions, data)
-        spec = prior and write_prior(work, prior, source, words.null_templates, prior_gradient)
+            (staging / EMBEDDINGS).write_bytes(save({"null_text": vector}))
+            np.savez(staging / GOLDEN, **golden_values(staging, source, manifest))
+        manifest = _write_precisions(staging, source, manifest, precisions, data)
+        spec = None
+        if prior is not None:
+            spec = write_prior(staging, prior, source, words.null_templates, prior_gradient)
         manifest = dataclasses.replace(
-            manifest,
-            robustness=robustness,
-            purification=purification,
-            prior=spec,
+            manifest, robustness=robustness, purification=purification, prior=spec
         )
-        Bundle.write_manifest(work, manifest)
+        Bundle.write_manifest(staging, manifest)
         if data is not None:
-            manifest = _compare_answers(work, source, manifest, data)
+            manifest = _compare_answers(staging, source, manifest, data)
         if fused:
-            _write_fused(work, manifest)
-        Bundle.write_manifest(work, manifest)
-        Bundle(work).verify()
-        move(work, out)
+            _write_fused(staging, manifest)
+        Bundle.write_manifest(staging, manifest)
+        Bundle(staging).verify()
+        publish(staging, out)
     return Bundle(out).manifest
 
 
 def check_target(out: Path, force: bool) -> None:
-    """Raises ExportError where a bundle cannot be put at `out`."""
+    """Raise ExportError unless a bundle may be written at `out`."""
     output.check_target(out, MANIFEST, "bundle", force)
 
 
-def _write_precisions(
-    work: Path,
-    source: Source,
-    manifest: Manifest,
-    precisions: Sequence[str],
-    data: DataSet | None = None,
-) -> Manifest:
-    """All precisions out of the fp32 encoders in `work`, which go if they are not among them."""
-    (original,) = manifest.precisions.values()
-    has_tokens = manifest.tokens is not None
-    variants = {precision: _variant(precision, has_tokens) for precision in precisions}
-    manifest = dataclasses.replace(manifest, precisions=variants)
-    for precision, variant in variants.items():
-        if precision != REFERENCE:
-            with step(f"making {precision} encoders"):
-                images = () if data is None else pictures(data, manifest.image)
-                convert_encoders(work, original, variant, precision, manifest, source, images)
-    # Only now, as the other precisions are converted from the fp32 graph with both outputs.
-    for precision, variant in variants.items():
-        if variant.image_tokens is not None:
-            path, tokens = work / variant.image_encoder, work / variant.image_tokens
-            split_outputs(path, {EMBEDDING: path, TOKENS: tokens})
-        with step(f"comparing {precision} with PyTorch"):
-            parity = verify(work, source, manifest, precision)
-        variants[precision] = dataclasses.replace(variant, parity=parity)
-    used = {name for v in variants.values() for name in (v.image_encoder, v.text_encoder)}
-    for name in {original.image_encoder, original.text_encoder} - used:
-        for path in work.glob(f"{name}*"):
-            path.unlink()
-    with step("measuring how long each precision takes"):
-        times = cpu_ms(work, manifest)
-    timed = {
-        name: dataclasses.replace(variant, cpu_ms=times[name]) for name, variant in variants.items()
-    }
-    return dataclasses.replace(manifest, precisions=timed)
-
-
-def _compare_answers(work: Path, source: Source, manifest: Manifest, data: DataSet) -> Manifest:
-    from export.checks import (
-        fidelity,  # with it the training package, which itself builds on this one
-    )
-
-    with step(f"comparing answers on {data.name}, attacked images too"):
-        measured = fidelity.measure(Bundle(work), source, data)
-    fidelity.check(measured, data.name)
-    variants = {
-        name: dataclasses.replace(variant, parity={**variant.parity, **measured[name]})
-        for name, variant in manifest.precisions.items()
-    }
-    return dataclasses.replace(manifest, precisions=variants)
-
-
-def _write_fused(work: Path, manifest: Manifest) -> None:
-    head = Head(check_purifier(manifest.purification))
-    for precision in manifest.precisions:
-        with step(f"fusing all from image to answer in {precision}"):
-            runtime = Runtime(work, device="cpu", precision=precision)
-            write_fused(runtime, work / f"fused.{precision}.onnx", head, shared=True)
-
-
-def _variant(precision: str, has_tokens: bool) -> Variant:
-    text = PRECISIONS[precision].text
-    tokens = f"image_tokens.{precision}.onnx" if has_tokens else None
-    return Variant(f"image_encoder.{precision}.onnx", f"text_encoder.{text}.onnx", tokens)
-
-
-def _write_encoders(work: Path, source: Source, image: ImageSpec, words: Wording) -> Manifest:
-    """Write the fp32 encoders, from which all others are made; tokens are a second output."""
+def _write_encoders(staging: Path, source: Source, image: ImageSpec, words: Wording) -> Manifest:
+    """Export the fp32 encoders, with tokens as a second output, and return the manifest so far."""
     model = source.model
     context_length = int(source.tokenizer.context_length)
     names = _variant(REFERENCE, has_tokens=True)
     with step("exporting the image encoder"):
-        tokens = encoders.export_image_encoder(model, image.size, work / names.image_encoder)
+        tokens = encoders.export_image_encoder(model, image.size, staging / names.image_encoder)
     with step("exporting the text encoder"):
-        cut = encoders.export_text_encoder(model, context_length, work / names.text_encoder)
+        cut = encoders.export_text_encoder(model, context_length, staging / names.text_encoder)
     vector = null_text(source, words.null_templates)
     bias = model.logit_bias
     return Manifest(
@@ -197,3 +128,69 @@ def _write_encoders(work: Path, source: Source, image: ImageSpec, words: Wording
         purification=None,
         precisions={REFERENCE: names},
     )
+
+
+def _variant(precision: str, has_tokens: bool) -> Variant:
+    text = PRECISIONS[precision].text
+    tokens = f"image_tokens.{precision}.onnx" if has_tokens else None
+    return Variant(f"image_encoder.{precision}.onnx", f"text_encoder.{text}.onnx", tokens)
+
+
+def _write_precisions(
+    staging: Path,
+    source: Source,
+    manifest: Manifest,
+    precisions: Sequence[str],
+    data: DataSet | None = None,
+) -> Manifest:
+    """Convert and verify all precisions; remove the fp32 encoders unless fp32 is one of them."""
+    (original,) = manifest.precisions.values()
+    has_tokens = manifest.tokens is not None
+    variants = {precision: _variant(precision, has_tokens) for precision in precisions}
+    manifest = dataclasses.replace(manifest, precisions=variants)
+    for precision, variant in variants.items():
+        if precision != REFERENCE:
+            with step(f"converting the encoders to {precision}"):
+                images: Sequence[Inputs] = ()
+                if data is not None and PRECISIONS[precision].needs_images:
+                    images = calibration_images(data, manifest.image)
+                convert_encoders(staging, original, variant, precision, manifest, source, images)
+    # Only now: the other precisions are converted from the fp32 graph with both outputs.
+    for precision, variant in variants.items():
+        if variant.image_tokens is not None:
+            path, tokens = staging / variant.image_encoder, staging / variant.image_tokens
+            split_outputs(path, {EMBEDDING: path, TOKENS: tokens})
+        with step(f"comparing {precision} with PyTorch"):
+            parity = verify(staging, source, manifest, precision)
+        variants[precision] = dataclasses.replace(variant, parity=parity)
+    used = {name for v in variants.values() for name in (v.image_encoder, v.text_encoder)}
+    for name in {original.image_encoder, original.text_encoder} - used:
+        for path in staging.glob(f"{name}*"):
+            path.unlink()
+    with step("measuring the latency of each precision"):
+        times = cpu_ms(staging, manifest)
+    timed = {
+        name: dataclasses.replace(variant, cpu_ms=times[name]) for name, variant in variants.items()
+    }
+    return dataclasses.replace(manifest, precisions=timed)
+
+
+def _compare_answers(staging: Path, source: Source, manifest: Manifest, data: DataSet) -> Manifest:
+    from export.checks import fidelity  # imported late: it needs the train extra
+
+    with step(f"comparing answers on {data.name}, clean and attacked"):
+        measured = fidelity.measure(Bundle(staging), source, data)
+    fidelity.check(measured, data.name)
+    variants = {
+        name: dataclasses.replace(variant, parity={**variant.parity, **measured[name]})
+        for name, variant in manifest.precisions.items()
+    }
+    return dataclasses.replace(manifest, precisions=variants)
+
+
+def _write_fused(staging: Path, manifest: Manifest) -> None:
+    head = Head(check_purifier(manifest.purification))
+    for precision in manifest.precisions:
+        with step(f"writing the fused graph in {precision}"):
+            runtime = Runtime(staging, device="cpu", precision=precision)
+            write_fused(runtime, staging / f"fused.{precision}.onnx", head, shared=True)

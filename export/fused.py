@@ -1,9 +1,10 @@
-"""Image to answer as one ONNX graph, for runtimes other than edgeclip's: no PyTorch needed.
+"""Export of a bundle as one ONNX graph from image to answer, for other runtimes; without PyTorch.
 
     python -m export.fused BUNDLE -o fused.onnx
 
-Normalisation, the bundle's image encoder, CLIPure-Cos, class scores, softmax and top-k, of operators
-that TensorRT, OpenVINO and ONNX Runtime all have. What is left to the caller is to resize and crop.
+The graph normalises the image, runs the bundle's image encoder, purifies by CLIPure-Cos, and
+returns the top-k probabilities. TensorRT, OpenVINO and ONNX Runtime have all of its operators. The
+caller resizes and crops images.
 """
 
 from __future__ import annotations
@@ -30,23 +31,24 @@ from edgeclip.purify import CosPurifier, DiffPurifier, Purifier
 from export import ExportError
 from export.graphs.fused import TOP_K, Head, fuse
 from export.graphs.save import save
-from export.output import check_graph_target, graph_draft
+from export.output import check_graph_target, staged_graph
 from train.progress import step
 
 PURIFIER = PurifierOptions(methods=("auto", "none", "cos"))
 INPUT_TYPES = ("uint8", "float32")
-PROBES = 5  # images that are compared, the golden one among them
+PROBES = 5  # images to compare, the golden one included
 PROBE_CLASSES = 32
 EPILOG = """examples:
-  python -m export.fused vit-b-32 -o fused.onnx                        classes are an input
-  python -m export.fused vit-b-32 --classes-for labels.txt -o classes.npy          what it takes
-  python -m export.fused vit-b-32 -o fused.onnx --labels labels.txt    classes are built in
+  python -m export.fused vit-b-32 -o fused.onnx                            classes are an input
+  python -m export.fused vit-b-32 --classes-for labels.txt -o classes.npy  embeddings for that input
+  python -m export.fused vit-b-32 -o fused.onnx --labels labels.txt        classes are built in
   python -m export.fused vit-b-32 -o ds.onnx --labels labels.txt --input-type float32 --top-k all
 
-inputs: image uint8 (batch, H, W, 3), RGB of the encoder's size, or float32 (batch, 3, H, W) in 0 to
-255; classes float32 (K, D), unit rows, K from top-k. outputs: probabilities float32 (batch, k), the
-largest first, and indices int32 (batch, k); with --top-k all probabilities (batch, K) in the order of
-the classes. docs/serving.md shows it in TensorRT, OpenVINO, DeepStream and Triton.
+inputs: image uint8 (batch, H, W, 3), RGB at the encoder's input size, or float32 (batch, 3, H, W)
+in 0 to 255; classes float32 (K, D), unit rows, K at least the top-k. outputs: probabilities float32
+(batch, k), largest first, and indices int32 (batch, k); with --top-k all, probabilities (batch, K)
+in the order of the classes. docs/serving.md shows the graph in TensorRT, OpenVINO, DeepStream and
+Triton.
 """
 
 Array = NDArray[Any]
@@ -55,11 +57,11 @@ Array = NDArray[Any]
 def write_fused(
     runtime: Runtime, path: Path, head: Head, *, input_type: str = "uint8", shared: bool = False
 ) -> float:
-    """Write the graph of the runtime's bundle in its precision to `path`, and compare the two.
+    """Write the graph of the runtime's bundle to `path`, and compare their answers.
 
-    runtime: on the CPU, and purifying as head does. shared: the graph takes its weights from the
-    encoder's file, beside which `path` lies. Returns the largest difference of a probability. Raises
-    ExportError where that is too large.
+    runtime: on the CPU, with the head's purification; the graph gets its precision. shared: refer
+    to the weights in the encoder's file, which is in the same folder. Returns the largest
+    difference of a probability. Raises ExportError if it is too large.
     """
     bundle, precision = runtime.bundle, runtime.precision
     manifest = bundle.manifest
@@ -74,17 +76,17 @@ def write_fused(
     limit = PRECISIONS[precision].fused_limit
     if not difference <= limit:
         raise ExportError(
-            f"{path.name} does not answer as the runtime does: a probability differs by "
-            f"{difference:.3g} (limit {limit:g})"
+            f"{path.name} does not match the runtime: a probability differs by {difference:.3g} "
+            f"(limit {limit:g})"
         )
     return difference
 
 
 def compare(runtime: Runtime, path: Path, head: Head, input_type: str = "uint8") -> float:
-    """The largest difference between a probability of the graph and of the runtime.
+    """Return the largest difference between a probability of the graph and of the runtime.
 
-    Each is compared by its rank and by its class: so the classes are the same as well, but for those
-    that are equally probable.
+    Probabilities are compared by rank and by class. This covers the order of classes as well,
+    except for classes of equal probability.
     """
     session = open_session(path, "cpu")
     labels = head.labels or LabelSet.random(
@@ -92,28 +94,28 @@ def compare(runtime: Runtime, path: Path, head: Head, input_type: str = "uint8")
     )
     images = _probes(runtime.bundle)
     fixed = isinstance(session.get_inputs()[0].shape[0], int)
-    worst = 0.0
+    largest = 0.0
     for batch in [images[i : i + 1] for i in range(PROBES)] if fixed else [images[:1], images]:
-        given: dict[str, Array] = {"image": batch}
+        inputs: dict[str, Array] = {"image": batch}
         if input_type == "float32":
-            given["image"] = batch.transpose(0, 3, 1, 2).astype(np.float32)
+            inputs["image"] = batch.transpose(0, 3, 1, 2).astype(np.float32)
         if head.labels is None:
-            given["classes"] = labels.embeddings
-        found = session.run(None, given)
+            inputs["classes"] = labels.embeddings
+        outputs = session.run(None, inputs)
         for row, scores in enumerate(runtime.scores(list(batch), labels)):
             ranked = np.sort(scores)[::-1]
             if head.answers is None:
-                differences = [found[0][row] - scores]
+                differences = [outputs[0][row] - scores]
             else:
-                probabilities, indices = found[0][row], found[1][row]
+                probabilities, indices = outputs[0][row], outputs[1][row]
                 differences = [probabilities - ranked[: len(probabilities)]]
                 differences.append(probabilities - scores[indices])
-            worst = float(np.max(np.abs([worst, *np.concatenate(differences)])))  # keeps a NaN
-    return worst
+            largest = float(np.max(np.abs([largest, *np.concatenate(differences)])))  # keeps a NaN
+    return largest
 
 
 def _probes(bundle: Bundle) -> NDArray[np.uint8]:
-    """The golden image and noise of several ranges, (PROBES, H, W, 3) of the encoder's size."""
+    """Return the golden image and noise of several ranges, (PROBES, H, W, 3), at the input size."""
     height, width = bundle.manifest.image.size
     golden = Image.fromarray(bundle.golden()["image"]).resize((width, height))
     random = np.random.default_rng(0)
@@ -122,10 +124,10 @@ def _probes(bundle: Bundle) -> NDArray[np.uint8]:
 
 
 def check_purifier(purifier: Purifier) -> CosPurifier | None:
-    """Raises ExportError for one that no fused graph has."""
+    """Raise ExportError for a purifier that fused graphs do not support; return the others."""
     if isinstance(purifier, DiffPurifier):
         raise ExportError(
-            "the bundle recommends CLIPure-Diff, which no fused graph has: make one of the bundle by "
+            "the bundle recommends CLIPure-Diff, which fused graphs do not support: run "
             "python -m export.fused with --purify none or cos"
         )
     return purifier
@@ -134,17 +136,17 @@ def check_purifier(purifier: Purifier) -> CosPurifier | None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `open_runtime` reads."""
     add = parser.add_argument
-    add("bundle", metavar="BUNDLE", type=Path, help="a directory that python -m export made")
-    text = "of the encoders (default: fp32)"
+    add("bundle", metavar="BUNDLE", type=Path, help="bundle directory")
+    text = f"precision of the encoders (default: {REFERENCE})"
     add("--precision", choices=PRECISIONS, default=REFERENCE, help=text)
     PURIFIER.add(parser)
-    text = "prompt with {} for the label, or a file of them (default: the bundle's)"
+    text = "prompt with {} for the label, or a file of prompts (default: the bundle's)"
     add("--template", metavar="TEXT", action="append", default=[], help=text)
-    add("--force", action="store_true", help="replace what is at -o")
+    add("--force", action="store_true", help="replace an existing file or directory at -o")
 
 
 def open_runtime(options: argparse.Namespace) -> tuple[Runtime, CosPurifier | None]:
-    """Raises EdgeclipError."""
+    """Open the runtime that the options name, and its purifier. Raises EdgeclipError."""
     bundle = Bundle(options.bundle)
     purifier = check_purifier(PURIFIER.purifier(options, bundle.manifest.purification))
     runtime = Runtime(bundle, device="cpu", precision=options.precision, purify=purifier)
@@ -152,15 +154,15 @@ def open_runtime(options: argparse.Namespace) -> tuple[Runtime, CosPurifier | No
 
 
 def encode_labels(runtime: Runtime, path: Path, templates: list[str]) -> LabelSet:
-    """Those of a label file. Raises LabelError."""
-    names, worded = read_labels(path), read_templates(templates) or None
+    """Return the labels of a file, encoded. Raises LabelError."""
+    names, own_templates = read_labels(path), read_templates(templates) or None
     with step(f"encoding {len(names)} labels"):
-        return runtime.labels(names, worded)
+        return runtime.labels(names, own_templates)
 
 
 def _write_classes(labels: LabelSet, path: Path) -> None:
-    """As NumPy's file, or as the bytes alone, which trtexec --loadInputs takes."""
-    file = io.BytesIO()  # np.save asks a pipe for its position
+    """Write the classes in NumPy's format, or as raw bytes for trtexec --loadInputs."""
+    file = io.BytesIO()  # np.save seeks, which a pipe cannot do
     if path.suffix == ".npy":
         np.save(file, labels.embeddings)
     else:
@@ -175,22 +177,27 @@ def _top_k(text: str) -> int | None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m export.fused",
-        description="Write image to answer as one ONNX graph, for other runtimes than edgeclip's.",
+        description="Write a bundle as one ONNX graph from image to answer, for other runtimes.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add_options(parser)
-    add("-o", "--out", metavar="FILE", type=Path, required=True, help="graph or classes to write")
-    text = "build these classes in, rather than take them as an input"
-    add("--labels", metavar="FILE", type=Path, help=text)
-    text = (
-        "write what the input `classes` takes for these labels: .npy, or .bin for the bytes alone"
+    add(
+        "-o",
+        "--out",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="graph or class embeddings to write",
     )
+    text = "label file whose classes are built in (default: classes are an input)"
+    add("--labels", metavar="FILE", type=Path, help=text)
+    text = "write these labels' embeddings for the input `classes`: .npy, or .bin for raw bytes"
     add("--classes-for", metavar="FILE", type=Path, help=text)
-    text = f"classes in an answer, or all (default: {TOP_K}, or as many as there are labels)"
+    text = f"number of classes in an answer, or all (default: {TOP_K}, or fewer with fewer labels)"
     add("--top-k", metavar="K", type=_top_k, default=TOP_K, help=text)
-    text = "uint8 (batch, H, W, 3), the default, or float32 (batch, 3, H, W), both in 0 to 255"
+    text = "uint8 (batch, H, W, 3) or float32 (batch, 3, H, W), both in 0 to 255 (default: uint8)"
     add("--input-type", choices=INPUT_TYPES, default="uint8", help=text)
     return parser.parse_args(arguments)
 
@@ -200,11 +207,13 @@ def run(options: argparse.Namespace) -> None:
     if options.out.suffix not in suffixes:
         raise ExportError(f"{options.out}: name a file that ends in {' or '.join(suffixes)}")
     if options.labels and options.classes_for:
-        raise ExportError("--labels builds classes in, --classes-for writes them: name one of them")
+        raise ExportError(
+            "--labels builds classes in, --classes-for writes them: use one of the two"
+        )
     texts = [path for path in (options.labels, options.classes_for) if path]
     check_graph_target(options.out, options.force, [*texts, *options.template])
     if options.classes_for:
-        options.purify = "none"  # whatever the bundle recommends: it is nothing to texts
+        options.purify = "none"  # texts are not purified
     runtime, purifier = open_runtime(options)
     check_graph_target(options.out, True, runtime.bundle.paths())
     if options.classes_for:
@@ -214,10 +223,11 @@ def run(options: argparse.Namespace) -> None:
         return
     labels = options.labels and encode_labels(runtime, options.labels, options.template)
     head = Head(purifier, options.top_k, labels)
-    with graph_draft(options.out) as path, step("writing the graph, and comparing it"):
+    with staged_graph(options.out) as path, step("writing and verifying the graph"):
         difference = write_fused(runtime, path, head, input_type=options.input_type)
     print(
-        f"{options.out}: purify {purifier or 'none'}, {difference:.1e} from the runtime's answers"
+        f"{options.out}: purify {purifier or 'none'}, largest difference from the runtime's "
+        f"probabilities {difference:.1e}"
     )
 
 

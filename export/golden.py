@@ -1,4 +1,15 @@
-"""Golden values of a bundle: one input and its outputs, by PyTorch."""
+"""Golden values of a bundle: one input and its outputs, by open_clip and PyTorch.
+
+golden.npz holds
+
+    image             uint8 (H, W, 3)    synthetic, larger than the model's input, not square
+    pixels            float32 (3, h, w)  the image after open_clip's own preprocessing
+    embedding         float32 (D,)       its unit embedding
+    prompts           str (4,)           prompts of different lengths
+    ids               int64 (4, L)       padded to the longest, or to the full context length
+    text_embeddings   float32 (4, D)     their unit embeddings
+    prior_gradient    float32 (D,)       gradient of the prior's loss, in a bundle with a prior
+"""
 
 from __future__ import annotations
 
@@ -9,7 +20,6 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
@@ -29,20 +39,23 @@ GOLDEN_PROMPTS = (
 
 
 @torch.no_grad()
-def golden(directory: Path, source: Source, manifest: Manifest) -> dict[str, NDArray[Any]]:
-    """What golden.npz holds; the tokenizer has been written to `directory`. Raises ExportError."""
+def golden_values(directory: Path, source: Source, manifest: Manifest) -> dict[str, Any]:
+    """Return the arrays of golden.npz, but for the prior's; `directory` holds the tokenizer.
+
+    Raises ExportError if the tokenizer gives other ids than open_clip's.
+    """
     height, width = manifest.image.size
     image = golden_picture(3 * height // 2, 9 * width // 5)
     settings = PreprocessCfg(**open_clip.get_model_preprocess_cfg(source.model))
     pixels = image_transform_v2(settings, is_train=False)(Image.fromarray(image))
     ids, lengths = tokenize(directory, source, manifest, GOLDEN_PROMPTS)
-    used = max(lengths) if manifest.text.dynamic_length else manifest.text.context_length
+    length = max(lengths) if manifest.text.dynamic_length else manifest.text.context_length
     return {
         "image": image,
         "pixels": pixels.numpy(),
         "embedding": source.model.encode_image(pixels[None], normalize=True)[0].numpy(),
         "prompts": np.array(GOLDEN_PROMPTS),
-        "ids": ids.numpy()[:, :used],
+        "ids": ids.numpy()[:, :length],
         "text_embeddings": source.model.encode_text(ids, normalize=True).numpy(),
     }
 
@@ -50,17 +63,17 @@ def golden(directory: Path, source: Source, manifest: Manifest) -> dict[str, NDA
 def tokenize(
     directory: Path, source: Source, manifest: Manifest, prompts: Sequence[str]
 ) -> tuple[torch.Tensor, list[int]]:
-    """open_clip's ids (N, context length), and how many of each row are not padding.
+    """Return open_clip's ids (N, context length) and the length of each row without padding.
 
-    Raises ExportError where the bundle's tokenizer gives others.
+    Raises ExportError if the bundle's tokenizer gives other ids.
     """
     text = manifest.text
-    ids = source.tokenizer(list(prompts))
+    expected = source.tokenizer(list(prompts))
     tokenizer = Tokenizer(
         directory / TOKENIZER, context_length=text.context_length, clean=text.clean
     )
-    ours = tokenizer(prompts)
-    for prompt, found, row in zip(prompts, ours, ids.tolist(), strict=True):
-        if found + [text.pad_id] * (text.context_length - len(found)) != row:
+    rows = tokenizer(prompts)
+    for prompt, ids, expected_ids in zip(prompts, rows, expected.tolist(), strict=True):
+        if ids + [text.pad_id] * (text.context_length - len(ids)) != expected_ids:
             raise ExportError(f"{TOKENIZER} gives other ids than open_clip for {prompt[:40]!r}")
-    return ids, [len(found) for found in ours]
+    return expected, [len(ids) for ids in rows]

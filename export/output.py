@@ -1,4 +1,4 @@
-"""Files that an export writes: graphs with their weights, and directories that are whole or not there."""
+"""Output of an export: files and directories that replace their target once complete."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from export import ExportError
 
 
 def check_target(out: Path, marker: str, kind: str, force: bool) -> None:
-    """Raises ExportError where a directory cannot be put at `out`.
+    """Raise ExportError unless a directory may be written at `out`.
 
-    One that is there already is replaced with `force`, if it has the file `marker` and so is of
-    this kind.
+    force: replace an existing directory, if the file `marker` shows that it is of this kind.
     """
     if out.is_file():
         raise ExportError(f"{out} is a file: name a directory")
@@ -30,71 +29,29 @@ def check_target(out: Path, marker: str, kind: str, force: bool) -> None:
         raise ExportError(f"{out} exists: add --force to replace it, or name another directory")
 
 
-def check_graph_target(out: Path, force: bool, inputs: Iterable[Path | str]) -> None:
-    """Raise EdgeclipError where `graph_draft` may not write: on a file without `force`, an input."""
-    if storage.is_stream(out):
-        return
-    if not _data(out).parent.is_dir():
-        raise ExportError(f"cannot write {out}: No such file or directory")
-    for path in (out, _data(out)):
-        if path.exists() and not force:
-            raise ExportError(f"{path} exists: add --force to replace it")
-    inputs = list(inputs)
-    for path in (out, _data(out)):
-        storage.check_output(path, inputs)
-
-
 @contextmanager
-def graph_draft(out: Path) -> Iterator[Path]:
-    """Yield a path to write a graph to; it replaces `out` when the block ends without an error.
-
-    A file of weights beside the graph follows it. A pipe or a device takes graphs of one file only.
-    """
-    stream = storage.is_stream(out)
-    place = Path(tempfile.gettempdir(), out.name) if stream else Path(os.path.realpath(out))
-    with workshop(place) as work:
-        yield work / place.name
-        written = list(work.iterdir())
-        if stream and len(written) > 1:
-            raise ExportError(f"{out} takes one file, and these weights need a second: name a file")
-        let_all_in(work)
-        for file in written:
-            if stream:
-                with storage.writing(out) as target, open(file, "rb") as source:
-                    shutil.copyfileobj(source, target)
-            else:
-                storage.replace(place.with_name(file.name), file)
-
-
-def _data(out: Path) -> Path:
-    """Return the file of weights beside the graph at `out`, whether or not it exists."""
-    place = Path(os.path.realpath(out))
-    return place.with_name(f"{place.name}.data")
-
-
-@contextmanager
-def workshop(out: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `out`, removed whatever happens. Raises ExportError."""
+def staging_directory(out: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside `out` that is always removed. Raise ExportError."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as err:
         raise ExportError(f"cannot write {out}: {err.strerror}") from err
     try:
-        yield work
+        yield staging
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
-def move(work: Path, out: Path) -> None:
-    """Put the finished `work` where `out` is, with its mode; what was there stays if that fails."""
-    let_all_in(work)
-    old = work.with_name(work.name + ".old")  # free, since the name of `work` is unique
+def publish(staging: Path, out: Path) -> None:
+    """Move a complete staging directory to `out`; restore the previous directory if that fails."""
+    apply_umask(staging)
+    old = staging.with_name(staging.name + ".old")  # free: the name of `staging` is unique
     if out.exists():
-        work.chmod(stat.S_IMODE(out.stat().st_mode))
+        staging.chmod(stat.S_IMODE(out.stat().st_mode))
         out.rename(old)
     try:
-        work.rename(out)
+        staging.rename(out)
     except OSError:
         if old.exists():
             old.rename(out)
@@ -102,9 +59,55 @@ def move(work: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def let_all_in(folder: Path) -> None:
-    """Give it and all in it the usual permissions: temporary directories, and weights beside a
-    graph, are made for their owner alone."""
+def check_graph_target(out: Path, force: bool, inputs: Iterable[Path | str]) -> None:
+    """Raise EdgeclipError if `out` exists and `force` is false, or if it is one of `inputs`."""
+    if storage.is_stream(out):
+        return
+    files = (out, _weights_file(out))
+    if not files[1].parent.is_dir():
+        raise ExportError(f"cannot write {out}: No such file or directory")
+    for path in files:
+        if path.exists() and not force:
+            raise ExportError(f"{path} exists: add --force to replace it")
+    inputs = list(inputs)
+    for path in files:
+        storage.check_output(path, inputs)
+
+
+@contextmanager
+def staged_graph(out: Path) -> Iterator[Path]:
+    """Yield a path for a graph, which replaces `out` if the block ends without an error.
+
+    The file of weights beside the graph is moved too. A pipe or a device takes a single file.
+    """
+    stream = storage.is_stream(out)
+    target = Path(tempfile.gettempdir(), out.name) if stream else _resolve(out)
+    with staging_directory(target) as staging:
+        yield staging / target.name
+        files = list(staging.iterdir())
+        if stream and len(files) > 1:
+            raise ExportError(f"{out} takes one file, but large weights need a second: name a file")
+        apply_umask(staging)
+        for file in files:
+            if stream:
+                with storage.writing(out) as destination, open(file, "rb") as source:
+                    shutil.copyfileobj(source, destination)
+            else:
+                storage.replace(target.with_name(file.name), file)
+
+
+def _weights_file(out: Path) -> Path:
+    """Return the path of the weights beside the graph at `out`, whether or not it exists."""
+    target = _resolve(out)
+    return target.with_name(f"{target.name}.data")
+
+
+def _resolve(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises on a loop of links
+
+
+def apply_umask(folder: Path) -> None:
+    """Set the umask's permissions recursively (tempfile and ONNX's weights are created 0600)."""
     mask = os.umask(0)
     os.umask(mask)
     for path in (folder, *folder.rglob("*")):

@@ -1,7 +1,7 @@
-"""Compile a bundle's graphs with TensorRT for GPUs that are not here: `python -m export.to_tensorrt`.
+"""Compilation of a bundle's graphs by TensorRT-RTX without a GPU: `python -m export.to_tensorrt`.
 
-TensorRT-RTX parses and compiles on any machine, strongly typed as on a device: what it refuses is a
-fault of the graph that nobody has to carry to a GPU to find. It says nothing of speed or answers.
+TensorRT-RTX parses and compiles graphs on any machine, strongly typed as on a device, and so finds
+graphs that TensorRT refuses. It does not check speed or answers.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from edgeclip.storage import write
 from export import ExportError
 
 UNREADABLE = (
-    "graphs are quantised for ONNX Runtime on CPUs (at run time, or with zero points), which "
-    "TensorRT does not read"
+    "graphs are quantised for ONNX Runtime on CPUs (at run time, or with zero points), and "
+    "TensorRT cannot read them"
 )
-NO_FP32 = "FP32 GEMM is not supported"  # TensorRT-RTX of Turing, which multiplies fp16 only
-CELL = 17  # characters of a column
+NO_FP32 = "FP32 GEMM is not supported"  # TensorRT-RTX multiplies only fp16 on Turing
+CELL = 17  # column width in characters
 EPILOG = """examples:
-  python -m export.to_tensorrt bundles/vit-b-32                    every graph, every GPU
+  python -m export.to_tensorrt bundles/vit-b-32                         every graph, every GPU
   python -m export.to_tensorrt bundles/vit-b-32 --precision fp16 --capability 86 89
   python -m export.to_tensorrt bundles/vit-b-32 --capability 120 -o engines
 
-It needs pip install 'edgeclip[tensorrt-rtx]', and neither GPU nor driver. Capabilities: 75 is Turing
-(T4, RTX 20), for which TensorRT-RTX multiplies fp16 only; 80 and 86 Ampere (A100; RTX 30), 89 Ada (RTX
-40), 120 and 121 Blackwell (RTX 50; GB10). A Jetson is none of these: TensorRT-RTX does not build for
-Orin (87) or Thor (110), nor do its engines run in the TensorRT of JetPack. There, engines are built on
-the device, of the same graphs.
+requires pip install 'edgeclip[tensorrt-rtx]', and neither a GPU nor a driver. Capabilities: 75 is
+Turing (T4, RTX 20), where TensorRT-RTX multiplies only fp16; 80 and 86 are Ampere (A100; RTX 30),
+89 Ada (RTX 40), 120 and 121 Blackwell (RTX 50; GB10). Jetsons are not supported: TensorRT-RTX does
+not build for Orin (87) or Thor (110), and JetPack's TensorRT does not run its engines. On a Jetson,
+engines are built on the device from the same graphs.
 
-Exit status: 0, or 1 where a graph failed, with the reason, or 2 after one line for wrong usage.
+exit status: 0; 1 if a graph failed, with the reason; 2 for wrong usage, with a one-line error
 """
 
 
-def graphs(bundle: Bundle, precisions: Sequence[str]) -> dict[str, Path]:
-    """Every ONNX file of a bundle in these precisions, by its name without .onnx.
+def graph_files(bundle: Bundle, precisions: Sequence[str]) -> dict[str, Path]:
+    """Return a bundle's ONNX files in these precisions, by name without .onnx.
 
-    Their weights are known to be intact. Raises BundleError.
+    Raises BundleError if a graph or its weights were altered.
     """
     manifest = bundle.manifest
     names = []
@@ -61,64 +61,65 @@ def graphs(bundle: Bundle, precisions: Sequence[str]) -> dict[str, Path]:
         names += variant.graphs()
         names += [name for name in manifest.files if name == f"fused.{precision}.onnx"]
     names += [manifest.prior.file] if manifest.prior else []
-    return {name.removesuffix(".onnx"): _intact(bundle, name) for name in names}
+    return {name.removesuffix(".onnx"): _checked_file(bundle, name) for name in names}
 
 
-def _intact(bundle: Bundle, name: str) -> Path:
-    """The file, its weights checked: a fused graph has them in the encoder's file."""
+def _checked_file(bundle: Bundle, name: str) -> Path:
+    """Return the file, after a check of it and of its weights in other files."""
     path = bundle.file(name)
     for data in sorted(locations(path)):
         if data not in bundle.manifest.files:
-            raise BundleError(f"{path} has weights in {data}, of which the bundle has no sha256")
+            raise BundleError(f"{path} has weights in {data}, for which the bundle has no sha256")
         bundle.file(data)
     return path
 
 
-def _why_not(names: Iterable[str]) -> str:
+def select_precisions(bundle: Bundle, requested: Sequence[str] | None) -> list[str]:
+    """Return the requested precisions, or all that TensorRT reads. Raises ExportError."""
+    available = bundle.manifest.precisions
+    if requested is None:
+        readable = [name for name in available if PRECISIONS[name].tensorrt]
+        if not readable:
+            names = ", ".join(available)
+            raise ExportError(
+                f"{bundle.path} has no other precision than {names}: {_unreadable(available)}"
+            )
+        return readable
+    if unreadable := [name for name in requested if not PRECISIONS[name].tensorrt]:
+        raise ExportError(f"{_unreadable(unreadable)}: name {' or '.join(engine_precisions())}")
+    for name in requested:
+        if name not in available:
+            raise ExportError(f"{bundle.path} has no {name} graphs; it has {', '.join(available)}")
+    return list(dict.fromkeys(requested))
+
+
+def _unreadable(names: Iterable[str]) -> str:
+    """Return the reason why TensorRT cannot read the graphs of these precisions."""
     return f"{', '.join(names)} {UNREADABLE}"
 
 
-def precisions_of(bundle: Bundle, asked: Sequence[str] | None) -> list[str]:
-    """Those that TensorRT reads, or those asked for. Raises ExportError."""
-    there = bundle.manifest.precisions
-    if asked is None:
-        readable = [name for name in there if PRECISIONS[name].tensorrt]
-        if not readable:
-            names = ", ".join(there)
-            raise ExportError(
-                f"{bundle.path} has no other precision than {names}: {_why_not(there)}"
-            )
-        return readable
-    if unreadable := [name for name in asked if not PRECISIONS[name].tensorrt]:
-        raise ExportError(f"{_why_not(unreadable)}: name {' or '.join(engine_precisions())}")
-    for name in asked:
-        if name not in there:
-            raise ExportError(f"{bundle.path} has no {name}, but {', '.join(there)}")
-    return list(dict.fromkeys(asked))
-
-
 def compile_graphs(
-    found: Mapping[str, Path],
+    graphs: Mapping[str, Path],
     trt: Any,
     capabilities: Sequence[tuple[int, int]],
     options: BuildOptions,
     out: Path | None = None,
 ) -> list[str]:
-    """Print a table of graphs, by their names, and GPUs; return what failed, a line for each.
+    """Print a table of graphs and GPUs, and return a line for each failure.
 
-    out: folder to keep the engines in. Raises OSError.
+    out: folder for the engines. Raises OSError.
     """
-    wide = max(map(len, found)) + 1
-    print("graph".ljust(wide) + "".join(f"sm_{a}{b}".rjust(CELL) for a, b in capabilities))
+    width = max(map(len, graphs)) + 1
+    print("graph".ljust(width) + "".join(f"sm_{a}{b}".rjust(CELL) for a, b in capabilities))
     failed: list[str] = []
-    notes: dict[str, None] = {}  # in their order, each once
-    for name, path in found.items():
-        print(name.ljust(wide), end="", flush=True)
+    notes: dict[str, None] = {}  # unique, in order
+    for name, path in graphs.items():
+        print(name.ljust(width), end="", flush=True)
         for major, minor in capabilities:
             started = time.monotonic()
             try:
                 with _warnings(notes, name):
-                    made = build_engine(path, trt, options, capability=(major, minor))
+                    engine = build_engine(path, trt, options, capability=(major, minor))
             except EdgeclipError as err:
                 cell = "fails"
                 if NO_FP32 in str(err):
@@ -127,9 +128,9 @@ def compile_graphs(
                 else:
                     failed.append(f"{name} for sm_{major}{minor}: {err}")
             else:
-                cell = f"{time.monotonic() - started:.1f} s {len(made) / 1e6:,.0f} MB"
+                cell = f"{time.monotonic() - started:.1f} s {len(engine) / 1e6:,.0f} MB"
                 if out is not None:
-                    write(out / f"{name}.sm{major}{minor}.engine", made)
+                    write(out / f"{name}.sm{major}{minor}.engine", engine)
             print(cell.rjust(CELL), end="", flush=True)
         print()
     for note in notes:
@@ -139,7 +140,7 @@ def compile_graphs(
 
 @contextmanager
 def _warnings(notes: dict[str, None], name: str) -> Iterator[None]:
-    """Keep TensorRT's warnings for after the table; its errors are in the reason of a failure."""
+    """Collect TensorRT's warnings in `notes`; its errors are part of a failure's reason."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -147,53 +148,53 @@ def _warnings(notes: dict[str, None], name: str) -> Iterator[None]:
                 notes[f"warning: {name}: {record.getMessage()}"] = None
 
     handler, log = Handler(logging.WARNING), logging.getLogger(tensorrt_module.__name__)
-    kept, log.propagate = log.propagate, False
+    propagate, log.propagate = log.propagate, False
     log.addHandler(handler)
     try:
         yield
     finally:
         log.removeHandler(handler)
-        log.propagate = kept
+        log.propagate = propagate
 
 
 def _capability(text: str) -> tuple[int, int]:
     digits = text.replace(".", "", 1)
     if not (digits.isdecimal() and 2 <= len(digits) <= 3):
-        raise argparse.ArgumentTypeError(f"expected one such as 86, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a capability such as 86, got {text!r}")
     return int(digits[:-1]), int(digits[-1])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m export.to_tensorrt",
-        description="Compile every graph of a bundle with TensorRT-RTX for GPUs that are not here, as a "
-        "check of the graphs. The engines are not for a Jetson.",
+        description="Compile every graph of a bundle by TensorRT-RTX, without a GPU, to check the "
+        "graphs. The engines do not run on a Jetson.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("bundle", metavar="BUNDLE", type=Path, help="a directory that python -m export made")
-    text = "of the graphs (default: all of the bundle's that TensorRT reads)"
+    add("bundle", metavar="BUNDLE", type=Path, help="bundle directory")
+    text = "precisions of the graphs (default: all in the bundle that TensorRT reads)"
     add("--precision", nargs="+", choices=PRECISIONS, help=text)
-    text = "compute capabilities, such as 86 (default: all that TensorRT-RTX builds for)"
+    text = "compute capabilities, such as 86 (default: all that TensorRT-RTX supports)"
     add("--capability", nargs="+", type=_capability, metavar="SM", help=text)
-    text = "keep the engines in this new folder, GRAPH.smSM.engine"
+    text = "new folder to write the engines to, as GRAPH.smSM.engine"
     add("-o", "--out", metavar="DIR", type=Path, help=text)
-    text = "memory that kernels may use (default: 1024)"
+    text = "memory for kernels in MiB (default: 1024)"
     add("--workspace", metavar="MIB", type=positive, default=1024, help=text)
-    text = "images in a batch, at most (default: 8)"
+    text = "largest batch (default: 8)"
     add("--max-batch", metavar="N", type=positive, default=8, help=text)
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> list[str]:
     trt = import_tensorrt("tensorrt_rtx")
-    there = tensorrt_module.capabilities(trt)
-    asked = list(dict.fromkeys(options.capability or there))
-    for capability in asked:
+    supported = tensorrt_module.capabilities(trt)
+    capabilities = list(dict.fromkeys(options.capability or supported))
+    for capability in capabilities:
         tensorrt_module.check_capability(trt, capability)
     bundle = Bundle(options.bundle)
-    precisions = precisions_of(bundle, options.precision)
+    precisions = select_precisions(bundle, options.precision)
     if options.out is not None:
         try:
             options.out.mkdir(parents=True)
@@ -204,13 +205,14 @@ def run(options: argparse.Namespace) -> list[str]:
         context_length=bundle.manifest.text.context_length,
         workspace_bytes=options.workspace << 20,
     )
-    failed = compile_graphs(graphs(bundle, precisions), trt, asked, settings, options.out)
-    omitted = [name for name in bundle.manifest.precisions if name not in precisions]
-    if options.precision is None and omitted:
-        print(f"left out: {_why_not(omitted)}")
+    files = graph_files(bundle, precisions)
+    failed = compile_graphs(files, trt, capabilities, settings, options.out)
+    skipped = [name for name in bundle.manifest.precisions if name not in precisions]
+    if options.precision is None and skipped:
+        print(f"skipped: {_unreadable(skipped)}")
     print(
-        f"compiled by {trt.__name__} {trt.__version__} without a GPU: nothing was run, and none of it "
-        "is for a Jetson, where engines are built on the device"
+        f"compiled by {trt.__name__} {trt.__version__} without a GPU: no engine was run, and none "
+        "runs on a Jetson, where engines are built on the device"
     )
     return failed
 
@@ -219,7 +221,7 @@ def _run(arguments: list[str] | None) -> int:
     try:
         failed = run(parse(arguments))
     except KeyboardInterrupt:
-        print(flush=True)  # ends the row of the table
+        print(flush=True)  # ends the unfinished row of the table
         raise
     for line in failed:
         print(f"error: {line}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""open_clip's tokenizers as one tokenizer.json for the tokenizers library.
+"""Conversion of open_clip's tokenizers to a tokenizer.json for the tokenizers library.
 
-What open_clip does to a text before it is split (ftfy, HTML entities, case) stays outside the
-file: edgeclip.text.tokenizer does it, told by `TextSpec.clean`.
+The file does not contain open_clip's text cleaning (ftfy, HTML entities, case):
+edgeclip.text.tokenizer cleans as `TextSpec.clean` says.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from edgeclip.text.tokenizer import CLEANERS
 from export import ExportError
 
 END_OF_WORD = "</w>"
-LONG_S = "\u017f"  # lower case as it stands, and yet an "s" to a pattern that ignores case
+LONG_S = "\u017f"  # already lower case, but matches "s" when case is ignored
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 
 
 def convert(tokenizer: Any) -> Tokenizer:
-    """The backend that gives open_clip's ids on any cleaned text, start and end marks included.
+    """Return a backend that gives open_clip's ids for any cleaned text, with start and end marks.
 
-    Truncation and padding are not set: the runtime does both. Raises ExportError for a tokenizer
-    that does more than the tokenizers library can.
+    Truncation and padding are not set, because the runtime does both. Raises ExportError for a
+    tokenizer with features that the tokenizers library lacks.
     """
     if isinstance(tokenizer, SimpleTokenizer):
         return _from_simple(tokenizer)
@@ -39,21 +39,21 @@ def convert(tokenizer: Any) -> Tokenizer:
 
 
 def clean_kind(tokenizer: Any) -> str:
-    """The name, in edgeclip.text.tokenizer.CLEANERS, of the cleaning that `tokenizer` does."""
+    """Return the tokenizer's cleaning, by its name in edgeclip.text.tokenizer.CLEANERS."""
     for name in CLEANERS:
         if tokenizer.clean_fn is get_clean_fn(name):
             return name
-    raise ExportError("the tokenizer cleans text in a way of its own, which edgeclip cannot repeat")
+    raise ExportError("the tokenizer has its own text cleaning, which edgeclip does not support")
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id after a prompt's end."""
+    """Return the id that pads a prompt."""
     if isinstance(tokenizer, SimpleTokenizer):
         return 0
-    found = tokenizer.tokenizer.pad_token_id
-    if found is None:
-        raise ExportError("the tokenizer has no padding token, which open_clip needs as well")
-    return int(found)
+    pad_token_id = tokenizer.tokenizer.pad_token_id
+    if pad_token_id is None:
+        raise ExportError("the tokenizer has no padding token, which open_clip needs")
+    return int(pad_token_id)
 
 
 def _from_simple(tokenizer: SimpleTokenizer) -> Tokenizer:
@@ -88,13 +88,13 @@ def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]], marks: list[str])
 def _merge_marks(
     vocab: dict[str, int], merges: list[tuple[str, str]], marks: dict[str, int]
 ) -> None:
-    """Let the start and end marks, where a prompt spells them out, become their own ids.
+    """Add merges that give start and end marks in a prompt their own ids.
 
-    open_clip does this to a mark that its pattern finds as a word of its own, so an added token,
-    found anywhere, would differ. Instead the pieces of the mark are merged after all other merges.
-    The ids of the unfinished merges lie behind the vocabulary; they never come out, since a word
-    of such pieces is the whole mark: text is in lower case by then. (With any other cleaning, for
-    which no model of open_clip uses this tokenizer, a mark in a prompt stays ordinary text.)
+    open_clip does so only for a mark that its pattern matches as a word, whereas an added token
+    would be matched anywhere. The merges that build the mark come after all others. Their
+    intermediate ids follow the vocabulary and never occur in the output, because in lower-case text
+    a word of such pieces is the whole mark. (With any other cleaning, for which no open_clip model
+    uses this tokenizer, a mark in a prompt stays ordinary text.)
     """
     plain = _bpe(vocab, merges, list(marks))
     for mark, index in marks.items():
@@ -108,20 +108,20 @@ def _merge_marks(
 
 
 def _pattern(marks: list[str]) -> str:
-    """open_clip's pattern, with its sets of characters spelled out.
+    """Return open_clip's pattern, with its character sets spelled out.
 
-    They are those of the regex module, which open_clip uses. The tokenizers library knows an older
-    Unicode and would cut 17,000 characters differently, and which ones depends on its version.
+    The sets are those of the regex module, which open_clip uses. The tokenizers library has an
+    older Unicode and would split 17,000 characters differently; which ones depends on its version.
     """
     words = [_any_case(word) for word in (*marks, *CONTRACTIONS)]
     letters, digits = _character_set(r"[\p{L}]"), _character_set(r"[\p{N}]")
-    # The complement is not letters, digits and spaces: ignoring case, regex drops U+0345 from all.
+    # Not the other sets' complement: when case is ignored, regex drops U+0345 from all of them.
     others = _character_set(r"[^\s\p{L}\p{N}]")
     return "|".join([*words, f"[{letters}]+", f"[{digits}]", f"[{others}]+"])
 
 
 def _any_case(word: str) -> str:
-    r"""What regex.IGNORECASE matches, without the ligatures that (?i) adds in other libraries."""
+    r"""Return a pattern of regex.IGNORECASE's matches; (?i) elsewhere also matches ligatures."""
     return "".join(
         f"[{c}{c.upper()}{LONG_S if c == 's' else ''}]" if c.isalpha() else c for c in word
     )
@@ -129,9 +129,9 @@ def _any_case(word: str) -> str:
 
 @cache
 def _character_set(pattern: str) -> str:
-    """The characters that match `pattern` in open_clip, as the ranges of a character class."""
-    everything = "".join(map(chr, range(sys.maxunicode + 1)))
-    runs = regex.finditer(f"{pattern}+", everything, regex.IGNORECASE)
+    """Return the characters that match `pattern` in open_clip, as ranges of a character class."""
+    characters = "".join(map(chr, range(sys.maxunicode + 1)))
+    runs = regex.finditer(f"{pattern}+", characters, regex.IGNORECASE)
     return "".join(rf"\x{{{run.start():x}}}-\x{{{run.end() - 1:x}}}" for run in runs)
 
 

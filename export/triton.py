@@ -1,15 +1,15 @@
-"""A bundle and a label file as a model of Triton Inference Server's: no PyTorch needed.
+"""Export of a bundle and a label file as a model of Triton Inference Server; without PyTorch.
 
     python -m export.triton BUNDLE -o models --labels labels.txt
 
 writes, for the server's ONNX Runtime backend,
 
-    models/edgeclip/config.pbtxt    inputs, outputs and how requests become batches
-    models/edgeclip/labels.txt      one name a line, for the answers that the server words itself
-    models/edgeclip/1/model.onnx    the fused graph (export.fused) with the classes built in
+    models/edgeclip/config.pbtxt    inputs, outputs and dynamic batching
+    models/edgeclip/labels.txt      class names, one per line, for the server's answers
+    models/edgeclip/1/model.onnx    fused graph (export.fused) with the classes built in
 
-The graph gives a probability for each class, not the best of them: a client asks for the `class_count`
-best, and the server finds them and their labels by their place in the output.
+The graph returns the probability of every class in order: a client asks for the `class_count` best
+classes, and the server finds their labels by their index in the output.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from edgeclip.precisions import PRECISIONS, REFERENCE
 from export import ExportError
 from export.fused import add_options, encode_labels, open_runtime, write_fused
 from export.graphs.fused import Head
-from export.output import check_target, move, workshop
+from export.output import check_target, publish, staging_directory
 from train.progress import step
 
 CONFIG = "config.pbtxt"
 LABELS = "labels.txt"
 MODEL = Path("1", "model.onnx")
 MAX_BATCH = 8
-QUEUE_DELAY = 1000  # microseconds in which requests are waited for, little beside an encoder's run
-ENGINES = "/tmp/edgeclip-engines"  # where the server keeps those that TensorRT built
+QUEUE_DELAY = 1000  # microseconds to wait for more requests; short beside an encoder's run
+ENGINES = "/tmp/edgeclip-engines"  # the server's cache of TensorRT engines
 TYPES = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}
 EPILOG = """examples:
   python -m export.triton vit-b-32 -o models --labels labels.txt
   python -m export.triton vit-b-32 -o models --labels labels.txt --name fp16 --precision fp16
   python -m export.triton vit-b-32 -o models --labels labels.txt --accelerator tensorrt --force
 
-input: image uint8 (batch, H, W, 3), RGB of the encoder's size. output: probabilities float32
-(batch, K). docs/serving.md has the server's command and a client.
+input: image uint8 (batch, H, W, 3), RGB at the encoder's input size. output: probabilities float32
+(batch, K). docs/serving.md shows the server's command and a client.
 """
 
 
 def config(name: str, graph: Path, max_batch: int, accelerator: str | None = None) -> str:
-    """config.pbtxt for this graph, whose sizes but that of the batch are fixed."""
+    """Return config.pbtxt for a graph with fixed sizes, except for the batch."""
     session = open_session(graph, "cpu")
     lines = [f'name: "{name}"', 'backend: "onnxruntime"', f"max_batch_size: {max_batch}"]
     for kind, nodes in (("input", session.get_inputs()), ("output", session.get_outputs())):
@@ -59,7 +59,7 @@ def config(name: str, graph: Path, max_batch: int, accelerator: str | None = Non
             lines.append(f"{kind} [ {{ {entry}{label} }} ]")
     lines.append("instance_group [ { kind: KIND_AUTO } ]")  # a GPU where there is one
     if max_batch > 1:
-        # No preferred sizes: they are for engines that were built for some sizes alone.
+        # No preferred batch sizes: they are for engines built for a few sizes only.
         lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_DELAY} }}")
     if accelerator == "tensorrt":
         lines.append(_tensorrt())
@@ -67,7 +67,7 @@ def config(name: str, graph: Path, max_batch: int, accelerator: str | None = Non
 
 
 def _tensorrt() -> str:
-    """ONNX Runtime's TensorRT provider, with the parameters that Triton's backend documents."""
+    """Return the entry of ONNX Runtime's TensorRT provider, as Triton documents it."""
     parameters = {
         "precision_mode": "FP32",
         "trt_engine_cache_enable": "1",
@@ -79,7 +79,7 @@ def _tensorrt() -> str:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises ExportError."""
+    """Raise ExportError for options that Triton or its backend cannot serve."""
     if not re.fullmatch(r"\w[\w.-]*", options.name, re.ASCII):
         raise ExportError(f"--name {options.name!r}: use letters, digits, and . _ - between them")
     if PRECISIONS[options.precision].single_image:
@@ -89,30 +89,32 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.accelerator == "tensorrt" and options.precision != REFERENCE:
         raise ExportError(
-            "--accelerator tensorrt needs --precision fp32: in fp16 ONNX Runtime lets TensorRT compute "
-            "layer norms and softmax in it too, which loses some models"
+            "--accelerator tensorrt needs --precision fp32: with fp16, TensorRT also computes layer "
+            "norms and softmax in fp16, where some models lose their accuracy"
         )
 
 
 def run(options: argparse.Namespace) -> None:
     _check(options)
     out = (options.out / options.name).resolve()
-    check_target(out, CONFIG, "model of Triton's", options.force)
+    check_target(out, CONFIG, "Triton model", options.force)
     runtime, purifier = open_runtime(options)
     inputs = [options.labels, *options.template, *runtime.bundle.paths()]
     storage.check_output(out, inputs)
     labels = encode_labels(runtime, options.labels, options.template)
-    with workshop(out) as work:
-        (work / MODEL).parent.mkdir()
-        with step("writing the graph, and comparing it with the runtime"):
-            difference = write_fused(runtime, work / MODEL, Head(purifier, None, labels))
-        text = config(options.name, work / MODEL, options.max_batch, options.accelerator)
-        (work / CONFIG).write_text(text, encoding="utf-8")
-        (work / LABELS).write_text("".join(f"{name}\n" for name in labels.names), encoding="utf-8")
-        move(work, out)
+    with staging_directory(out) as staging:
+        (staging / MODEL).parent.mkdir()
+        with step("writing and verifying the graph"):
+            difference = write_fused(runtime, staging / MODEL, Head(purifier, None, labels))
+        text = config(options.name, staging / MODEL, options.max_batch, options.accelerator)
+        (staging / CONFIG).write_text(text, encoding="utf-8")
+        (staging / LABELS).write_text(
+            "".join(f"{name}\n" for name in labels.names), encoding="utf-8"
+        )
+        publish(staging, out)
     print(
-        f"{options.out / options.name}: {len(labels)} labels, purify {purifier or 'none'}, "
-        f"{difference:.1e} from the runtime's answers"
+        f"{options.out / options.name}: {len(labels)} labels, purify {purifier or 'none'}, largest "
+        f"difference from the runtime's probabilities {difference:.1e}"
     )
     print(f"serve it: tritonserver --model-repository {options.out.resolve()}")
 
@@ -120,18 +122,27 @@ def run(options: argparse.Namespace) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m export.triton",
-        description="Write a model repository for Triton Inference Server out of a bundle.",
+        description="Write a bundle as a model repository for Triton Inference Server.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add_options(parser)
-    add("-o", "--out", metavar="REPO", type=Path, required=True, help="the model repository")
-    add("--labels", metavar="FILE", type=Path, required=True, help="one class per line")
-    add("--name", default="edgeclip", help="of the model (default: edgeclip)")
-    text = f"images in one run (default: {MAX_BATCH})"
+    add(
+        "-o",
+        "--out",
+        metavar="REPO",
+        type=Path,
+        required=True,
+        help="model repository to write into",
+    )
+    add("--labels", metavar="FILE", type=Path, required=True, help="label file, one class per line")
+    add("--name", default="edgeclip", help="name of the model (default: edgeclip)")
+    text = f"largest batch (default: {MAX_BATCH})"
     add("--max-batch", type=up_to(4096), metavar="N", default=MAX_BATCH, help=text)
-    text = "tensorrt: built by the server when it loads the model, for minutes, and kept"
+    text = (
+        "tensorrt: the server builds an engine when it loads the model, for minutes, and caches it"
+    )
     add("--accelerator", choices=("tensorrt",), help=text)
     return parser.parse_args(arguments)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.export_models import made_once
+from tests.support.export_models import cached
 
 
-def test_a_fixture_is_made_once_for_its_arguments() -> None:
-    @made_once
+def test_a_fixture_is_cached_for_its_arguments() -> None:
+    @cached
     def numbered(folder: Path, name: str) -> Path:
         return folder / name
 
@@ -22,7 +22,7 @@ def test_a_fixture_is_made_once_for_its_arguments() -> None:
 def test_a_failure_is_remembered_and_its_folder_removed() -> None:
     folders = []
 
-    @made_once
+    @cached
     def failing(folder: Path) -> None:
         folders.append(folder)
         (folder / "half").mkdir()
@@ -38,7 +38,7 @@ def test_a_failure_is_remembered_and_its_folder_removed() -> None:
 def test_an_interruption_is_not_remembered() -> None:
     folders = []
 
-    @made_once
+    @cached
     def slow(folder: Path) -> Path:
         folders.append(folder)
         if len(folders) == 1:

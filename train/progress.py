@@ -1,4 +1,4 @@
-"""What the exporter says while it works, and the noise of libraries that it keeps from the user."""
+"""Progress messages on stderr while models load and are exported, and noise suppressed."""
 
 from __future__ import annotations
 
@@ -8,53 +8,63 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
-NOTICE_AFTER = 2  # seconds in which nobody wonders
+REPEAT_EVERY = 10.0  # seconds
+NOTICE_AFTER = 2.0  # seconds; a shorter step gets no second line
 
 
 @contextmanager
 def step(text: str) -> Iterator[None]:
-    """Say on stderr that `text` is being done, how long it has been so far, and how long it took."""
-    live = sys.stderr.isatty()
+    """Show on stderr that the step `text` runs, and how long it takes.
+
+    A terminal gets one live line. Anything else gets a line at the beginning, one about every ten
+    seconds, and one at the end of a step that succeeds.
+    """
+    with _live_line(text) if sys.stderr.isatty() else _lines(text):
+        yield
+
+
+def _live_line(text: str) -> AbstractContextManager[object]:
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn
+
+    column = TextColumn("{task.description} ... {task.elapsed:.1f} s", markup=False)
+    progress = Progress(column, console=Console(stderr=True), redirect_stdout=False)
+    progress.add_task(text, total=None)
+    return progress
+
+
+@contextmanager
+def _lines(text: str) -> Iterator[None]:
     started = time.monotonic()
     done = threading.Event()
-    say(f"{text} ...", end="" if live else "\n")
-    ticker = threading.Thread(target=_tick, args=(text, started, done, live), daemon=True)
-    ticker.start()
+
+    def repeat() -> None:
+        while not done.wait(REPEAT_EVERY):
+            say(f"{text} ... {time.monotonic() - started:.0f} s so far")
+
+    say(f"{text} ...")
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
     try:
         yield
-    except BaseException:
+    finally:
         done.set()
-        ticker.join()
-        if live:
-            say("")
-        raise
-    done.set()
-    ticker.join()
+        thread.join()
     seconds = time.monotonic() - started
-    if live:
-        say(f"\r{text} ... {seconds:.1f} s")
-    elif seconds >= NOTICE_AFTER:
+    if seconds >= NOTICE_AFTER:
         say(f"{text} ... done in {seconds:.1f} s")
 
 
-def _tick(text: str, started: float, done: threading.Event, live: bool) -> None:
-    while not done.wait(1 if live else 10):
-        seconds = time.monotonic() - started
-        if live and seconds >= NOTICE_AFTER:
-            say(f"\r{text} ... {seconds:.0f} s", end="")
-        elif not live:
-            say(f"{text} ... {seconds:.0f} s so far")
-
-
-def say(text: str, end: str = "\n") -> None:
-    print(text, end=end, file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    """Print a line to stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what open_clip, timm and torch's exporter log and warn about: what matters is raised."""
+    """Suppress the warnings and logs of open_clip, timm and torch's exporter; errors are raised."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -66,6 +76,6 @@ def quiet() -> Iterator[None]:
 
 
 def brief(err: BaseException) -> str:
-    """The first line of an error's text that says something."""
+    """Return the first non-empty line of an error's text, or its type."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()]
     return lines[0] if lines else type(err).__name__

@@ -1,1 +1,1 @@
-"""Checks of an export: parity with PyTorch, fidelity on data, evidence of robustness."""
+"""Checks of an export: parity with PyTorch, fidelity on data, evidence of robustness, latency."""

@@ -1,8 +1,8 @@
-"""Evidence of robustness for a bundle's manifest, from result files of python -m train.evaluate."""
+"""Robustness measurements for a bundle's manifest, from files of python -m train.evaluate."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -16,7 +16,7 @@ from train.models.trained_prior import TrainedPrior
 from train.robustness import result_file
 from train.robustness.result_file import CHECK_COUNT, MIN_IMAGES, Result
 
-LEVEL = 0.05  # significance of all comparisons together, two-sided
+LEVEL = 0.05  # significance level of all comparisons together, two-sided
 
 
 def read(
@@ -26,31 +26,36 @@ def read(
     prior: TrainedPrior | None = None,
     prior_gradient: str = "exact",
 ) -> tuple[tuple[Robustness, ...], Purifier]:
-    """Return the measurements for the manifest, and the purification that they recommend, if any.
+    """Return the measurements of a bundle's manifest, and the purification to recommend.
 
-    The measurements are those without purification and with the recommended one. A purified result
-    that failed a check is omitted. Raises ExportError for an unpurified one that did, and for a result
-    that is unfinished, unchecked, or of other weights, templates or prior: a bundle contains no figure
-    of another model and none that cannot be trusted.
+    The measurements are those without purification and with the recommended one. Raises ExportError
+    for a file that is unfinished or unchecked, that failed a check without purification, or that
+    was measured with other weights, templates or prior. A purified measurement that failed a check
+    is left out.
     """
     results = {path: _read(path, source, templates) for path in paths}
-    expected = (prior and prior.weights_sha256, prior_gradient)
+    exported = (prior and prior.weights_sha256, prior_gradient)
     for path, result in results.items():
         measured = (result.prior_sha256, result.prior_gradient)
-        if isinstance(result.purifier, DiffPurifier) and measured != expected:
+        if isinstance(result.purifier, DiffPurifier) and measured != exported:
             raise ExportError(f"{path} was measured with another prior: name that one with --prior")
     passed = {path: result for path, result in results.items() if _passed(path, result)}
     recommended = _recommended(list(passed.values()))
-    rows = {p: r for p, r in passed.items() if r.purifier in (None, recommended)}
-    return tuple(_row(path, result) for path, result in rows.items()), recommended
+    rows = [
+        _row(path, result)
+        for path, result in passed.items()
+        if result.purifier in (None, recommended)
+    ]
+    return tuple(rows), recommended
 
 
 def _passed(path: Path, result: Result) -> bool:
-    """Return whether every check passed. Raises ExportError for an unpurified result that failed."""
+    """Return whether no check failed. Raises ExportError if one did without purification."""
     failed = [result.checks[number - 1]["name"] for number in result.failed_checks]
     if failed and result.purifier is None:
         raise ExportError(
-            f"{path} failed {', '.join(failed)}: a bundle contains only figures that passed every check"
+            f"{path} failed {', '.join(failed)}: a bundle carries only figures that passed every "
+            "check"
         )
     return not failed
 
@@ -63,16 +68,16 @@ def _read(path: Path, source: Source, templates: Sequence[str]) -> Result:
     settings = result.settings
     if settings["weights_sha256"] != source.weights_sha256:
         raise ExportError(
-            f"{path} was measured on other weights than those of {source.name}: measure these"
+            f"{path} was measured on other weights than {source.name}: evaluate this model"
         )
     if settings["quick_gelu"] != source.quick_gelu:
         raise ExportError(
-            f"{path} was measured with another activation: give both commands the same --quickgelu"
+            f"{path} was measured with another activation: use the same --quickgelu for both"
         )
     if settings["templates"] != list(templates):
         raise ExportError(
-            f"{path} was measured with other templates than the bundle's, "
-            f"{settings['templates']}: measure with these"
+            f"{path} was measured with other templates, {settings['templates']}: evaluate "
+            "with the bundle's templates"
         )
     if len(result.finished) < settings["samples"]:
         raise ExportError(f"{path} is not finished: run its python -m train.evaluate again")
@@ -102,27 +107,27 @@ def _row(path: Path, result: Result) -> Robustness:
 
 
 def _recommended(results: Sequence[Result]) -> Purifier:
-    """Return the purification whose worst case is highest above the one without purification.
+    """Return the purification with the largest significant gain in worst-case accuracy, if any.
 
-    Both are on the same images under the same attacks. The difference must exceed the interval of the
-    paired difference, widened for the number of comparisons: no bundle recommends a chance result.
+    A gain is measured on the same images under the same attacks. It counts by the lower end of its
+    paired confidence interval, which is widened for the number of comparisons.
     """
     pairs = [
         (purified.purifier, purified.worst.astype(int) - plain.worst)
         for purified in results
         for plain in results
-        if purified.purifier and not plain.purifier and _attack(purified) == _attack(plain)
+        if purified.purifier and not plain.purifier and _threat(purified) == _threat(plain)
     ]
-    best, highest = None, 0.0
+    best, largest = None, 0.0
     for purifier, change in pairs:
         z = NormalDist().inv_cdf(1 - LEVEL / 2 / len(pairs))
-        lower = float(change.mean() - z * change.std() / len(change) ** 0.5)
-        if len(change) >= MIN_IMAGES and lower > highest:
-            best, highest = purifier, lower
+        lower_bound = float(change.mean() - z * change.std() / len(change) ** 0.5)
+        if len(change) >= MIN_IMAGES and lower_bound > largest:
+            best, largest = purifier, lower_bound
     return best
 
 
-def _attack(result: Result) -> Mapping[str, Any]:
-    """Return all settings but the purification and the gradients through it."""
-    purification = ("purification", "gradient")
-    return {name: value for name, value in result.settings.items() if name not in purification}
+def _threat(result: Result) -> dict[str, Any]:
+    """Return all settings except the purification and the gradients through it."""
+    defence = ("purification", "gradient")
+    return {name: value for name, value in result.settings.items() if name not in defence}

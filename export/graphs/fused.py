@@ -1,6 +1,7 @@
-"""The fused graph itself: what comes before and after a bundle's image encoder.
+"""Fused graph: normalisation, a bundle's image encoder, CLIPure-Cos, class scores, softmax, top-k.
 
-Standard operators in float32, as TensorRT has no double: see `export.fused` for its files.
+All operators are standard ONNX. They compute in float32, because TensorRT has no double.
+`export.fused` writes the files.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Head:
-    """What follows the encoder.
+    """Settings of the part behind the encoder.
 
-    top_k: classes in an answer, all of them for None. labels: built in, or an input for None.
+    top_k: classes in an answer; None for all. labels: classes built in; None for an input
+    `classes`.
     """
 
     purifier: CosPurifier | None = None
@@ -40,14 +42,14 @@ class Head:
 
     @property
     def answers(self) -> int | None:
-        """Entries of an answer: not more than there are labels. None for one for each class."""
+        """Entries of an answer, limited by the number of labels; None for all classes in order."""
         if self.top_k is None or self.labels is None:
             return self.top_k
         return min(self.top_k, len(self.labels))
 
 
 class _Operators:
-    """Appends nodes to a graph; numbers become float32 constants."""
+    """Builder that appends nodes to a graph; numbers become float32 constants."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._tape = Tape(graph)
@@ -62,11 +64,11 @@ class _Operators:
         return self._tape.initializer(tensor, name=f"fused.constant{next(self._constants)}")
 
     def total(self, x: ir.Value) -> ir.Value:
-        """The sum of each row, (batch, 1)."""
+        """Return the sum of each row, (batch, 1)."""
         return self("ReduceSum", x, self.constant([1], np.int64), keepdims=1)
 
     def top(self, x: ir.Value, k: int) -> ir.Value:
-        """Positions of the k largest of each row, the lower first among equals."""
+        """Return the indices of each row's k largest values, the lower index first among equals."""
         inputs = [x, self.constant([k], np.int64)]
         return self._tape.op_multi_out("TopK", inputs, {"axis": 1}, num_outputs=2)[1]
 
@@ -74,54 +76,57 @@ class _Operators:
 def fuse(
     encoder: ir.Model, image: ImageSpec, null_text: Array, scale: float, input_type: str, head: Head
 ) -> ir.Model:
-    """The graph of `encoder`, with what comes before and after it: changed, and returned.
+    """Extend the graph of `encoder` in place, and return it.
 
-    null_text is float32 (D,), scale what multiplies cosines.
+    null_text: float32 (D,). scale: logit scale, which multiplies cosines.
     """
     graph, op = encoder.graph, _Operators(encoder.graph)
     (pixels,) = graph.inputs
     (embedding,) = (value for value in graph.outputs if value.name == "embedding")
+    batch = pixels.shape[0] if pixels.shape else None
     graph.inputs.clear()
     graph.outputs.clear()
-    pixels.replace_all_uses_with(_normalise(graph, op, pixels.shape[0], image, input_type))
+    pixels.replace_all_uses_with(_normalise(graph, op, batch, image, input_type))
 
     direction = _direction(op, embedding, null_text, head.purifier)
     classes = _classes(graph, op, head.labels, len(null_text))
-    # The same bias for all classes would leave their softmax as it is.
+    # The logit bias is left out: equal for all classes, it does not change their softmax.
     logits = op("Gemm", direction, classes, alpha=scale, transB=1)
     probabilities = op("Softmax", logits, axis=1)
-    batch = pixels.shape[0]
     if head.answers is None:
         count = "classes" if head.labels is None else len(head.labels)
         _output(graph, "probabilities", probabilities, ir.DataType.FLOAT, [batch, count])
     else:
-        order = op.top(logits, head.answers)  # not of probabilities, of which many may be 0
+        order = op.top(logits, head.answers)  # logits: many probabilities may round to 0
         best = op("GatherElements", probabilities, order, axis=1)
         indices = op("Cast", order, to=ir.DataType.INT32)
         _output(graph, "probabilities", best, ir.DataType.FLOAT, [batch, head.answers])
         _output(graph, "indices", indices, ir.DataType.INT32, [batch, head.answers])
     graph.sort()
-    RemoveUnusedNodesPass()(encoder)  # of an output that nobody asked for, and their weights
-    NameFixPass()(encoder)  # inputs and outputs keep theirs
+    RemoveUnusedNodesPass()(encoder)  # nodes and weights of the encoder's other outputs
+    NameFixPass()(encoder)  # makes inner names unique; inputs and outputs keep theirs
     if head.labels is not None:
         encoder.metadata_props["labels"] = json.dumps(head.labels.names, ensure_ascii=False)
     return encoder
 
 
 def _normalise(
-    graph: ir.Graph, op: _Operators, batch: int | ir.SymbolicDim, image: ImageSpec, kind: str
+    graph: ir.Graph,
+    op: _Operators,
+    batch: int | ir.SymbolicDim | None,
+    image: ImageSpec,
+    input_type: str,
 ) -> ir.Value:
-    """(v / 255 - mean) / std in this order, which gives the very values of `_core.preprocess`."""
+    """Append (v / 255 - mean) / std; this order reproduces `_core.preprocess` exactly."""
     height, width = image.size
-    shape = [batch, height, width, 3] if kind == "uint8" else [batch, 3, height, width]
-    dtype = ir.DataType.UINT8 if kind == "uint8" else ir.DataType.FLOAT
-    given = ir.Value(name="image", shape=ir.Shape(shape), type=ir.TensorType(dtype))
-    graph.inputs.append(given)
-    if kind == "uint8":  # TensorRT takes it for nothing but this
-        x = op("Cast", given, to=ir.DataType.FLOAT)
+    is_uint8 = input_type == "uint8"
+    shape = [batch, height, width, 3] if is_uint8 else [batch, 3, height, width]
+    dtype = ir.DataType.UINT8 if is_uint8 else ir.DataType.FLOAT
+    x = ir.Value(name="image", shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    graph.inputs.append(x)
+    if is_uint8:
+        x = op("Cast", x, to=ir.DataType.FLOAT)  # first: TensorRT's uint8 inputs allow only a cast
         x = op("Transpose", x, perm=[0, 3, 1, 2])
-    else:
-        x = given
     mean, std = (np.reshape(values, (3, 1, 1)) for values in (image.mean, image.std))
     return op("Div", op("Sub", op("Div", x, 255.0), op.constant(mean)), op.constant(std))
 
@@ -144,48 +149,49 @@ def _output(
 def _direction(
     op: _Operators, z: ir.Value, null_text: Array, purifier: CosPurifier | None
 ) -> ir.Value:
-    """The unit embedding, purified: csrc/math.h in float32, which is what TensorRT has.
+    """Append csrc/math.h's purification in closed form; return the purified unit embedding.
 
-    The embedding z is split into what is along the null text t and what is across. Neither the angle
-    between nor the direction across is then a small difference of large numbers, as 1 - cosine^2 is
-    where they are nearly parallel. After all steps there is the angle at which the embedding ends up.
+    The embedding z is split into components along and across the null text t. The angle between z
+    and t is computed from these, because 1 - cosine^2 loses all digits when z and t are nearly
+    parallel. The result lies in the same plane, at the angle that all steps lead to.
     """
     if purifier is None or purifier.steps == 0 or purifier.step_size == 0:
         return op("Div", z, op("Sqrt", op.total(op("Mul", z, z))))
     t = op.constant((null_text / np.linalg.norm(null_text.astype(np.float64)))[None])
     along, across = _split(op, z, t)
-    rest, across = _split(op, across, t)  # what rounding left along t
+    rest, across = _split(op, across, t)  # rounding leaves a part along t
     along = op("Add", along, rest)
     length = op("Sqrt", op.total(op("Mul", across, across)))
     norm = op("Sqrt", op("Add", op("Mul", along, along), op("Mul", length, length)))
-    # tan(angle / 2) = sine / (1 + cosine), of the acute one of the angle and its supplement.
+    # tan(angle / 2) = sine / (1 + cosine), for the angle or its supplement, whichever is acute.
     half = op("Atan", op("Div", length, op("Add", norm, op("Abs", along))))
     obtuse_by = op("Sub", math.pi / 2, op("Mul", half, 2.0))
     angle = op("Sub", math.pi / 2, op("Mul", op("Sign", along), obtuse_by))
     angle = _turn(op, angle, op("Div", length, norm), purifier)
-    tangent = op("Div", across, op("Max", length, 1e-30))  # 0 where there is none
+    tangent = op("Div", across, op("Max", length, 1e-30))  # 0 for parallel vectors
     return op("Add", op("Mul", op("Cos", angle), t), op("Mul", op("Sin", angle), tangent))
 
 
 def _split(op: _Operators, z: ir.Value, t: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """How long z is along t, and z without that."""
+    """Return the component of z along t, and the rest of z."""
     along = op.total(op("Mul", z, t))
     return along, op("Sub", z, op("Mul", along, t))
 
 
 def _turn(op: _Operators, angle: ir.Value, sine: ir.Value, purifier: CosPurifier) -> ir.Value:
-    """The angle to the null text after all steps, negative on the other side of it.
+    """Append the angle to the null text after all steps, negative on the far side of it.
 
-    Each step turns by atan(step size) towards the null text. The first that passes it, `crossing`,
-    is undone by the next one, and so on: what then counts is whether an odd number of steps is left.
-    An angle whose sine is below MIN_SINE has no tangent to follow, and stays.
+    Each step turns the embedding by atan(step size) towards the null text. The first step that
+    passes it, `crossing`, is undone by the next one, and so on: from there on, an odd number of
+    remaining steps is one step. An angle whose sine is below MIN_SINE has no tangent to follow, and
+    stays.
     """
     turn, steps = math.atan(purifier.step_size), float(purifier.steps)
-    ahead = op("Mul", op("Sub", angle, MIN_SINE), min(1 / turn, 1e30))
-    crossing = op("Max", op("Add", op("Floor", ahead), 1.0), 0.0)
+    whole_steps = op("Floor", op("Mul", op("Sub", angle, MIN_SINE), min(1 / turn, 1e30)))
+    crossing = op("Max", op("Add", whole_steps, 1.0), 0.0)
     taken = op("Min", crossing, steps)
-    left = op("Sub", steps, taken)
-    odd = op("Sub", left, op("Mul", op("Floor", op("Mul", left, 0.5)), 2.0))
+    remaining = op("Sub", steps, taken)
+    odd = op("Sub", remaining, op("Mul", op("Floor", op("Mul", remaining, 0.5)), 2.0))
     turned = op("Sub", angle, op("Mul", taken, turn))
     crossed = op("Cast", op("Less", turned, -MIN_SINE), to=ir.DataType.FLOAT)
     back = op("Mul", op("Mul", odd, crossed), turn)

@@ -1,4 +1,10 @@
-"""Conversion of a bundle's encoders to other precisions."""
+"""Conversion of a bundle's fp32 encoders to another precision.
+
+fp16: both encoders. int8: both encoders; the image encoder's activation ranges are dynamic, because
+no set of images represents all images, and the text encoder's are static, from prompts, so that a
+prompt's embedding does not depend on the rest of its batch. int8-qdq: the image encoder, with
+static ranges from images of a data set; the text encoder stays fp32.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +23,15 @@ from edgeclip.manifest import ImageSpec, Manifest, Variant
 from export import ExportError
 from export.golden import GOLDEN_PROMPTS
 from export.graphs.fp16 import to_fp16
-from export.graphs.int8 import PART, PICTURES, WORDS, Inputs, to_int8, to_qdq
+from export.graphs.int8 import Inputs, to_int8, to_qdq
 from train.models.checkpoints import Source
 from train.progress import brief
 
 if TYPE_CHECKING:
     from train.data.dataset import DataSet
 
+CALIBRATION_WORDS = 250
+CALIBRATION_IMAGES, CALIBRATION_BATCH = 128, 16
 
 Files = tuple[Path, Path]  # source and target
 
@@ -37,26 +45,27 @@ class Calibration(NamedTuple):
 
 
 def convert_encoders(
-    work: Path,
+    folder: Path,
     fp32: Variant,
-    made: Variant,
+    variant: Variant,
     precision: str,
     manifest: Manifest,
     source: Source,
     images: Sequence[Inputs] = (),
 ) -> None:
-    """Write the encoders of `made`, of any precision, from those of `fp32`, all of them in `work`.
+    """Write the encoders of `variant` from those of `fp32`, all in `folder`.
 
-    images: inputs for activation ranges of the image encoder, see `pictures`. Raises ExportError.
+    images: calibration images, if the precision needs any, see `calibration_images`. Raises
+    ExportError.
     """
-    image = work / fp32.image_encoder, work / made.image_encoder
-    text = work / fp32.text_encoder, work / made.text_encoder
+    image = folder / fp32.image_encoder, folder / variant.image_encoder
+    text = folder / fp32.text_encoder, folder / variant.text_encoder
     try:
-        with np.load(work / GOLDEN, allow_pickle=False) as golden:
+        with np.load(folder / GOLDEN, allow_pickle=False) as golden:
             pixels = golden["pixels"][None]
-        calibration = Calibration(pixels, prompts(source, manifest), images)
+        calibration = Calibration(pixels, calibration_prompts(source, manifest), images)
         CONVERTERS[precision](image, text, calibration)
-    except Exception as err:  # of ONNX Runtime's converters, which raise anything
+    except Exception as err:  # ONNX Runtime's converters raise anything
         raise ExportError(
             f"cannot make {precision} encoders ({brief(err)}): export without {precision}"
         ) from err
@@ -76,7 +85,7 @@ def _convert_int8_qdq(image: Files, text: Files, calibration: Calibration) -> No
     to_qdq(*image, calibration.images)  # its text encoder is the fp32 one
 
 
-# One for each precision of edgeclip.precisions but the reference.
+# One converter for each precision of edgeclip.precisions except the reference.
 CONVERTERS: dict[str, Callable[[Files, Files, Calibration], None]] = {
     "fp16": _convert_fp16,
     "int8": _convert_int8,
@@ -84,24 +93,25 @@ CONVERTERS: dict[str, Callable[[Files, Files, Calibration], None]] = {
 }
 
 
-def prompts(source: Source, manifest: Manifest) -> list[Inputs]:
-    """Batches of prompts that stand for all: the templates with the words of ImageNet."""
-    words = ResNet18_Weights.IMAGENET1K_V1.meta["categories"][:: 1000 // WORDS]
+def calibration_prompts(source: Source, manifest: Manifest) -> list[Inputs]:
+    """Return batches of prompts: the templates with names of ImageNet's classes."""
+    words = ResNet18_Weights.IMAGENET1K_V1.meta["categories"][:: 1000 // CALIBRATION_WORDS]
     templates = itertools.cycle(manifest.templates)
     texts = [template.replace("{}", word) for template, word in zip(templates, words, strict=False)]
     ids = source.tokenizer([*texts, *GOLDEN_PROMPTS, ""]).numpy()
     if not manifest.text.dynamic_length:
-        return [{"ids": part} for part in np.array_split(ids, 4)]
+        return [{"ids": batch} for batch in np.array_split(ids, 4)]
     lengths = (ids != manifest.text.pad_id).sum(axis=1)
     return [{"ids": ids[lengths == length, :length]} for length in np.unique(lengths)]
 
 
-def pictures(data: DataSet, spec: ImageSpec) -> list[Inputs]:
-    """Inputs of an image encoder from all over a data set, whichever it is sorted by."""
-    count = min(PICTURES, len(data))
+def calibration_images(data: DataSet, spec: ImageSpec) -> list[Inputs]:
+    """Return batches of preprocessed images spread evenly over a data set, sorted or not."""
+    count = min(CALIBRATION_IMAGES, len(data))
     pixels = np.empty((count, 3, *spec.size), np.float32)
     options = {name: value for name, value in vars(spec).items() if name != "size"}
     for i, out in enumerate(pixels):
-        # The middles of equal parts: fidelity compares answers on others, where there are enough.
+        # The middles of equal parts: a large set's answers are compared on other images.
         _core.preprocess(data[(2 * i + 1) * len(data) // (2 * count)][0], out, **options)
-    return [{"pixels": pixels[i : i + PART]} for i in range(0, count, PART)]
+    step = CALIBRATION_BATCH
+    return [{"pixels": pixels[i : i + step]} for i in range(0, count, step)]

@@ -1,9 +1,13 @@
-"""ONNX graph of one step of a diffusion prior, backward pass included."""
+"""ONNX graph of a diffusion prior's step: its loss and the gradient for the image embedding.
+
+The backward pass is traced into the graph. PyTorch is compared with ONNX Runtime on random inputs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -31,11 +35,11 @@ from train.models.prior import Context, DiffusionPrior
 from train.models.trained_prior import TrainedPrior, null_context
 from train.progress import step
 
-PRIOR_FILE = "prior.onnx"  # of a bundle
+PRIOR_FILE = "prior.onnx"  # in a bundle
 TEXT_INPUTS = ("text_embed", "text_encodings", "text_mask")
-LIMIT = 1e-4  # of losses and gradients, relative to PyTorch's
-PROBES = ((1, 901), (2, 950), (33, 999))  # batch and timestep that are compared
-DECOMPOSED = (  # what the ONNX exporter has no function for
+LIMIT = 1e-4  # difference of losses and gradients, relative to PyTorch's
+PROBES = ((1, 901), (2, 950), (33, 999))  # batch sizes and timesteps to compare
+DECOMPOSED = (  # the ONNX exporter has no function for these
     "native_layer_norm_backward",
     "_softmax_backward_data",
     "select_backward",
@@ -45,7 +49,10 @@ DECOMPOSED = (  # what the ONNX exporter has no function for
 
 
 class Step(nn.Module):
-    """z (N, D), timestep (N,), noise (N, D) [, texts] -> loss (N,), its gradient (N, D)."""
+    """Module from z (N, D), timestep (N,), noise (N, D) [, text] to loss (N,), gradient (N, D).
+
+    context: the text, or None if the text is an input. gradient: "exact" or "forward".
+    """
 
     def __init__(self, prior: DiffusionPrior, context: Context | None, gradient: str) -> None:
         super().__init__()
@@ -64,9 +71,9 @@ class Step(nn.Module):
 def export_step(
     prior: DiffusionPrior, path: Path, context: Context | None, gradient: str, text_length: int = 0
 ) -> None:
-    """Write the step; without a context the text is an input, of text_length tokens.
+    """Write the step to `path`; without a context, a text of text_length tokens is an input.
 
-    Raises ExportError where PyTorch cannot export it.
+    Raises ExportError if PyTorch cannot export it.
     """
     dim = prior.shape.dim
     example = _example(prior, 3)
@@ -80,7 +87,8 @@ def export_step(
         shapes |= dict(
             zip(TEXT_INPUTS, ((1, dim), (1, text_length, dim), (1, text_length)), strict=True)
         )
-    table = torch._decomp.get_decompositions([getattr(torch.ops.aten, x) for x in DECOMPOSED])
+    operators = [getattr(torch.ops.aten, name) for name in DECOMPOSED]
+    table: dict[Any, Callable[..., Any]] = torch._decomp.get_decompositions(operators)
     graph = make_fx(
         Step(prior, context, gradient).forward,
         decomposition_table=table,
@@ -94,28 +102,30 @@ def export_step(
 
 
 def _optimize(model: onnx_ir.Model) -> None:
-    """What ONNX Runtime does not do at load; the exporter's own optimiser takes time that grows with
-    the square of the graph, half an hour for a prior of 24 layers."""
+    """Apply the optimisations that ONNX Runtime does not make at load.
+
+    The exporter's own optimiser takes time that grows with the square of the graph: half an hour
+    for a prior of 24 layers.
+    """
     _single_norms(model)
     _share_weights(model)
     fold_constants(model)
-    for clean in (
-        DeduplicateInitializersPass(),
-        CommonSubexpressionEliminationPass(),
-        RemoveUnusedNodesPass(),
-    ):
-        clean(model)
+    DeduplicateInitializersPass()(model)
+    CommonSubexpressionEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
 
 
 def _single_norms(model: onnx_ir.Model) -> None:
-    """Compute what the backward pass needs of a layer norm, its mean and 1 / its deviation, beside it:
-    TensorRT takes no LayerNormalization of more than one output."""
+    """Compute each layer norm's mean and inverse deviation, for the backward pass, separately.
+
+    TensorRT takes no LayerNormalization with more than one output.
+    """
     for node in list(model.graph):
         if node.op_type != "LayerNormalization" or len(node.outputs) == 1:
             continue
         tape, x, (_, mean, inverse) = Tape(), node.inputs[0], node.outputs
-        small = np.array(node.attributes["epsilon"].as_float(), np.float32)
-        epsilon = tape.initializer(onnx_ir.tensor(small), f"{mean.name}.epsilon")
+        value = np.array(node.attributes["epsilon"].as_float(), np.float32)
+        epsilon = tape.initializer(onnx_ir.tensor(value), f"{mean.name}.epsilon")
         axes = tape.initializer(onnx_ir.tensor(np.array([-1])), f"{mean.name}.axes")
         average = tape.op("ReduceMean", [x, axes])
         centred = tape.op("Sub", [x, average])
@@ -123,26 +133,26 @@ def _single_norms(model: onnx_ir.Model) -> None:
         deviation = tape.op("Sqrt", [tape.op("Add", [variance, epsilon])])
         mean.replace_all_uses_with(average)
         inverse.replace_all_uses_with(tape.op("Reciprocal", [deviation]))
-        for value in tape.initializers:
-            model.graph.register_initializer(value)
+        for constant in tape.initializers:
+            model.graph.register_initializer(constant)
         model.graph.insert_before(node, tape.nodes)
         node.resize_outputs(1)
 
 
 def _share_weights(model: onnx_ir.Model) -> None:
-    """Let products use each weight as it is stored: its transpose, which one of forward and backward
-    pass needs, would otherwise be stored beside it."""
+    """Let forward and backward products share each stored weight, transposed or not."""
     for node in model.graph:
         if node.op_type != "MatMul":
             continue
-        weight = node.inputs[1]
-        turned = False
-        while (maker := weight.producer()) is not None and maker.op_type == "Transpose":
-            weight, turned = maker.inputs[0], not turned
-        if not weight.is_initializer():
+        weight, transposed = node.inputs[1], False
+        while weight is not None and (producer := weight.producer()) is not None:
+            if producer.op_type != "Transpose":
+                break
+            weight, transposed = producer.inputs[0], not transposed
+        if weight is None or not weight.is_initializer():
             continue
         node.replace_input_with(1, weight)
-        if turned:
+        if transposed:
             node.op_type = "Gemm"
             node.attributes["transB"] = onnx_ir.AttrInt64("transB", 1)
 
@@ -164,41 +174,42 @@ def _example_text(prior: DiffusionPrior, length: int) -> tuple[Tensor, ...]:
 def verify_step(
     prior: DiffusionPrior, path: Path, context: Context | None, gradient: str, text_length: int = 0
 ) -> dict[str, float]:
-    """Differences of the file, run by ONNX Runtime, from PyTorch, relative to its values; and how
-    far a gradient without the prediction's own would be from the exact one, as a cosine.
+    """Compare the file, run by ONNX Runtime, with PyTorch, and return the parity.
 
-    Raises ExportError where a difference is above its limit.
+    The parity is the largest relative difference of loss and gradient, and the smallest cosine
+    between a forward gradient and the exact one. Raises ExportError if a difference is above LIMIT.
     """
     session = open_session(path, "cpu")
     text = () if context is not None else _example_text(prior, text_length)
     names = INPUTS + (TEXT_INPUTS if text else ())
-    worst = {"loss": 0.0, "gradient": 0.0}
+    largest = {"loss": 0.0, "gradient": 0.0}
     cosines = []
     for count, timestep in PROBES:
         example = _example(prior, count, timestep) + text
-        wanted = Step(prior, context, gradient)(*example)
-        given = {name: value.numpy() for name, value in zip(names, example, strict=True)}
-        for name, found, expected in zip(OUTPUTS, session.run(None, given), wanted, strict=True):
-            error = np.linalg.norm(found - expected.numpy()) / expected.norm().item()
-            worst[name] = float(np.maximum(worst[name], error))  # keeps a NaN
-        pair = [Step(prior, context, kind)(*example)[1] for kind in PRIOR_GRADIENTS]
-        cosines.append(F.cosine_similarity(*pair).min().item())
-    for name, error in worst.items():
+        expected = Step(prior, context, gradient)(*example)
+        inputs = {name: value.numpy() for name, value in zip(names, example, strict=True)}
+        outputs = session.run(None, inputs)
+        for name, actual, reference in zip(OUTPUTS, outputs, expected, strict=True):
+            error = np.linalg.norm(actual - reference.numpy()) / reference.norm().item()
+            largest[name] = float(np.maximum(largest[name], error))  # keeps a NaN
+        exact, forward = (Step(prior, context, kind)(*example)[1] for kind in PRIOR_GRADIENTS)
+        cosines.append(F.cosine_similarity(exact, forward).min().item())
+    for name, error in largest.items():
         if not error <= LIMIT:
             raise ExportError(
-                f"the exported prior is not PyTorch's: its {name} differs by {error:.3g} of it "
-                f"(limit {LIMIT:g})"
+                f"the exported prior does not match PyTorch: its {name} has a relative difference "
+                f"of {error:.3g} (limit {LIMIT:g})"
             )
-    found = {f"{name}_max_rel_diff": error for name, error in worst.items()}
-    return found | {"forward_min_cosine": min(cosines)}
+    parity = {f"{name}_max_rel_diff": error for name, error in largest.items()}
+    return parity | {"forward_min_cosine": min(cosines)}
 
 
 def write_prior(
     folder: Path, prior: TrainedPrior, source: Source, null_templates: Sequence[str], gradient: str
 ) -> PriorSpec:
-    """Write and check a bundle's prior.onnx, and add PyTorch's to its golden values.
+    """Write and verify a bundle's prior.onnx, and add PyTorch's gradient to its golden values.
 
-    Raises ExportError.
+    Raises ExportError, or ModelError if the prior does not fit the model.
     """
     path = folder / PRIOR_FILE
     context = null_context(prior.model, source, null_templates)

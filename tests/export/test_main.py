@@ -1,4 +1,4 @@
-"""`python -m export`: what it prints, what it refuses, and what it leaves behind."""
+"""`python -m export`: output, refusals, and the files left behind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from export import ExportError, bundle
 from export.__main__ import main
 from tests.support.export_models import exported, reuse_encoders, write_folder
 from train.models import wording
-from train.progress import step
 
 
 def run(*arguments: object) -> int:
@@ -31,7 +30,7 @@ def test_a_folder_becomes_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "image_max_abs_diff" in printed.out
     assert " MB" in printed.out
     assert "exporting the image encoder ..." in printed.err
-    assert "torch" not in printed.out + printed.err  # nothing of its exporter's own talk
+    assert "torch" not in printed.out + printed.err  # its exporter is silent
     manifest = Bundle(out).manifest
     assert manifest.templates == ("a {}", "the {}")
     assert manifest.null_templates == ("nothing {}",)
@@ -39,9 +38,9 @@ def test_a_folder_becomes_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture
     assert manifest.source["model"] == "run"
     assert sorted(path.name for path in out.parent.iterdir()) == ["bundle"]
     assert out.stat().st_mode & 0o777 == out.parent.stat().st_mode & 0o777
-    same = exported("vit").bundle.manifest.files  # the same weights, of another day
+    same = exported("vit").bundle.manifest.files  # an earlier export of the same weights
     assert {name for name in same if manifest.files[name] != same[name]} == {
-        "embeddings.safetensors"  # of another null template
+        "embeddings.safetensors"  # another null template
     }
 
     before = (out / "manifest.json").read_bytes()
@@ -55,14 +54,14 @@ def test_a_folder_becomes_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_force_replaces_a_bundle_only_once_the_new_one_is_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = exported("vit")
+    tiny = exported("vit")
     out = tmp_path / "bundle"
     out.mkdir()
     (out / "manifest.json").write_text("old")
     (out / "stale.onnx").write_text("old")
 
-    reuse_encoders(monkeypatch, made)
-    words = wording.wording(made.source)
+    reuse_encoders(monkeypatch, tiny)
+    words = wording.wording(tiny.source)
 
     def failing(*_: object) -> None:
         raise ExportError("not the same")
@@ -70,11 +69,11 @@ def test_force_replaces_a_bundle_only_once_the_new_one_is_good(
     with monkeypatch.context() as patch:
         patch.setattr(bundle, "verify", failing)
         with pytest.raises(ExportError, match="not the same"):
-            bundle.export_bundle(made.source, out, words, force=True)
+            bundle.export_bundle(tiny.source, out, words, force=True)
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "stale.onnx"]
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
-    bundle.export_bundle(made.source, out, words, force=True)
+    bundle.export_bundle(tiny.source, out, words, force=True)
     assert not (out / "stale.onnx").exists()
     Bundle(out).verify()
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
@@ -99,25 +98,26 @@ def test_force_does_not_destroy_an_input(
     out.mkdir()
     (out / "manifest.json").write_text("old")
     folder = write_folder((out if kind == "model" else tmp_path) / "run", "vit")
-    given = folder if kind == "model" else out / "given"
-    given.touch() if kind != "model" else None
-    more = [] if kind == "model" else [f"--{kind}", given]
+    source = folder if kind == "model" else out / "input"
+    if kind != "model":
+        source.touch()
+    more = [] if kind == "model" else [f"--{kind}", source]
     (tmp_path / "link").symlink_to("bundle")
     for name in ("bundle", "link"):
         assert run(folder, "-o", tmp_path / name, "--force", *more) == 2
         assert last_line(capsys) == (
-            f"error: cannot write {tmp_path / name}: that would destroy the input {given}; "
+            f"error: cannot write {tmp_path / name}: that would destroy the input {source}; "
             "name another output"
         )
-    assert given.exists()
+    assert source.exists()
     assert (out / "manifest.json").read_text() == "old"
 
 
 def test_a_bundle_replaces_the_target_of_a_link_and_keeps_its_mode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = exported("vit")
-    reuse_encoders(monkeypatch, made)
+    tiny = exported("vit")
+    reuse_encoders(monkeypatch, tiny)
     target, link = tmp_path / "target", tmp_path / "link"
     target.mkdir()
     target.chmod(0o700)
@@ -125,11 +125,11 @@ def test_a_bundle_replaces_the_target_of_a_link_and_keeps_its_mode(
     for name in (".target.old", "target.old", "link.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").touch()
-    bundle.export_bundle(made.source, link, wording.wording(made.source))
+    bundle.export_bundle(tiny.source, link, wording.wording(tiny.source))
     assert link.is_symlink()
     assert target.stat().st_mode & 0o777 == 0o700
     Bundle(target).verify()
-    bundle.export_bundle(made.source, link, wording.wording(made.source), force=True)
+    bundle.export_bundle(tiny.source, link, wording.wording(tiny.source), force=True)
     assert target.stat().st_mode & 0o777 == 0o700
     others = {".target.old", "target.old", "link.old"}
     assert {path.name for path in tmp_path.iterdir()} == others | {"target", "link"}
@@ -172,26 +172,5 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
         run("--help")
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    for told in ("TAG_OR_FILE", "--visual fare_eps_2.pt", "#model_ema", "--no-quickgelu"):
-        assert told in shown
-
-
-def test_a_step_says_how_long_it_took(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("train.progress.NOTICE_AFTER", 0)
-    with step("thinking"):
-        pass
-    assert capsys.readouterr().err == "thinking ...\nthinking ... done in 0.0 s\n"
-    with pytest.raises(KeyboardInterrupt), step("thinking"):
-        raise KeyboardInterrupt
-    assert capsys.readouterr().err == "thinking ...\n"
-
-
-def test_a_step_is_redrawn_on_a_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    with step("thinking"):
-        pass
-    assert capsys.readouterr().err == "thinking ...\rthinking ... 0.0 s\n"
+    for text in ("TAG_OR_FILE", "--visual fare_eps_2.pt", "#model_ema", "--no-quickgelu"):
+        assert text in shown

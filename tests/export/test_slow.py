@@ -51,10 +51,10 @@ def test_full_size_models(name: str, tmp_path: Path) -> None:
     images = OnnxEncoder(bundle.encoder("image_encoder", "fp32"), device="cpu")
     texts = OnnxEncoder(bundle.encoder("text_encoder", "fp32"), device="cpu")
     length = max(map(len, ours[:8])) if text.dynamic_length else text.context_length
-    for found, wanted in (
+    for actual, expected in (
         (images.embed(pixels.numpy()), wanted_images),
         (texts.embed(ids[:8, :length].numpy()), wanted_texts),
     ):
-        cosine = (found / np.linalg.norm(found, axis=1, keepdims=True) * wanted).sum(axis=1)
+        cosine = (actual / np.linalg.norm(actual, axis=1, keepdims=True) * expected).sum(axis=1)
         print(name, "smallest cosine", cosine.min())
         assert cosine.min() >= 0.99999

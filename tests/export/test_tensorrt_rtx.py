@@ -1,6 +1,6 @@
-"""Exported graphs, compiled by TensorRT-RTX for GPUs that are not here.
+"""Exported graphs, compiled by TensorRT-RTX without a GPU.
 
-`pytest -m slow tests/export/test_tensorrt_rtx.py` compiles models of full size, and prints tables.
+`pytest -m slow tests/export/test_tensorrt_rtx.py` compiles models of full size and prints tables.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ trt: Any = pytest.importorskip("tensorrt_rtx", reason="pip install 'edgeclip[ten
 
 TURING = (7, 5)
 GPUS = tensorrt_module.capabilities(trt)
-FEW = (TURING, (8, 6), (12, 0))  # the oldest, one between, and the newest family
+FEW = (TURING, (8, 6), (12, 0))  # oldest, middle and newest family
 HARMLESS = "TensorRT: ModelImporter.cpp:1071: Make sure input ids has Int64 binding."
 SURFACES = TESTS / "support" / "tensorrt_surfaces"
 
 
 @pytest.fixture(autouse=True)
 def no_warnings(caplog: pytest.LogCaptureFixture) -> Any:
-    """TensorRT warns where a profile does not fit the graph, and builds all the same."""
+    """Fail on TensorRT's warnings: a profile that does not fit the graph is only warned of."""
     yield
-    said = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
-    assert said <= {HARMLESS}
+    warnings = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
+    assert warnings <= {HARMLESS}
 
 
 def compile_for(path: Path, gpus: Any, context_length: int = 77) -> None:
-    """Every GPU takes the graph; for Turing TensorRT-RTX has no product of float32 matrices."""
+    """Compile for each GPU; on Turing, TensorRT-RTX has no product of float32 matrices."""
     options = BuildOptions(context_length=context_length)
     for gpu in gpus:
         if gpu == TURING and "fp16" not in path.name:
@@ -59,17 +59,17 @@ def compile_for(path: Path, gpus: Any, context_length: int = 77) -> None:
 
 
 def sizes(path: Path) -> dict[str, list[int]]:
-    """The shapes of inputs and outputs as TensorRT infers them, -1 for what is symbolic."""
+    """Return the shapes of inputs and outputs that TensorRT infers, -1 for symbolic sizes."""
     builder = trt.Builder(tensorrt_module.trt_logger(trt))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, tensorrt_module.trt_logger(trt))
     assert parser.parse_from_file(str(path))
-    found = [network.get_input(i) for i in range(network.num_inputs)]
-    found += [network.get_output(i) for i in range(network.num_outputs)]
-    return {tensor.name: list(tensor.shape) for tensor in found}
+    tensors = [network.get_input(i) for i in range(network.num_inputs)]
+    tensors += [network.get_output(i) for i in range(network.num_outputs)]
+    return {tensor.name: list(tensor.shape) for tensor in tensors}
 
 
-def test_what_is_recorded_of_this_version_is_what_it_has() -> None:
+def test_recorded_names_of_this_version_are_complete() -> None:
     path = SURFACES / f"tensorrt_rtx-{trt.__version__}.json"
     if not path.exists():
         pytest.skip(f"the names of TensorRT-RTX {trt.__version__} are not recorded")
@@ -90,9 +90,9 @@ def test_encoders_of_every_family(family: str, precision: str, tmp_path: Path) -
             to_fp16(path, half)
         paths = halves
     image, text, *tokens = paths
-    found = sizes(image)
-    assert found["pixels"] == [-1, 3, *manifest.image.size]
-    assert found["embedding"] == [-1, manifest.embed_dim]
+    actual = sizes(image)
+    assert actual["pixels"] == [-1, 3, *manifest.image.size]
+    assert actual["embedding"] == [-1, manifest.embed_dim]
     length = -1 if manifest.text.dynamic_length else manifest.text.context_length
     assert sizes(text) == {"ids": [-1, length], "embedding": [-1, manifest.embed_dim]}
     for path in tokens:
@@ -116,9 +116,9 @@ def test_the_step_of_a_prior() -> None:
 def test_the_embedded_bundle(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "engines"
     assert main([str(EMBEDDED), "--capability", "75", "86", "-o", str(out)]) == 0
-    said, err = capsys.readouterr()
+    out_text, err = capsys.readouterr()
     assert err == ""
-    assert said.count("no fp32") == 4  # of three graphs, and why
+    assert out_text.count("no fp32") == 4  # three graphs, and the reason
     assert sorted(path.name for path in out.iterdir()) == [
         "image_encoder.fp32.sm86.engine",
         "image_tokens.fp32.sm86.engine",
@@ -142,13 +142,13 @@ def test_a_profile_that_the_graph_cannot_take_is_warned_of(
 
 
 def test_progress_and_cancelling() -> None:
-    path, seen = EMBEDDED / "image_encoder.fp32.onnx", []
+    path, calls = EMBEDDED / "image_encoder.fp32.onnx", []
     options = BuildOptions()
-    build_engine(path, trt, options, progress=lambda *step: seen.append(step), capability=(8, 6))
-    phases = {phase for phase, _, _ in seen}
+    build_engine(path, trt, options, progress=lambda *step: calls.append(step), capability=(8, 6))
+    phases = {phase for phase, _, _ in calls}
     assert "Building engine" in phases
     assert any(phase.startswith("Building engine > ") for phase in phases)
-    assert all(0 <= done <= steps for _, done, steps in seen)
+    assert all(0 <= done <= steps for _, done, steps in calls)
 
     def fail(phase: str, done: int, steps: int) -> None:
         raise ZeroDivisionError("of the caller")
@@ -165,11 +165,11 @@ def test_progress_and_cancelling() -> None:
     assert build_engine(path, trt, options, capability=(8, 6))
 
 
-def compile_and_print(found: dict[str, Path], context_length: int, name: str, capsys: Any) -> None:
+def compile_and_print(graphs: dict[str, Path], context_length: int, name: str, capsys: Any) -> None:
     options = BuildOptions(context_length=context_length)
     with capsys.disabled():
         print(f"\n{name}")
-        assert compile_graphs(found, trt, GPUS, options) == []
+        assert compile_graphs(graphs, trt, GPUS, options) == []
 
 
 @pytest.mark.slow
@@ -177,25 +177,25 @@ def compile_and_print(found: dict[str, Path], context_length: int, name: str, ca
 def test_models_of_full_size(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = source_of(name, tmp_path)
     length = int(source.tokenizer.context_length)
-    found = {
+    graphs = {
         f"{kind}.{precision}": tmp_path / f"{kind}.{precision}.onnx"
         for precision in ("fp32", "fp16")
         for kind in ("image_encoder", "text_encoder")
     }
     size = image_spec(source.model).size
-    export_image_encoder(source.model, size, found["image_encoder.fp32"])
-    export_text_encoder(source.model, length, found["text_encoder.fp32"])
+    export_image_encoder(source.model, size, graphs["image_encoder.fp32"])
+    export_text_encoder(source.model, length, graphs["text_encoder.fp32"])
     del source
     for kind in ("image_encoder", "text_encoder"):
-        to_fp16(found[f"{kind}.fp32"], found[f"{kind}.fp16"])
-    compile_and_print(found, length, name, capsys)
+        to_fp16(graphs[f"{kind}.fp32"], graphs[f"{kind}.fp16"])
+    compile_and_print(graphs, length, name, capsys)
 
 
 @pytest.mark.slow
 def test_the_step_of_a_prior_of_full_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """That of CLIPure-Diff for ViT-L-14: 24 layers of 32 heads."""
+    """Compile CLIPure-Diff's prior for ViT-L-14: 24 layers of 32 heads."""
     torch.manual_seed(0)
     prior = DiffusionPrior(Shape(768, depth=24, heads=32)).eval().requires_grad_(False)
     text = torch.randn(1, 78, 768)

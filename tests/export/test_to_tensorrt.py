@@ -1,4 +1,4 @@
-"""python -m export.to_tensorrt, with a module of TensorRT-RTX's names: see tests/support/fake_tensorrt.py."""
+"""`python -m export.to_tensorrt` with a fake TensorRT-RTX, tests/support/fake_tensorrt.py."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import pytest
 from edgeclip.bundle import EMBEDDED, MANIFEST, Bundle
 from edgeclip.errors import BundleError
 from export import to_tensorrt
-from export.to_tensorrt import graphs, main
+from export.to_tensorrt import graph_files, main
 from tests.support import fake_tensorrt
 
 
 @pytest.fixture
 def trt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    made = fake_tensorrt.module("tensorrt_rtx-1.7.1.116")
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", made)
-    return made
+    module = fake_tensorrt.module("tensorrt_rtx-1.7.1.116")
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
+    return module
 
 
 @pytest.fixture
@@ -39,17 +39,17 @@ def test_every_graph_is_compiled_for_every_gpu(
     trt: ModuleType, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(bundle)]) == 0
-    head, *rows, left_out, end = capsys.readouterr().out.splitlines()
+    head, *rows, skipped, end = capsys.readouterr().out.splitlines()
     assert head.split() == ["graph", "sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"]
     names = ["image_encoder.fp32", "text_encoder.fp32", "image_tokens.fp32", "fused.fp32"]
     assert [row.split()[0] for row in rows] == names
     assert all(row.count(" MB") == 6 for row in rows)
-    assert "int8 graphs are quantised for ONNX Runtime on CPUs" in left_out
-    assert end.startswith("compiled by tensorrt_rtx 1.7.1.116 without a GPU: nothing was run")
+    assert "int8 graphs are quantised for ONNX Runtime on CPUs" in skipped
+    assert end.startswith("compiled by tensorrt_rtx 1.7.1.116 without a GPU: no engine was run")
     assert "Jetson" in end
-    found = [(Path(made["graph"]).stem, *made["capabilities"]) for made in trt._fake.builds]
+    actual = [(Path(build["graph"]).stem, *build["capabilities"]) for build in trt._fake.builds]
     gpus = ["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"]
-    assert found == [(name, gpu) for name in names for gpu in gpus]
+    assert actual == [(name, gpu) for name in names for gpu in gpus]
 
 
 def test_options(trt: ModuleType, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_options(trt: ModuleType, tmp_path: Path) -> None:
     assert image["capabilities"] == ["SM86"]
     assert image["pools"] == {"WORKSPACE": 64 << 20}
     assert image["profiles"][0]["pixels"][2][0] == 4
-    assert text["profiles"][0]["ids"][2] == [4, 32]  # the context length of this bundle
+    assert text["profiles"][0]["ids"][2] == [4, 32]  # this bundle's context length
 
 
 def test_graphs_that_fail(
@@ -83,10 +83,10 @@ def test_graphs_that_fail(
         "error: image_encoder.fp32 for sm_75: tensorrt_rtx 1.7.1.116 cannot build "
         f"{EMBEDDED / 'image_encoder.fp32.onnx'}: no kernel"
     )
-    assert not caplog.records  # what TensorRT logged is in these
+    assert not caplog.records  # TensorRT's errors are in these lines
 
 
-def test_what_the_compiler_has_not_is_no_fault_of_the_graph(
+def test_a_limit_of_the_compiler_is_not_a_failure(
     trt: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trt._fake.refuses = "Cannot compile 'x' for Turing (SM75): FP32 GEMM is not supported."
@@ -96,7 +96,7 @@ def test_what_the_compiler_has_not_is_no_fault_of_the_graph(
     assert out.count("no fp32: sm_75 needs fp16 graphs in TensorRT-RTX") == 1
 
 
-def test_warnings_are_said_once(trt: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_are_printed_once(trt: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     trt._fake.warns = "Profile kMAX values are not self-consistent"
     assert main([str(EMBEDDED), "--capability", "86", "89"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "kMAX" in line]
@@ -110,19 +110,19 @@ def test_warnings_are_said_once(trt: ModuleType, capsys: pytest.CaptureFixture[s
     ("options", "message"),
     [
         (["--precision", "int8"], "quantised for ONNX Runtime on CPUs (at run time"),
-        (["--precision", "fp32", "fp16"], "has no fp16, but fp32, int8"),
+        (["--precision", "fp32", "fp16"], "has no fp16 graphs; it has fp32, int8"),
         (["--capability", "87"], "builds for SM75, SM80, SM86, SM89, SM120, SM121, not SM87"),
-        (["--capability", "8x"], "expected one such as 86, got '8x'"),
+        (["--capability", "8x"], "expected a capability such as 86, got '8x'"),
         (["--max-batch", "0"], "expected a whole number from 1, got '0'"),
         (["-o", str(EMBEDDED)], "exists: name another folder"),
     ],
 )
-def test_wrong_usage_is_said_in_a_line(
+def test_wrong_usage_is_one_line(
     options: list[str], message: str, trt: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
         status = main([str(EMBEDDED), *options])
-    except SystemExit as err:  # of argparse
+    except SystemExit as err:  # from argparse
         status = err.code
     out, err = capsys.readouterr()
     assert (status, out) == (2, "")
@@ -158,12 +158,12 @@ def test_altered_graphs_are_not_compiled(bundle: Path) -> None:
     data = bundle / "image_encoder.fp32.onnx.data"
     data.write_bytes(data.read_bytes()[:-1] + b"x")
     with pytest.raises(BundleError, match=r"image_encoder.fp32.onnx.data was altered"):
-        graphs(Bundle(bundle), ["fp32"])
+        graph_files(Bundle(bundle), ["fp32"])
     manifest = json.loads((bundle / MANIFEST).read_text())
     del manifest["files"][data.name]
     (bundle / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="of which the bundle has no sha256"):
-        graphs(Bundle(bundle), ["fp32"])
+    with pytest.raises(BundleError, match="for which the bundle has no sha256"):
+        graph_files(Bundle(bundle), ["fp32"])
 
 
 def test_ctrl_c(

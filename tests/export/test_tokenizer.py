@@ -1,4 +1,4 @@
-"""tokenizer.json gives open_clip's ids, on any text."""
+"""Converted tokenizers, which give open_clip's ids for any text."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def texts() -> list[str]:
 
 
 def differing(tokenizer: object, folder: Path) -> list[str]:
-    """The texts whose padded ids are not open_clip's."""
+    """Return the texts whose padded ids are not open_clip's."""
     prompts = texts()
     pad, length = pad_id(tokenizer), tokenizer.context_length
-    ours = runtime(tokenizer, folder)(prompts)
-    theirs = tokenizer(prompts).tolist()
+    converted = runtime(tokenizer, folder)(prompts)
+    original = tokenizer(prompts).tolist()
     return [
         prompt
-        for prompt, found, wanted in zip(prompts, ours, theirs, strict=True)
-        if found + [pad] * (length - len(found)) != wanted
+        for prompt, actual, expected in zip(prompts, converted, original, strict=True)
+        if actual + [pad] * (length - len(actual)) != expected
     ]
 
 
@@ -78,8 +78,8 @@ def test_transformers_tokenizer_gives_open_clips_ids(tmp_path: Path, clean: str)
 def test_the_start_mark_is_not_looked_for_inside_punctuation(tmp_path: Path) -> None:
     tokenizer = SimpleTokenizer()
     start = tokenizer.sot_token_id
-    found = runtime(tokenizer, tmp_path)(["a <start_of_text> b", "a !<start_of_text> b"])
-    assert [row.count(start) for row in found] == [2, 1]
+    actual = runtime(tokenizer, tmp_path)(["a <start_of_text> b", "a !<start_of_text> b"])
+    assert [row.count(start) for row in actual] == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -116,5 +116,5 @@ def test_other_tokenizers_are_refused() -> None:
         convert(object.__new__(SigLipTokenizer))
     tokenizer = SimpleTokenizer()
     tokenizer.clean_fn = str.upper
-    with pytest.raises(ExportError, match="cleans text in a way of its own"):
+    with pytest.raises(ExportError, match="has its own text cleaning"):
         clean_kind(tokenizer)

@@ -1,4 +1,4 @@
-"""A model of Triton Inference Server's: its configuration against the server's own schema."""
+"""Triton models: their configuration, against the server's own schema, and their answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SOURCE = str(EMBEDDED)
 
 
 def schema() -> ModuleType:
-    """model_config.proto as tritonclient ships it, without the rest of the client, which imports grpc."""
+    """Import tritonclient's model_config.proto alone, because the rest of the client imports grpc."""
     package = importlib.util.find_spec("tritonclient")
     if package is None or package.origin is None:
         pytest.skip("tritonclient is not installed")
@@ -43,15 +43,15 @@ def read_config(model: Path) -> Any:
 
 
 def sizes(values: Any) -> dict[str, tuple[str, list[int]]]:
-    """Name -> type and dimensions without the batch, of an ONNX graph's inputs or outputs."""
+    """Return type and dimensions without the batch, by name, of a graph's inputs or outputs."""
     kinds = {onnx.TensorProto.UINT8: "TYPE_UINT8", onnx.TensorProto.FLOAT: "TYPE_FP32"}
-    found = {}
+    sizes = {}
     for value in values:
         tensor = value.type.tensor_type
         batch, *dims = tensor.shape.dim
-        assert batch.dim_param  # Triton demands it
-        found[value.name] = kinds[tensor.elem_type], [dim.dim_value for dim in dims]
-    return found
+        assert batch.dim_param  # Triton requires it
+        sizes[value.name] = kinds[tensor.elem_type], [dim.dim_value for dim in dims]
+    return sizes
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,12 @@ def test_the_configuration_is_the_graphs(
     assert (config.backend, config.max_batch_size) == ("onnxruntime", max_batch)
     graph = onnx.load(model / "1" / "model.onnx").graph
     enum = schema().DataType
-    for given, values in ((config.input, graph.input), (config.output, graph.output)):
-        assert {v.name: (enum.Name(v.data_type), list(v.dims)) for v in given} == sizes(values)
+    for entries, values in ((config.input, graph.input), (config.output, graph.output)):
+        assert {v.name: (enum.Name(v.data_type), list(v.dims)) for v in entries} == sizes(values)
     assert [i.name for i in config.input] == ["image"]
     assert list(config.input[0].dims) == [28, 28, 3]
     (output,) = config.output
-    # The server finds a label by the place of its class in the output: all are there, in order.
+    # The server finds a label by its class's index in the output: all classes, in order.
     assert output.name == "probabilities"
     labels = [label.name for label in edgeclip.read_labels(LABELS)]
     assert (model / output.label_filename).read_text().splitlines() == labels
@@ -112,12 +112,12 @@ def test_the_model_answers_as_the_runtime(
     session = onnxruntime.InferenceSession(model / "1" / "model.onnx")
     for batch in (1, 8):
         images = fashion[0][:batch]
-        (found,) = session.run(None, {"image": images})
+        (actual,) = session.run(None, {"image": images})
         for row, answer in zip(
-            found, runtime.classify(list(images), labels, top_k=10), strict=True
+            actual, runtime.classify(list(images), labels, top_k=10), strict=True
         ):
-            wanted = {prediction.index: prediction.score for prediction in answer}
-            np.testing.assert_allclose(row, [wanted[i] for i in range(10)], atol=1e-5)
+            expected = {prediction.index: prediction.score for prediction in answer}
+            np.testing.assert_allclose(row, [expected[i] for i in range(10)], atol=1e-5)
 
 
 def test_a_model_is_replaced_only_with_force_and_only_when_it_is_good(
@@ -151,7 +151,7 @@ def test_a_model_is_replaced_only_with_force_and_only_when_it_is_good(
     thesis.parent.mkdir()
     thesis.write_text("years of work")
     assert main([*command, "--name", "other", "--force"]) == 2
-    assert "is not empty and not a model of Triton's" in capsys.readouterr().err
+    assert "is not empty and not a Triton model" in capsys.readouterr().err
     assert thesis.exists()
 
 
@@ -165,11 +165,11 @@ def test_inputs_are_not_destroyed_and_links_and_modes_stay(
     assert (tmp_path / "edgeclip").is_symlink()
     assert (tmp_path / "elsewhere" / "config.pbtxt").is_file()
 
-    own = tmp_path / "edgeclip" / "mine.txt"
-    own.write_text("one\ntwo\n")
-    assert main([*command, str(own)]) == 2
-    assert f"that would destroy the input {own}" in capsys.readouterr().err
-    assert own.read_text() == "one\ntwo\n"
+    labels = tmp_path / "edgeclip" / "mine.txt"
+    labels.write_text("one\ntwo\n")
+    assert main([*command, str(labels)]) == 2
+    assert f"that would destroy the input {labels}" in capsys.readouterr().err
+    assert labels.read_text() == "one\ntwo\n"
 
     (tmp_path / "elsewhere").chmod(0o750)
     assert main([*command, str(LABELS)]) == 0

@@ -39,18 +39,18 @@ MERGES = 300
 VOCABULARY = 512 + MERGES + 2
 ROOT = Path(tempfile.mkdtemp(prefix="edgeclip-export-tests-"))
 atexit.register(shutil.rmtree, ROOT, ignore_errors=True)
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
-def made_once(make: Callable[..., Made]) -> Callable[..., Made]:
-    """Cache what `make(folder, *arguments)` returns by its arguments; each has a new folder of its own.
+def cached(make: Callable[..., T]) -> Callable[..., T]:
+    """Cache `make(folder, *arguments)` by its arguments; each result has its own new folder.
 
-    A failure removes the folder, and is raised again for the same arguments.
+    An exception removes the folder, and is cached as well.
     """
-    results: dict[tuple[Any, ...], Made | Exception] = {}
+    results: dict[tuple[Any, ...], T | Exception] = {}
 
     @wraps(make)
-    def made(*arguments: Any) -> Made:
+    def wrapper(*arguments: Any) -> T:
         if arguments not in results:
             folder = Path(tempfile.mkdtemp(dir=ROOT))
             try:
@@ -60,12 +60,12 @@ def made_once(make: Callable[..., Made]) -> Callable[..., Made]:
                 if not isinstance(err, Exception):
                     raise
                 results[arguments] = err
-        found = results[arguments]
-        if isinstance(found, Exception):
-            raise found
-        return found
+        result = results[arguments]
+        if isinstance(result, Exception):
+            raise result
+        return result
 
-    return made
+    return wrapper
 
 
 TEXT = {
@@ -77,7 +77,7 @@ TEXT = {
     "tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"},
 }
 VIT = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
-SHORT_TEXT = TEXT | {"layers": 1}  # most of an export's time goes into tracing blocks
+SHORT_TEXT = TEXT | {"layers": 1}  # tracing blocks takes most of an export's time
 SIGLIP_TEXT = {
     "context_length": 16,
     "vocab_size": 200,
@@ -92,7 +92,7 @@ SIGLIP_TEXT = {
     "norm_kwargs": {"eps": 1e-6},
 }
 
-# Every family that open_clip has an image tower for, as small as it gets.
+# Every kind of image tower in open_clip, as small as possible.
 CONFIGS: dict[str, dict[str, Any]] = {
     "vit": {"embed_dim": 48, "vision_cfg": VIT, "text_cfg": TEXT},
     "vit-avg": {
@@ -103,7 +103,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_cfg": SHORT_TEXT,
         "custom_text": True,
     },
-    "vit-quickgelu": {  # and all else that changes what can be exported
+    "vit-quickgelu": {  # with other settings that affect the export
         "embed_dim": 48,
         "quick_gelu": True,
         "vision_cfg": VIT | {"layers": 1} | {"final_ln_after_pool": True, "pool_type": "avg"},
@@ -169,7 +169,7 @@ WORDING = {
 
 @timm.models.register_model
 def tiny_siglip(pretrained: bool = False, **settings: Any) -> torch.nn.Module:
-    """timm's smallest ViT with attention pooling, cut to two blocks."""
+    """Create timm's smallest ViT with attention pooling, of two blocks."""
     return timm.create_model("test_vit3", depth=2, img_size=64, reg_tokens=0, **settings)
 
 
@@ -179,14 +179,14 @@ def tiny_convnext(pretrained: bool = False, **settings: Any) -> torch.nn.Module:
 
 
 def write_bpe(path: Path, merges: int = MERGES) -> None:
-    """The first merges of CLIP's byte-pair encoding, in open_clip's form."""
+    """Write the first merges of CLIP's byte-pair encoding, in open_clip's format."""
     with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[: merges + 1]
     path.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
 
 
 def write_sentencepiece_like(folder: Path) -> None:
-    """A tokenizer as SigLIP's: unigram, an end mark and no start mark, padded with the end mark."""
+    """Write a tokenizer like SigLIP's: unigram, no start mark, padded with the end mark."""
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(
@@ -213,9 +213,9 @@ def write_sentencepiece_like(folder: Path) -> None:
 def write_folder(
     folder: Path, family: str, *, seed: int = 1, embed_dim: int | None = None, **vision: Any
 ) -> Path:
-    """A folder as a training run leaves it, with random weights of which none is zero.
+    """Write a training run's folder, with random weights of which none is zero.
 
-    embed_dim, vision: what differs from the family's own, and from its image tower.
+    embed_dim, vision: overrides of the family's configuration and of its image tower's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model_cfg = dict(CONFIGS[family])
@@ -235,17 +235,17 @@ def write_folder(
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     for value in state.values():
-        if value.is_floating_point():  # some of CoCa's are memory that nothing was written to
+        if value.is_floating_point():  # CoCa leaves some uninitialised
             value.nan_to_num_(0, 0, 0).clamp_(-10, 10)
         if value.is_floating_point() and value.ndim:
-            value += 0.02 * torch.randn_like(value).abs()  # variances of batch norm stay positive
+            value += 0.02 * torch.randn_like(value).abs()  # positive, for batch norm's variances
     save_file(state, folder / "open_clip_model.safetensors")
     return folder
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A model in PyTorch and the bundle that was made of it."""
+    """A model in PyTorch and its bundle."""
 
     folder: Path
     source: Source
@@ -253,16 +253,16 @@ class Exported:
     encoders: Path  # folder of the fp32 encoders before the tokens' graph was split off
 
 
-@made_once
+@cached
 def exported(root: Path, family: str) -> Exported:
     folder = write_folder(root / family, family)
     source = load(str(folder), None)
     out, encoders = root / f"{family}-bundle", root / f"{family}-encoders"
     write_encoders = bundle._write_encoders
 
-    def write_and_copy(work: Path, *arguments: Any) -> Manifest:
-        manifest = write_encoders(work, *arguments)
-        shutil.copytree(work, encoders)
+    def write_and_copy(staging: Path, *arguments: Any) -> Manifest:
+        manifest = write_encoders(staging, *arguments)
+        shutil.copytree(staging, encoders)
         return manifest
 
     with pytest.MonkeyPatch.context() as patch:
@@ -271,36 +271,53 @@ def exported(root: Path, family: str) -> Exported:
     return Exported(folder, source, Bundle(out), encoders)
 
 
-def reuse_encoders(patch: pytest.MonkeyPatch, made: Exported, spoil: str = "") -> None:
-    """Let an export take the files made before: what comes after them is tested in no time.
+@cached
+def quantized(folder: Path, family: str) -> Bundle:
+    """Return a bundle of a tiny model in fp32, fp16 and int8."""
+    tiny = exported(family)
+    for path in (tiny.bundle.path, tiny.encoders):
+        shutil.copytree(path, folder, dirs_exist_ok=True)
+    precisions = ["fp32", "fp16", "int8"]
+    manifest = bundle._write_precisions(folder, tiny.source, tiny.bundle.manifest, precisions)
+    Bundle.write_manifest(folder, manifest)
+    return Bundle(folder)
 
-    In the file called `spoil` the weights are changed by a tenth.
+
+def cosines(actual: NDArray[np.float32], expected: torch.Tensor) -> NDArray[np.float64]:
+    a, b = actual.astype(np.float64), expected.numpy().astype(np.float64)
+    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+def reuse_encoders(patch: pytest.MonkeyPatch, tiny: Exported, spoil: str = "") -> None:
+    """Patch exports to copy the encoders of `tiny`, which saves their time.
+
+    spoil: file whose weights are changed by a tenth.
     """
 
-    def copied(work: Path, *_: object) -> Manifest:
-        for path in made.encoders.iterdir():
-            shutil.copy(path, work)
+    def copy_files(staging: Path, *_: object) -> Manifest:
+        for path in tiny.encoders.iterdir():
+            shutil.copy(path, staging)
         if spoil:
-            model = onnx.load(work / spoil)
+            model = onnx.load(staging / spoil)
             for weights in model.graph.initializer:
                 if weights.data_type == onnx.TensorProto.FLOAT and len(weights.dims) > 1:
                     array = 1.1 * onnx.numpy_helper.to_array(weights)
                     weights.CopyFrom(onnx.numpy_helper.from_array(array, weights.name))
-            onnx.save(model, work / spoil)
-        return made.bundle.manifest
+            onnx.save(model, staging / spoil)
+        return tiny.bundle.manifest
 
-    patch.setattr(bundle, "_write_encoders", copied)
+    patch.setattr(bundle, "_write_encoders", copy_files)
 
 
 def run_graph(path: Path, output: str, value: Any) -> Any:
-    """One output of a graph with one input, by ONNX Runtime."""
+    """Return one output of a graph with one input, by ONNX Runtime."""
     session = open_session(path, "cpu")
-    (found,) = session.run([output], {session.get_inputs()[0].name: value})
-    return found
+    (actual,) = session.run([output], {session.get_inputs()[0].name: value})
+    return actual
 
 
 def product(path: Path, weight: NDArray[np.float32], *, gemm: bool = False) -> Path:
-    """A graph x (N, K) -> x @ weight, with the weight stored in float32."""
+    """Write a graph x (N, K) -> x @ weight, with the weight stored in float32."""
     stored = np.ascontiguousarray(weight.T) if gemm else weight
     node = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
     if gemm:
@@ -318,20 +335,20 @@ def product(path: Path, weight: NDArray[np.float32], *, gemm: bool = False) -> P
 
 
 def folder_of_images(root: Path) -> Path:
-    """A data set folder:PATH of two classes whose pictures differ."""
+    """Write a data set folder:PATH of two classes with different colours."""
     rng = np.random.default_rng(0)
     for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
         folder = root / "test" / name
         folder.mkdir(parents=True)
         for i in range(4):
             noise = rng.integers(-30, 30, (40, 40, 3))
-            picture = (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
-            Image.fromarray(picture).save(folder / f"{i}.png")
+            image = (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
+            Image.fromarray(image).save(folder / f"{i}.png")
     return root
 
 
 def source_of(name: str, folder: Path) -> Source:
-    """The model with random weights; SigLIP's tokenizer is not to be had without a network."""
+    """Load the model with random weights; SigLIP gets another tokenizer, its own needs a network."""
     if "SigLIP" not in name:
         return load(name, "random")
     config = {"model_cfg": open_clip.get_model_config(name)}

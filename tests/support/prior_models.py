@@ -1,4 +1,4 @@
-"""A tiny CLIP whose text tokens are as wide as its embeddings, a prior for it, and their bundle."""
+"""Tiny CLIP whose text tokens are as wide as its embeddings, a prior for it, and their bundle."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from safetensors.torch import save_file
 
 from edgeclip.bundle import Bundle
 from export.bundle import export_bundle
-from tests.support.export_models import made_once, write_folder
+from tests.support.export_models import cached, write_folder
 from train.models.checkpoints import Source, load
 from train.models.prior import DiffusionPrior, Shape
 from train.models.trained_prior import TrainedPrior, load_prior
 from train.models.wording import wording
 
-DIM = 32  # the width of the tiny text tower
+DIM = 32  # width of the tiny text tower
 VISION = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}
 
 
 def write_prior(path: Path, *, depth: int = 2, heads: int = 2, seed: int = 0) -> Path:
-    """Weights of a prior whose prediction depends on everything it is given, in a safetensors file."""
+    """Write random weights of a prior that depends on all of its inputs, as safetensors."""
     torch.manual_seed(seed)
     state = DiffusionPrior(Shape(DIM, depth, heads)).state_dict()
     for key, value in state.items():
@@ -34,16 +34,16 @@ def write_prior(path: Path, *, depth: int = 2, heads: int = 2, seed: int = 0) ->
 
 @dataclass(frozen=True)
 class Conditioned:
-    """A model and a prior in PyTorch, and the bundle that was made of them."""
+    """A model and a prior in PyTorch, and their bundle."""
 
     folder: Path
     source: Source
-    weights: Path  # of the prior
+    weights: Path  # the prior's file
     prior: TrainedPrior
     bundle: Bundle
 
 
-@made_once
+@cached
 def with_prior(root: Path) -> Conditioned:
     folder = write_folder(root / "conditioned", "vit", embed_dim=DIM, **VISION)
     source = load(str(folder), None)
@@ -54,7 +54,7 @@ def with_prior(root: Path) -> Conditioned:
     return Conditioned(folder, source, weights, prior, Bundle(out))
 
 
-def relative(found: torch.Tensor | np.ndarray, wanted: torch.Tensor | np.ndarray) -> float:
-    found, wanted = (np.asarray(x, np.float64) for x in (found, wanted))
-    assert found.shape == wanted.shape
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+def relative(actual: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndarray) -> float:
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    assert actual.shape == expected.shape
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))

@@ -1,4 +1,4 @@
-"""int8-qdq, an image encoder for TensorRT: what its nodes say, what they compute, and that it is opt-in."""
+"""Image encoders in int8-qdq for TensorRT: nodes, results, and use on request only."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from export.bundle import export_bundle
 from export.checks import fidelity
 from export.graphs import int8, precisions
 from tests.support.export_models import (
+    cached,
     exported,
     folder_of_images,
-    made_once,
     product,
     reuse_encoders,
     run_graph,
@@ -40,9 +40,9 @@ Array = NDArray[Any]
 FP32 = EMBEDDED / "image_encoder.fp32.onnx"
 
 
-@made_once
+@cached
 def encoder(folder: Path) -> Path:
-    """The embedded bundle's image encoder, with ranges of 64 images of Fashion-MNIST."""
+    """Convert the embedded bundle's image encoder, with ranges of 64 Fashion-MNIST images."""
     with np.load(VECTORS / "fashion_200.npz") as arrays:
         images = list(np.repeat(arrays["images"][:64, ..., None], 3, axis=3))
     pixels = edgeclip.Runtime(device="cpu", purify="none").preprocess(images)
@@ -67,7 +67,7 @@ def test_tensorrt_can_read_every_quantised_product() -> None:
             continue
         sources = [made_by.get(name) for name in node.input]
         dequantised = [s is not None and s.op_type == "DequantizeLinear" for s in sources]
-        assert dequantised in ([True, True], [False, False])  # never one side alone
+        assert dequantised in ([True, True], [False, False])  # both sides or none
         if not all(dequantised):
             assert not set(node.input) & weights.keys()  # a product of two activations
             continue
@@ -89,90 +89,92 @@ def test_tensorrt_can_read_every_quantised_product() -> None:
 def test_embeddings_are_nearly_the_fp32_ones_in_any_batch(fashion: tuple[Array, Array]) -> None:
     pixels = edgeclip.Runtime(device="cpu", purify="none").preprocess(list(fashion[0][100:]))
     run = OnnxEncoder(encoder(), device="cpu")
-    found, wanted = unit(run.embed(pixels)), unit(OnnxEncoder(FP32, device="cpu").embed(pixels))
-    cosines = (found * wanted).sum(axis=1)
-    assert 0.999 < cosines.min() < 1 - 1e-6  # it is another encoder
+    actual, expected = unit(run.embed(pixels)), unit(OnnxEncoder(FP32, device="cpu").embed(pixels))
+    cosines = (actual * expected).sum(axis=1)
+    assert 0.999 < cosines.min() < 1 - 1e-6  # it is not the fp32 encoder
     alone = np.concatenate([unit(run.embed(row[None])) for row in pixels[:5]])
-    np.testing.assert_allclose(alone, found[:5], atol=1e-3)  # fp16 rounds as the batch is split
+    np.testing.assert_allclose(alone, actual[:5], atol=1e-3)  # fp16 rounding depends on the batch
     weights = FP32.with_name(f"{FP32.name}.data")
     assert encoder().stat().st_size < 0.35 * weights.stat().st_size
 
 
 @pytest.mark.parametrize("gemm", [False, True])
-def test_a_product_is_what_numpy_makes_of_it(tmp_path: Path, gemm: bool) -> None:
+def test_a_product_equals_numpys(tmp_path: Path, gemm: bool) -> None:
     rng = np.random.default_rng(0)
     weight, calm = (
         rng.standard_normal((64, 32), np.float32),
         rng.standard_normal((50, 64), np.float32),
     )
-    weight[:, 3] *= 1e-4  # its step is below the normal numbers of fp16
+    weight[:, 3] *= 1e-4  # a step below fp16's normal numbers
     source, target = product(tmp_path / "fp32.onnx", weight, gemm=gemm), tmp_path / "qdq.onnx"
     assert int8.to_qdq(source, target, [{"x": calm[:25]}, {"x": calm[25:]}]) == []
-    given = rng.standard_normal((9, 64), np.float32)
-    given[0, 0] = 20  # beyond the range, and so cut
+    inputs = rng.standard_normal((9, 64), np.float32)
+    inputs[0, 0] = 20  # outside the range, and clipped
     step = np.abs(calm).max() / 127
     steps = np.abs(weight).max(axis=0) / 127
-    cut = step * np.clip(np.rint(given / step), -128, 127)
-    wanted = cut @ (steps * np.rint(weight / steps))
-    found = run_graph(target, "y", given)
-    np.testing.assert_allclose(found, wanted, atol=0.02 * np.abs(wanted).max())
-    np.testing.assert_allclose(found[:, 3], wanted[:, 3], atol=0.05 * np.abs(wanted[:, 3]).max())
+    clipped = step * np.clip(np.rint(inputs / step), -128, 127)
+    expected = clipped @ (steps * np.rint(weight / steps))
+    actual = run_graph(target, "y", inputs)
+    np.testing.assert_allclose(actual, expected, atol=0.02 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        actual[:, 3], expected[:, 3], atol=0.05 * np.abs(expected[:, 3]).max()
+    )
     spiked = calm.copy()
     spiked[7, 3] = 1000
     assert int8.to_qdq(source, target, [{"x": spiked}]) == ["product"]
-    found = run_graph(target, "y", given)
-    np.testing.assert_allclose(found, given @ weight, atol=2e-3 * np.abs(wanted).max())
+    actual = run_graph(target, "y", inputs)
+    np.testing.assert_allclose(actual, inputs @ weight, atol=2e-3 * np.abs(expected).max())
 
 
-def test_pictures_come_from_all_over_a_data_set(tmp_path: Path) -> None:
+def test_calibration_images_come_from_a_whole_data_set(tmp_path: Path) -> None:
     data = fidelity.load(f"folder:{folder_of_images(tmp_path)}")
     runtime = edgeclip.Runtime(device="cpu", purify="none")
-    batches = precisions.pictures(data, runtime.bundle.manifest.image)
-    found = np.concatenate([batch["pixels"] for batch in batches])
-    wanted = runtime.preprocess([data[i][0] for i in range(len(data))])
-    np.testing.assert_array_equal(found, wanted)
-    assert len(found) == 8
+    batches = precisions.calibration_images(data, runtime.bundle.manifest.image)
+    actual = np.concatenate([batch["pixels"] for batch in batches])
+    expected = runtime.preprocess([data[i][0] for i in range(len(data))])
+    np.testing.assert_array_equal(actual, expected)
+    assert len(actual) == 8
 
 
 def test_it_is_exported_with_the_fp32_text_encoder_and_never_chosen_unasked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = exported("vit")
-    reuse_encoders(monkeypatch, made)
+    tiny = exported("vit")
+    reuse_encoders(monkeypatch, tiny)
     data = fidelity.load(f"folder:{folder_of_images(tmp_path / 'set')}")
-    words = wording(made.source)
+    words = wording(tiny.source)
     out, alone = tmp_path / "both", tmp_path / "alone"
-    manifest = export_bundle(made.source, out, words, precisions=["fp32", "int8-qdq"], data=data)
-    own = manifest.precisions["int8-qdq"]
-    assert (own.image_encoder, own.text_encoder) == (
+    manifest = export_bundle(tiny.source, out, words, precisions=["fp32", "int8-qdq"], data=data)
+    qdq = manifest.precisions["int8-qdq"]
+    assert (qdq.image_encoder, qdq.text_encoder) == (
         "image_encoder.int8-qdq.onnx",
         "text_encoder.fp32.onnx",
     )
-    assert own.parity["image_min_cosine"] >= 0.99
-    assert own.parity["top1_agreement"] >= 0.99
-    for device in ("cpu", "cuda", "tensorrt"):  # although it is known to answer alike
+    assert qdq.parity["image_min_cosine"] >= 0.99
+    assert qdq.parity["top1_agreement"] >= 0.99
+    for device in ("cpu", "cuda", "tensorrt"):  # although its answers were verified
         assert preferred(Bundle(out), device) == ["fp32"]
-    asked = edgeclip.Runtime(out, device="cpu", precision="int8-qdq")
-    assert golden.check(asked)["image"] > 0
+    runtime = edgeclip.Runtime(out, device="cpu", precision="int8-qdq")
+    assert golden.check(runtime)["image"] > 0
 
-    export_bundle(made.source, alone, words, precisions=["int8-qdq"], data=data)
+    export_bundle(tiny.source, alone, words, precisions=["int8-qdq"], data=data)
     assert sorted(path.name for path in alone.glob("*.onnx")) == [
         "image_encoder.int8-qdq.onnx",
         "image_tokens.int8-qdq.onnx",
         "text_encoder.fp32.onnx",
     ]
     only = edgeclip.Runtime(alone, device="cpu", labels=["a", "b"])
-    assert only.precision == "int8-qdq"  # there is nothing else
+    assert only.precision == "int8-qdq"  # the only precision
 
 
 def test_without_images_it_is_refused_before_minutes_of_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = exported("vit")
+    tiny = exported("vit")
     monkeypatch.setattr("export.bundle._write_encoders", pytest.fail)
     with pytest.raises(ExportError, match="name a data set with --data"):
-        export_bundle(made.source, tmp_path / "b", wording(made.source), precisions=["int8-qdq"])
-    command = [str(made.folder), "-o", str(tmp_path / "b"), "--precision", "int8-qdq"]
+        export_bundle(tiny.source, tmp_path / "b", wording(tiny.source), precisions=["int8-qdq"])
+    command = [str(tiny.folder), "-o", str(tmp_path / "b"), "--precision", "int8-qdq"]
     assert main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == "error: int8-qdq takes its ranges from images: name a data set with --data"
@@ -180,7 +182,7 @@ def test_without_images_it_is_refused_before_minutes_of_work(
 
 
 def test_tensorrt_builds_an_engine_of_it(tmp_path: Path) -> None:
-    """And of the fused graph; strongly typed, and without a GPU."""
+    """Build strongly typed engines of the encoder and the fused graph, without a GPU."""
     pytest.importorskip("tensorrt_rtx")
     from export.to_tensorrt import main as compile_for
 
@@ -188,9 +190,9 @@ def test_tensorrt_builds_an_engine_of_it(tmp_path: Path) -> None:
     shutil.copytree(EMBEDDED, folder)
     shutil.copy(encoder(), folder)
     manifest = Bundle(folder).manifest
-    own = Variant(encoder().name, "text_encoder.fp32.onnx", "image_tokens.fp32.onnx")
+    qdq = Variant(encoder().name, "text_encoder.fp32.onnx", "image_tokens.fp32.onnx")
     Bundle.write_manifest(
-        folder, dataclasses.replace(manifest, precisions={**manifest.precisions, "int8-qdq": own})
+        folder, dataclasses.replace(manifest, precisions={**manifest.precisions, "int8-qdq": qdq})
     )
     from export.fused import main as fuse
 
