@@ -162,7 +162,8 @@ def _describe_tokens(tokens: TokenSpec | None) -> str:
     if tokens is None:
         return ""
     rows, columns = tokens.grid
-    return f"{rows} x {columns} patches after {tokens.prefix} other tokens"
+    plural = "" if tokens.prefix == 1 else "s"
+    return f"{rows} x {columns} patches after {tokens.prefix} other token{plural}"
 
 
 def _describe_prior(prior: PriorSpec | None) -> str | list[str]:

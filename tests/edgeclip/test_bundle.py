@@ -96,7 +96,7 @@ def test_weights_are_in_the_bundle_under_their_graphs_name(
 
 
 def test_the_token_graph_has_its_weights_in_the_encoders_file_only(copy: Path) -> None:
-    """A file with the token graph's own name is refused: no hash of the encoder covers it."""
+    """Check that FILE.data of the token graph is refused: no hash of the encoder covers it."""
     path = copy / "image_tokens.int8.onnx"
     onnx.save(onnx.load(path), path, save_as_external_data=True, location=f"{path.name}.data")
     Bundle.write_manifest(copy, Bundle(copy).manifest)

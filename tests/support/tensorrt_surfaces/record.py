@@ -77,7 +77,7 @@ ENUMS = (
 
 
 def surface(trt: Any, name: str, source: str) -> dict[str, Any]:
-    """The names of the module, of the members of its classes, and of its enums with their numbers."""
+    """Return the names of the module, of its classes' members, and of its enums with values."""
     enums = {x: getattr(trt, x) for x in ENUMS if hasattr(trt, x)}
     enums["ILogger.Severity"] = trt.ILogger.Severity
     classes = {x: getattr(trt, x) for x in CLASSES if hasattr(trt, x)}
