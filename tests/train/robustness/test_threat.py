@@ -68,7 +68,8 @@ def test_as_many_classes_as_an_attack_needs(name: str) -> None:
             assert attacked.shape == images.shape
         elif name not in NATIVE:
             with pytest.raises(
-                SettingsError, match=f"{name} needs {needed} classes or more, here "
+                SettingsError,
+                match=f"{name} needs {needed} classes or more, and the data set has {classes}",
             ):
                 build(name, defence, "exact", threat(), targets)
 
