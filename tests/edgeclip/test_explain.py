@@ -123,7 +123,7 @@ def test_embedded_bundle(rt: Runtime) -> None:
     assert found.label == "ankle boot"
     text = rt.labels(["ankle boot"]).embeddings
     pixels = rt.preprocess([BOOT])
-    tokens = rt._open_tokens().embed(pixels)
+    tokens = rt._host.tokens(pixels)
     expected = trained_attention(torch.from_numpy(tokens), torch.from_numpy(text.copy()), 28)
     np.testing.assert_allclose(found.attention, expected[0, 0], rtol=1e-4, atol=1e-5)
     assert found.attention.dtype == np.float32

@@ -49,7 +49,7 @@ def test_the_help_says_how_many_threads_are_used(
     with pytest.raises(SystemExit):
         main([command, "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--threads T default: as many as affinity and CPU quota allow" in text
+    assert "(default: all that affinity and CPU quota allow)" in text
 
 
 @pytest.fixture

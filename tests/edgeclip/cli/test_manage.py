@@ -30,7 +30,7 @@ def test_info_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert any(line.startswith("cpu int8: works") for line in report["devices"])
     if not _core.cuda_built():
         (why,) = (line for line in report["devices"] if line.startswith("tensorrt: not used: "))
-        assert "needs edgeclip with its CUDA kernels" in why
+        assert "needs edgeclip's CUDA kernels" in why
     assert any(line.startswith("onnxruntime ") for line in report["packages"])
 
 
