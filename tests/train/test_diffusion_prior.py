@@ -337,10 +337,10 @@ def test_wrong_options_of_diff_are_refused(
     other = str(write_prior(tmp_path / "other.safetensors", seed=1))
     prior_options = ["--prior", str(conditioned.weights)]
     for more, message in (
-        (DIFF, "--purify diff needs the prior's weights: name its run with --prior"),
+        (DIFF, "--purify diff needs the weights of a prior: name its run with --prior"),
         (
             [*DIFF, "--prior", other],
-            "has not the prior .*other.safetensors: export it with --prior",
+            "does not contain the prior .*other.safetensors: export it with --prior",
         ),
         ([*prior_options, "--purify", "cos", "--purify-seed", "3"], "needs --purify diff"),
         (
