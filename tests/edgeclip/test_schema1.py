@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgeclip import Runtime
 from edgeclip.tools import golden
-from export.to_tensorrt import graphs
+from export.to_tensorrt import graph_files
 from tests.support.schema1 import EXPECTED, schema1_bundle
 
 
@@ -29,7 +29,7 @@ def test_its_image_encoder_has_both_outputs() -> None:
         path = bundle.encoder("image_encoder", precision)
         assert bundle.encoder("image_tokens", precision) == path
         assert [x.name for x in onnx.load(path).graph.output] == ["embedding", "tokens"]
-    assert list(graphs(bundle, ["fp32"])) == ["image_encoder.fp32", "text_encoder.fp32"]
+    assert list(graph_files(bundle, ["fp32"])) == ["image_encoder.fp32", "text_encoder.fp32"]
 
 
 # int8 rounds activations, which differ in their last bits from one processor to another.
