@@ -42,7 +42,7 @@ def test_its_answers_are_the_same(
     pixels = runtime.preprocess([image])
     found = {
         "embedding": runtime._image_encoder.embed(pixels),
-        "tokens": runtime._open_tokens().embed(pixels),
+        "tokens": runtime._host.tokens(pixels),
         "attention": runtime.explain(image, "a dog").attention,
     }
     answer = runtime.classify(image, ["a dog", "a cat", "a car"])
