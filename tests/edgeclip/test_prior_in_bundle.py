@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from edgeclip import BundleError, DiffPurifier, Runtime
@@ -120,8 +121,8 @@ def test_another_graph_in_its_place_is_refused(tiny: Any, tmp_path: Path) -> Non
     folder = shutil.copytree(tiny.bundle.path, tmp_path / "bundle")
     data = json.loads((folder / "manifest.json").read_text())
     other = next(folder.glob("image_encoder*.onnx"))
-    shutil.copy(other, folder / PRIOR_FILE)
-    data["files"][PRIOR_FILE] = hashlib.sha256(other.read_bytes()).hexdigest()
+    onnx.save(onnx.load(other), folder / PRIOR_FILE)  # with its weights
+    data["files"][PRIOR_FILE] = hashlib.sha256((folder / PRIOR_FILE).read_bytes()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(data))
     with pytest.raises(BundleError, match="which contradicts the manifest"):
         Runtime(folder, purify="diff", device="cpu").embed_images([IMAGE])
