@@ -85,7 +85,7 @@ bench: $(VENV)/.dev
 # The CUDA kernels by nvcc for every GPU of CMakeLists.txt, without a warning, and how many registers
 # they use. Needs nvcc, on the PATH or of pip, and no GPU.
 cuda-check: $(VENV)/.dev
-	$(BIN)/python tests/support/cuda_check.py
+	$(BIN)/python tests/support/gpu/cuda_check.py
 
 # These two need nvcc and an NVIDIA GPU, and have an environment of their own, since ONNX Runtime is
 # either for CPUs or for GPUs. GPU=87 builds for one architecture only. On a Jetson TensorRT is the

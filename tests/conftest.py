@@ -114,7 +114,7 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def fashion_folder(tmp_path: Path, fashion: tuple[np.ndarray, np.ndarray]) -> Path:
     """Write 150 training and 50 test images in the file format of Fashion-MNIST."""
     # Imported here: it loads timm and with it PyTorch, which most tests do not need.
-    from tests.support.data_sets import write_idx
+    from tests.support.data.data_sets import write_idx
 
     images, labels = fashion
     for prefix, count in (("train", 150), ("t10k", 50)):

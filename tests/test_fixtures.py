@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.export_models import cached
+from tests.support.models.export_models import cached
 
 
 def test_a_fixture_is_cached_for_its_arguments() -> None:

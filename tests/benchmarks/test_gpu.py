@@ -16,7 +16,7 @@ from benchmarks import gpu
 from benchmarks.common import STEP_SIZE, STEPS, label_set
 from edgeclip.bundle import EMBEDDED
 from edgeclip.tools.pictures import picture
-from tests.support.export_models import PREPROCESSING, exported
+from tests.support.models.export_models import PREPROCESSING, exported
 
 
 def test_a_missing_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

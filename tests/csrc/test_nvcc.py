@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import cuda_check
+from tests.support.gpu import cuda_check
 
 
 @pytest.mark.skipif(cuda_check.find_nvcc() is None, reason="needs nvcc (the extra dev has it)")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgeclip import _core
-from tests.support.clipure_reference import (
+from tests.support.models.clipure_reference import (
     GOLDEN,
     polar_by_vectors,
     purify_by_steps,

@@ -29,7 +29,7 @@ from edgeclip.explain import (
     render,
 )
 from edgeclip.images.decoding import decode
-from tests.support.export_models import exported
+from tests.support.models.export_models import exported
 from tests.support.paths import EXAMPLES, VECTORS
 from train.attention import attention_map as trained_attention
 

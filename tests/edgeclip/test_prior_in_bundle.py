@@ -16,7 +16,7 @@ from edgeclip import BundleError, DiffPurifier, Runtime
 from edgeclip.bundle import Bundle
 from edgeclip.manifest import Manifest, PriorSpec
 from export.graphs.prior import PRIOR_FILE
-from tests.support.prior_models import with_prior
+from tests.support.models.prior_models import with_prior
 
 IMAGE = np.zeros((16, 16, 3), np.uint8)
 

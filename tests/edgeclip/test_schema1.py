@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgeclip import Runtime
 from edgeclip.tools import golden
 from export.to_tensorrt import graph_files
-from tests.support.schema1 import EXPECTED, schema1_bundle
+from tests.support.models.schema1 import EXPECTED, schema1_bundle
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgeclip import EdgeclipError, storage
-from tests.support.folders import mode, names
+from tests.support.data.folders import mode, names
 
 NEW = b"new contents"
 

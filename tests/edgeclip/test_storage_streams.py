@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from edgeclip import EdgeclipError, storage
-from tests.support.folders import names
+from tests.support.data.folders import names
 
 NEW = b"new contents"
 

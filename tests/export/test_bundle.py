@@ -18,7 +18,7 @@ from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.errors import LabelError
 from export import ExportError
 from export.bundle import export_bundle
-from tests.support.export_models import (
+from tests.support.models.export_models import (
     CONFIGS,
     Exported,
     cosines,

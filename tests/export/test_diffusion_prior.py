@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from export.diffusion_prior import main
-from tests.support.prior_models import write_prior
+from tests.support.models.prior_models import write_prior
 
 
 @pytest.fixture(scope="module")

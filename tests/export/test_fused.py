@@ -22,8 +22,8 @@ from export.checks import evidence
 from export.fused import main, write_fused
 from export.graphs import save
 from export.graphs.fused import Head
-from tests.support.export_models import exported, reuse_encoders
-from tests.support.fused_graphs import (
+from tests.support.models.export_models import exported, reuse_encoders
+from tests.support.models.fused_graphs import (
     answers,
     images_of,
     open_graph,

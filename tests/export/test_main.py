@@ -9,7 +9,7 @@ import pytest
 from edgeclip.bundle import Bundle
 from export import ExportError, bundle
 from export.__main__ import main
-from tests.support.export_models import exported, reuse_encoders, write_folder
+from tests.support.models.export_models import exported, reuse_encoders, write_folder
 from train.models import wording
 
 

@@ -12,7 +12,7 @@ from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.bundle import Bundle
 from edgeclip.text.tokenizer import Tokenizer
 from export.bundle import export_bundle
-from tests.support.export_models import source_of
+from tests.support.models.export_models import source_of
 from tests.support.texts import AWKWARD
 from train.models.wording import wording
 

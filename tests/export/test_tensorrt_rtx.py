@@ -23,10 +23,10 @@ from export.graphs.encoders import export_image_encoder, export_text_encoder
 from export.graphs.fp16 import to_fp16
 from export.graphs.prior import export_step
 from export.to_tensorrt import NO_FP32, compile_graphs, main
-from tests.support.export_models import CONFIGS, exported, source_of
+from tests.support.gpu.tensorrt_surfaces.record import surface
+from tests.support.models.export_models import CONFIGS, exported, source_of
+from tests.support.models.prior_models import with_prior
 from tests.support.paths import TESTS
-from tests.support.prior_models import with_prior
-from tests.support.tensorrt_surfaces.record import surface
 from train.models.prior import DiffusionPrior, Shape
 from train.models.wording import image_spec
 
@@ -36,7 +36,7 @@ TURING = (7, 5)
 GPUS = tensorrt_module.capabilities(trt)
 FEW = (TURING, (8, 6), (12, 0))  # oldest, middle and newest family
 HARMLESS = "TensorRT: ModelImporter.cpp:1071: Make sure input ids has Int64 binding."
-SURFACES = TESTS / "support" / "tensorrt_surfaces"
+SURFACES = TESTS / "support" / "gpu" / "tensorrt_surfaces"
 
 
 @pytest.fixture(autouse=True)

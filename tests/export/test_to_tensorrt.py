@@ -1,4 +1,4 @@
-"""`python -m export.to_tensorrt` with a fake TensorRT-RTX, tests/support/fake_tensorrt.py."""
+"""`python -m export.to_tensorrt` with a fake TensorRT-RTX, tests/support/gpu/fake_tensorrt.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgeclip.bundle import EMBEDDED, MANIFEST, Bundle
 from edgeclip.errors import BundleError
 from export import to_tensorrt
 from export.to_tensorrt import graph_files, main
-from tests.support import fake_tensorrt
+from tests.support.gpu import fake_tensorrt
 
 
 @pytest.fixture

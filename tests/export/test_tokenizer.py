@@ -11,7 +11,7 @@ from open_clip.tokenizer import HFTokenizer, SigLipTokenizer, SimpleTokenizer
 from edgeclip.text.tokenizer import CLEANERS
 from export import ExportError
 from export.tokenizer import clean_kind, convert, pad_id
-from tests.support.export_models import write_bpe, write_sentencepiece_like
+from tests.support.models.export_models import write_bpe, write_sentencepiece_like
 from tests.support.texts import AWKWARD, random_text, runtime
 
 

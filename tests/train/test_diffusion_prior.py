@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from edgeclip import DiffPurifier, EdgeclipError
 from edgeclip.purify import from_dict
-from tests.support.evaluation import run as evaluate
-from tests.support.export_models import write_folder
-from tests.support.prior_models import DIM, VISION, Conditioned, with_prior, write_prior
+from tests.support.models.export_models import write_folder
+from tests.support.models.prior_models import DIM, VISION, Conditioned, with_prior, write_prior
+from tests.support.robustness.evaluation import run as evaluate
 from train import diffusion_prior
 from train.data import dataset
 from train.data.loader import Pictures, batches

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from edgeclip import EdgeclipError, LabelError
-from tests.support.data_sets import cifar10
-from tests.support.evaluation import SMALL, command, marks, run
-from tests.support.export_models import write_folder
+from tests.support.data.data_sets import cifar10
+from tests.support.models.export_models import write_folder
+from tests.support.robustness.evaluation import SMALL, command, marks, run
 from train import evaluate
 from train.data import dataset
 from train.data.loader import Pictures, batches, draw

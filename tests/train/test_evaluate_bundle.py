@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from edgeclip.storage import sha256
-from tests.support.evaluation import SMALL, command, run
-from tests.support.export_models import exported, write_folder
+from tests.support.models.export_models import exported, write_folder
+from tests.support.robustness.evaluation import SMALL, command, run
 from train.errors import SettingsError
 from train.models.checkpoints import load
 from train.models.weight_files import join_sha256

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.evaluation import SMALL, command, marks, run, without_seconds
-from tests.support.export_models import write_folder
+from tests.support.models.export_models import write_folder
 from tests.support.paths import ROOT
+from tests.support.robustness.evaluation import SMALL, command, marks, run, without_seconds
 from train import evaluate
 from train.errors import SettingsError
 from train.evaluate import build_parser

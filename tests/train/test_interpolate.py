@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.support.export_models import write_folder
+from tests.support.models.export_models import write_folder
 from train import interpolate
 from train.errors import SettingsError
 from train.interpolate import build_parser

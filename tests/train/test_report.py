@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 from edgeclip import EdgeclipError
-from tests.support.reports import COS, DIFF, MARKS, NOTE, PASSED, pgd_result, printed, result, rows
+from tests.support.robustness.reports import (
+    COS,
+    DIFF,
+    MARKS,
+    NOTE,
+    PASSED,
+    pgd_result,
+    printed,
+    result,
+    rows,
+)
 from train.errors import SettingsError
 from train.report import main
 

@@ -6,12 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.reports import (
-    diff_rows,
-    grid,
-    printed,
-    rows,
-)
+from tests.support.robustness.reports import diff_rows, grid, printed, rows
 
 
 @pytest.fixture(autouse=True)

@@ -10,14 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from tests.support.reports import (
-    COS,
-    MARKS,
-    diff_rows,
-    grid,
-    pgd_result,
-    result,
-)
+from tests.support.robustness.reports import COS, MARKS, diff_rows, grid, pgd_result, result
 from train.errors import SettingsError
 from train.report import main
 

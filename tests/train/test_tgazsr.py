@@ -12,14 +12,8 @@ import pytest
 import torch
 
 from edgeclip.storage import sha256
-from tests.support.export_models import write_folder
-from tests.support.tgazsr_runs import (
-    CPU,
-    SMALL,
-    assert_same,
-    run,
-    short_settings,
-)
+from tests.support.models.export_models import write_folder
+from tests.support.robustness.tgazsr_runs import CPU, SMALL, assert_same, run, short_settings
 from train import tgazsr
 from train.attacks import pgd
 from train.data import dataset

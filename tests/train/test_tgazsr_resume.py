@@ -15,8 +15,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.export_models import write_folder
-from tests.support.tgazsr_runs import (
+from tests.support.models.export_models import write_folder
+from tests.support.robustness.tgazsr_runs import (
     SMALL,
     assert_same,
     command,

@@ -11,14 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.export_models import write_folder
-from tests.support.tgazsr_runs import (
-    SMALL,
-    command,
-    run,
-    short_settings,
-    weights,
-)
+from tests.support.models.export_models import write_folder
+from tests.support.robustness.tgazsr_runs import SMALL, command, run, short_settings, weights
 from train.errors import DataError, ModelError, SettingsError
 from train.run.settings import parse_settings
 from train.run.settings import run as run_command

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support.export_models import write_folder
+from tests.support.models.export_models import write_folder
 from train.attacks import pgd
 from train.attention import attention_map, complementary_attention_map
 from train.data.loader import generators

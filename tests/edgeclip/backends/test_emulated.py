@@ -1,4 +1,4 @@
-"""GPU tests without a GPU: the core's CUDA code on the host, with tests/support/fake_tensorrt.py.
+"""GPU tests without a GPU: the core's CUDA code on the host, with tests/support/gpu/fake_tensorrt.py.
 
 The core is compiled as for Python, with tests/csrc/cuda_shim instead of CUDA. It runs test_cuda_pipeline.py.
 """
@@ -89,7 +89,7 @@ MACHINES = {
 @pytest.mark.parametrize("machine", MACHINES)
 def test_gpu_tests_pass_on_an_emulated_gpu(core: Path, machine: str) -> None:
     trt, selection, environment = MACHINES[machine]
-    options = ["-m", "gpu", "-p", "tests.support.emulation", "-q", "-x", "-k", selection]
+    options = ["-m", "gpu", "-p", "tests.support.gpu.emulation", "-q", "-x", "-k", selection]
     output = emulated(
         core,
         ["-m", "pytest", "tests/edgeclip/backends/test_cuda_pipeline.py", *options],
@@ -101,7 +101,9 @@ def test_gpu_tests_pass_on_an_emulated_gpu(core: Path, machine: str) -> None:
     assert " skipped" not in output
 
 
-RUN = "import tests.support.emulation, sys; from edgeclip.cli.main import main; sys.exit(main())"
+RUN = (
+    "import tests.support.gpu.emulation, sys; from edgeclip.cli.main import main; sys.exit(main())"
+)
 
 
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])

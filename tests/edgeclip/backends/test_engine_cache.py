@@ -13,7 +13,7 @@ from edgeclip.backends import engine_cache
 from edgeclip.backends.engine_cache import BuildOptions, EngineCache, EngineKey, Gpu
 from edgeclip.backends.tensorrt_builder import engine_key
 from edgeclip.errors import EdgeclipError
-from tests.support import fake_tensorrt
+from tests.support.gpu import fake_tensorrt
 
 ORIN = Gpu("Orin", (8, 7))
 

@@ -15,9 +15,9 @@ from edgeclip import BundleError, CosPurifier, DiffPurifier, Runtime
 from edgeclip.backends.prior import Prior
 from edgeclip.cli.main import main
 from export.graphs.prior import PRIOR_FILE
-from tests.support.clipure_reference import polar_by_vectors, relative_error
-from tests.support.export_models import exported
-from tests.support.prior_models import DIM, Conditioned, with_prior
+from tests.support.models.clipure_reference import polar_by_vectors, relative_error
+from tests.support.models.export_models import exported
+from tests.support.models.prior_models import DIM, Conditioned, with_prior
 from train.models.prior import Context
 from train.models.trained_prior import null_context
 from train.models.wording import wording

@@ -1,4 +1,4 @@
-"""Builds of TensorRT engines, by the modules of tests/support/fake_tensorrt.py."""
+"""Builds of TensorRT engines, by the modules of tests/support/gpu/fake_tensorrt.py."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from edgeclip.backends.engine_cache import BuildOptions, Gpu
 from edgeclip.backends.tensorrt_builder import build_engine, engine_key
 from edgeclip.bundle import EMBEDDED
 from edgeclip.errors import DeviceError
-from tests.support import fake_tensorrt
-from tests.support.schema1 import schema1_bundle
+from tests.support.gpu import fake_tensorrt
+from tests.support.models.schema1 import schema1_bundle
 
 IMAGE = EMBEDDED / "image_encoder.fp32.onnx"
 ORIN = Gpu("Orin", (8, 7))

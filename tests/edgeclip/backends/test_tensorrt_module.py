@@ -9,7 +9,7 @@ import pytest
 
 from edgeclip.backends.tensorrt_module import import_tensorrt
 from edgeclip.errors import DeviceError
-from tests.support import fake_tensorrt
+from tests.support.gpu import fake_tensorrt
 
 
 def test_import(monkeypatch: pytest.MonkeyPatch) -> None:

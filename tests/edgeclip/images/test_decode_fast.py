@@ -15,7 +15,7 @@ from edgeclip import ImageError
 from edgeclip.cli.main import main
 from edgeclip.images.decoding import decode
 from edgeclip.manifest import ImageSpec
-from tests.support.image_files import encoded
+from tests.support.data.image_files import encoded
 from tests.support.paths import EXAMPLES
 
 ORIENTATION = 0x0112

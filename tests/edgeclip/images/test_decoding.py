@@ -13,7 +13,7 @@ from PIL import Image
 
 from edgeclip import ImageError
 from edgeclip.images.decoding import decode
-from tests.support.image_files import camera_pixels, chunk, encoded
+from tests.support.data.image_files import camera_pixels, chunk, encoded
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

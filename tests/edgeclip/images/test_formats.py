@@ -12,7 +12,7 @@ from PIL import Image
 from edgeclip import ImageError
 from edgeclip.images import formats
 from edgeclip.images.decoding import decode
-from tests.support.image_files import camera_pixels, encoded
+from tests.support.data.image_files import camera_pixels, encoded
 from tests.support.paths import VECTORS
 
 HEIC = VECTORS / "red_over_blue.heic"  # stored sideways, with an orientation

@@ -18,7 +18,7 @@ from edgeclip import ImageError
 from edgeclip.images import formats
 from edgeclip.images.decoding import decode
 from edgeclip.manifest import ImageSpec
-from tests.support.image_files import (
+from tests.support.data.image_files import (
     camera_pixels,
     chunk,
     encoded,

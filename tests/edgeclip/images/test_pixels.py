@@ -12,7 +12,7 @@ from PIL import Image
 
 from edgeclip import ImageError
 from edgeclip.images.decoding import decode
-from tests.support.image_files import camera_pixels, chunk, encoded, png, tiff
+from tests.support.data.image_files import camera_pixels, chunk, encoded, png, tiff
 
 BLACK_IS_ZERO, WHITE_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, LAB = 1, 0, 2, 3, 5, 6, 8
 HEIGHT, WIDTH = 19, 23

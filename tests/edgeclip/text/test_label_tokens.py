@@ -16,7 +16,7 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from edgeclip import Label, LabelError
 from edgeclip.text.label_tokens import Cut, LabelTokens, check_tokens, read_tokens
 from edgeclip.text.tokenizer import Tokenizer
-from tests.support.export_models import write_sentencepiece_like
+from tests.support.models.export_models import write_sentencepiece_like
 from tests.support.texts import random_text, runtime
 
 LENGTH = 10

@@ -13,7 +13,7 @@ from edgeclip.purify import CosPurifier
 from export import ExportError
 from export.bundle import export_bundle
 from export.checks import evidence
-from tests.support.export_models import Exported, exported, reuse_encoders
+from tests.support.models.export_models import Exported, exported, reuse_encoders
 from train.models.wording import wording
 
 CHECKED = [{"name": f"check {i}", "passed": True, "figure": ""} for i in range(9)]

@@ -11,11 +11,7 @@ import torch
 import edgeclip
 from export import ExportError
 from export.checks import fidelity
-from tests.support.export_models import (
-    exported,
-    folder_of_images,
-    quantized,
-)
+from tests.support.models.export_models import exported, folder_of_images, quantized
 
 
 def test_answers_are_compared_on_a_data_set(tmp_path: Path) -> None:

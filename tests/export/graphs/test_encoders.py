@@ -15,12 +15,7 @@ from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.text.tokenizer import Tokenizer
 from export import ExportError
 from export.graphs import encoders, save
-from tests.support.export_models import (
-    CONFIGS,
-    Exported,
-    cosines,
-    exported,
-)
+from tests.support.models.export_models import CONFIGS, Exported, cosines, exported
 
 FAMILIES = sorted(CONFIGS)
 PROMPTS = ["", "a dog", "two cafés — “x”", "a much longer prompt about many small red things " * 9]

@@ -20,8 +20,8 @@ from edgeclip.manifest import ImageSpec
 from edgeclip.purify import CosPurifier
 from export.fused import write_fused
 from export.graphs.fused import Head, fuse
-from tests.support.export_models import exported
-from tests.support.fused_graphs import (
+from tests.support.models.export_models import exported
+from tests.support.models.fused_graphs import (
     answers,
     halved,
     images_of,
@@ -30,8 +30,8 @@ from tests.support.fused_graphs import (
     runtime_of,
     unit_rows,
 )
+from tests.support.models.schema1 import schema1_bundle
 from tests.support.paths import EXAMPLES
-from tests.support.schema1 import schema1_bundle
 
 Array = NDArray[Any]
 PURIFIERS = (None, CosPurifier(), CosPurifier(1, 0.3), CosPurifier(3, 0.05), CosPurifier(7, 2.0))

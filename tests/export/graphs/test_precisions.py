@@ -22,7 +22,7 @@ from export import ExportError
 from export.bundle import export_bundle
 from export.graphs import fp16, int8, save
 from export.graphs.precisions import CONVERTERS
-from tests.support.export_models import (
+from tests.support.models.export_models import (
     cosines,
     exported,
     product,

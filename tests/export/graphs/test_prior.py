@@ -14,7 +14,7 @@ import torch
 from export import ExportError
 from export.diffusion_prior import main
 from export.graphs.prior import PRIOR_FILE, Step, export_step, verify_step
-from tests.support.prior_models import DIM, relative, with_prior, write_prior
+from tests.support.models.prior_models import DIM, relative, with_prior, write_prior
 from train.models.trained_prior import load_prior, null_context
 from train.models.wording import wording
 

@@ -25,7 +25,7 @@ from export.__main__ import main
 from export.bundle import export_bundle
 from export.checks import fidelity
 from export.graphs import int8, precisions
-from tests.support.export_models import (
+from tests.support.models.export_models import (
     cached,
     exported,
     folder_of_images,

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support import data_sets
-from tests.support.data_sets import WRITERS
-from tests.support.loaded_sets import accept_any_checksum, contents, load_error
+from tests.support.data import data_sets
+from tests.support.data.data_sets import WRITERS
+from tests.support.data.loaded_sets import accept_any_checksum, contents, load_error
 from train.data import __main__, class_names, dataset
 from train.data.catalog import SOURCES
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.data_sets import put
-from tests.support.loaded_sets import contents, load_error
+from tests.support.data.data_sets import put
+from tests.support.data.loaded_sets import contents, load_error
 from train.data import dataset
 from train.errors import DataError
 

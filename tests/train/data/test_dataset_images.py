@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 
-from tests.support import data_sets
-from tests.support.data_sets import WRITERS, put, write_shard
-from tests.support.image_files import chunk, encoded, exif, turned, with_chunks
-from tests.support.loaded_sets import accept_any_checksum
+from tests.support.data import data_sets
+from tests.support.data.data_sets import WRITERS, put, write_shard
+from tests.support.data.image_files import chunk, encoded, exif, turned, with_chunks
+from tests.support.data.loaded_sets import accept_any_checksum
 from train.data import dataset
 from train.errors import DataError
 

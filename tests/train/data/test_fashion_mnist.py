@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.data_sets import write_idx
+from tests.support.data.data_sets import write_idx
 from train.data import augment, fashion_mnist
 from train.errors import DataError
 

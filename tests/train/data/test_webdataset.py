@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.data_sets import Classes, picture, write_lines, write_shard, write_tar
-from tests.support.loaded_sets import contents, load_error
+from tests.support.data.data_sets import Classes, picture, write_lines, write_shard, write_tar
+from tests.support.data.loaded_sets import contents, load_error
 from tests.support.paths import VECTORS
 from train.data import dataset
 from train.errors import DataError

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgeclip.storage import sha256
-from tests.support.checkpoint_files import save_as, save_torchscript
-from tests.support.export_models import WORDING, write_folder
+from tests.support.models.checkpoint_files import save_as, save_torchscript
+from tests.support.models.export_models import WORDING, write_folder
 from tests.support.paths import TESTS
 from train.errors import ModelError
 from train.models.checkpoints import Source, load, state_sha256

@@ -11,7 +11,7 @@ import torch
 from torchvision import transforms
 
 import edgeclip
-from tests.support.export_models import exported
+from tests.support.models.export_models import exported
 from train.data.augment import AUGMENTATIONS
 from train.data.dataset import DataSet
 from train.data.loader import Pictures, batches, draw, generators, seed_of

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.support.models.prior_models import relative
+from tests.support.models.prior_reference import transformer
 from tests.support.paths import VECTORS
-from tests.support.prior_models import relative
-from tests.support.prior_reference import transformer
 from train.diffusion_prior import DiffusionPrior
 from train.errors import ModelError
 from train.models.prior import Schedule, Shape

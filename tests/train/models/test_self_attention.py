@@ -9,7 +9,7 @@ import torch
 from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock
 
 from export.graphs import fp16
-from tests.support.export_models import exported, run_graph
+from tests.support.models.export_models import exported, run_graph
 from train.models.self_attention import first_token, plain_attention
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from export.diffusion_prior import main
 from export.graphs.prior import write_prior as write_step
-from tests.support.export_models import exported, write_folder
-from tests.support.prior_models import with_prior, write_prior
+from tests.support.models.export_models import exported, write_folder
+from tests.support.models.prior_models import with_prior, write_prior
 from train.errors import ModelError
 from train.models.checkpoints import load
 from train.models.prior import DiffusionPrior, Shape

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from edgeclip import Runtime
 from edgeclip.storage import sha256
 from export.__main__ import main
-from tests.support.export_models import VOCABULARY, write_folder
-from tests.support.transformers_models import (
+from tests.support.models.export_models import VOCABULARY, write_folder
+from tests.support.models.transformers_models import (
     VISION,
     make_model,
     write_model,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from edgeclip.purify import CosPurifier
-from tests.support.checks import COUNT, GENTLE, check, measured
-from tests.support.toy_models import toy
+from tests.support.models.toy_models import toy
+from tests.support.robustness.checks import COUNT, GENTLE, check, measured
 from train.robustness import checks
 from train.robustness.checks import CHECKS, Trial
 from train.robustness.defence import Defence

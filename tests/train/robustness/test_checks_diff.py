@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from edgeclip.purify import MAX_SEED, DiffPurifier
-from tests.support.checks import check, measured
-from tests.support.toy_models import null_prior, toy
+from tests.support.models.toy_models import null_prior, toy
+from tests.support.robustness.checks import check, measured
 from train.robustness import checks
 from train.robustness.checks import Trial
 from train.robustness.defence import Defence, View

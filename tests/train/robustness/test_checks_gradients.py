@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from edgeclip.purify import CosPurifier
-from tests.support.checks import COUNT, Changed, check, measured
-from tests.support.toy_models import toy, toy_images
+from tests.support.models.toy_models import toy, toy_images
+from tests.support.robustness.checks import COUNT, Changed, check, measured
 from train.robustness import checks
 from train.robustness.checks import Trial
 from train.robustness.defence import Defence, View

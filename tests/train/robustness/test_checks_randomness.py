@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.checks import COUNT, Changed, check, measured, noisy
-from tests.support.toy_models import toy, toy_images
+from tests.support.models.toy_models import toy, toy_images
+from tests.support.robustness.checks import COUNT, Changed, check, measured, noisy
 from train.robustness.checks import CHECKS, Trial
 from train.robustness.defence import FixedNoise
 

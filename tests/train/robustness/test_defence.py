@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from edgeclip import _core
 from edgeclip.purify import CosPurifier, Purifier
-from tests.support.export_models import write_folder
-from tests.support.toy_models import toy, toy_images
+from tests.support.models.export_models import write_folder
+from tests.support.models.toy_models import toy, toy_images
 from train.models.checkpoints import Source, load
 from train.models.classifier import Classifier, class_embeddings
 from train.models.wording import null_text

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import data_sets
+from tests.support.data import data_sets
 from train.data.catalog import SOURCES
 from train.errors import SettingsError
 from train.robustness.protocols import PROTOCOLS, Protocol, describe, find, missing

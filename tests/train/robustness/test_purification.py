@@ -9,12 +9,15 @@ import torch.nn.functional as F
 
 from edgeclip import _core
 from edgeclip.purify import CosPurifier
-from tests.support.clipure_reference import (
-    GOLDEN,
-    purify_by_steps,
-    relative_error,
+from tests.support.models.clipure_reference import GOLDEN, purify_by_steps, relative_error
+from tests.support.robustness.purification import (
+    DIMS,
+    SETTINGS,
+    TOLERANCE,
+    at_angle,
+    problem,
+    pull_back,
 )
-from tests.support.purification import DIMS, SETTINGS, TOLERANCE, at_angle, problem, pull_back
 from train.robustness.purification import PURIFIER_GRADIENTS, purify
 
 

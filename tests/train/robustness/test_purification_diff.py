@@ -9,12 +9,9 @@ import pytest
 import torch
 
 from edgeclip.purify import DiffPurifier, Purifier
-from tests.support.clipure_reference import (
-    polar_by_vectors,
-    relative_error,
-)
-from tests.support.purification import problem
-from tests.support.toy_models import null_prior
+from tests.support.models.clipure_reference import polar_by_vectors, relative_error
+from tests.support.models.toy_models import null_prior
+from tests.support.robustness.purification import problem
 from train.robustness.purification import PURIFIER_GRADIENTS, NullPrior, purify
 
 STEADY = DiffPurifier(3, 0.3, (0, 999), 5)

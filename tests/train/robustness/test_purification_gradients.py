@@ -8,11 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from edgeclip.purify import CosPurifier
-from tests.support.clipure_reference import (
-    purify_by_steps,
-    relative_error,
-)
-from tests.support.purification import DIMS, SETTINGS, at_angle, problem, pull_back
+from tests.support.models.clipure_reference import purify_by_steps, relative_error
+from tests.support.robustness.purification import DIMS, SETTINGS, at_angle, problem, pull_back
 from train.robustness.purification import purify
 
 

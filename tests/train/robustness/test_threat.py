@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from edgeclip.purify import CosPurifier
-from tests.support.threats import EPS, NATIVE, attack, threat
-from tests.support.toy_models import toy, toy_images
+from tests.support.models.toy_models import toy, toy_images
+from tests.support.robustness.threats import EPS, NATIVE, attack, threat
 from train.errors import SettingsError
 from train.robustness.defence import Defence, correct
 from train.robustness.result_file import GRADIENTS

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torchattacks
 
-from tests.support.threats import EPS, attack
-from tests.support.toy_models import toy, toy_images
+from tests.support.models.toy_models import toy, toy_images
+from tests.support.robustness.threats import EPS, attack
 from train.robustness.threat import AUTOATTACK, TargetImages, Threat, build
 
 

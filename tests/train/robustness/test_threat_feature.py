@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from edgeclip.purify import CosPurifier
-from tests.support.threats import EPS, NATIVE, attack
-from tests.support.toy_models import toy, toy_images
+from tests.support.models.toy_models import toy, toy_images
+from tests.support.robustness.threats import EPS, NATIVE, attack
 from train.errors import SettingsError
 from train.robustness.defence import correct
 from train.robustness.result_file import GRADIENTS

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from edgeclip.purify import CosPurifier, DiffPurifier
-from tests.support.threats import attack, threat
-from tests.support.toy_models import null_prior, toy, toy_images
+from tests.support.models.toy_models import null_prior, toy, toy_images
+from tests.support.robustness.threats import attack, threat
 from train.robustness.defence import Defence, UnknownSeed, correct
 from train.robustness.result_file import GRADIENTS
 from train.robustness.threat import ATTACKS, TargetImages, build

@@ -2,7 +2,7 @@
 
     trt = fake_tensorrt.module("tensorrt-10.3.0")
 
-The names come from tests/support/tensorrt_surfaces. Other names raise AttributeError; names without a
+The names come from tests/support/gpu/tensorrt_surfaces. Other names raise AttributeError; names without a
 behaviour in fake_tensorrt_builder.py or fake_tensorrt_engine.py raise NotImplementedError when called.
 The builder checks its input as far as TensorRT does: a valid ONNX file, and a profile for each symbolic
 size. An engine is JSON with the build's settings. Tests read and change `trt._fake`.
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tests.support import fake_tensorrt_builder, fake_tensorrt_engine
+from tests.support.gpu import fake_tensorrt_builder, fake_tensorrt_engine
 
 SURFACES = Path(__file__).parent / "tensorrt_surfaces"
 BEHAVIOURS: dict[str, type] = {
@@ -85,7 +85,7 @@ def _restricted(trt: ModuleType, name: str, members: Sequence[str]) -> type:
 
 def _missing(owner: str, name: str) -> Callable[..., Any]:
     def call(*_: object) -> Any:
-        raise NotImplementedError(f"tests/support/fake_tensorrt.py: {owner}.{name}")
+        raise NotImplementedError(f"tests/support/gpu/fake_tensorrt.py: {owner}.{name}")
 
     return call
 

@@ -11,7 +11,7 @@ import transformers
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import save_file
 
-from tests.support.export_models import MERGES, VOCABULARY, write_bpe
+from tests.support.models.export_models import MERGES, VOCABULARY, write_bpe
 from train.progress import quiet
 
 TEXT = {

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from tests.support import data_sets
+from tests.support.data import data_sets
 from train.data import dataset
 from train.errors import DataError
 

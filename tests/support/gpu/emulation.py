@@ -1,6 +1,6 @@
 """Emulation of a GPU, as a pytest plugin; tests/edgeclip/backends/test_emulated.py uses it.
 
-    pytest -p tests.support.emulation -m gpu tests/edgeclip/backends/test_cuda_pipeline.py
+    pytest -p tests.support.gpu.emulation -m gpu tests/edgeclip/backends/test_cuda_pipeline.py
 
 EDGECLIP_EMULATED_CORE is a core whose CUDA kernels, streams and graphs run on the host, by
 tests/csrc/cuda_shim. EDGECLIP_FAKE_TENSORRT is the surface of fake_tensorrt. ONNX Runtime's CPU provider
@@ -25,7 +25,7 @@ sys.modules["edgeclip._core"] = core  # before anything imports edgeclip
 spec.loader.exec_module(core)
 
 from edgeclip.backends import onnx_cuda, onnx_runtime, select
-from tests.support import fake_tensorrt
+from tests.support.gpu import fake_tensorrt
 
 HostFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 launch = ctypes.CDLL(CORE).cudaLaunchHostFunc

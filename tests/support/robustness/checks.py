@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edgeclip.purify import CosPurifier
-from tests.support.toy_models import toy, toy_images
+from tests.support.models.toy_models import toy, toy_images
 from train.robustness.checks import CHECKS, Finding, Trial
 from train.robustness.defence import Defence, View, correct
 from train.robustness.threat import TargetImages, Threat, build

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from edgeclip.bundle import Bundle
 from export.bundle import export_bundle
-from tests.support.export_models import cached, write_folder
+from tests.support.models.export_models import cached, write_folder
 from train.models.checkpoints import Source, load
 from train.models.prior import DiffusionPrior, Shape
 from train.models.trained_prior import TrainedPrior, load_prior

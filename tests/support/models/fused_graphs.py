@@ -16,7 +16,7 @@ from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.manifest import Variant
 from edgeclip.purify import CosPurifier
 from export.graphs import fp16
-from tests.support.export_models import cached
+from tests.support.models.export_models import cached
 
 Array = NDArray[Any]
 

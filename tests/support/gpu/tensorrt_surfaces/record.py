@@ -1,8 +1,8 @@
 """Record the names of a TensorRT's Python API, for tests where no TensorRT is.
 
     pip download --no-deps --python-version 3.11 --only-binary :all: tensorrt-cu12-bindings==10.3.0
-    python3.11 tests/support/tensorrt_surfaces/record.py tensorrt_cu12_bindings-10.3.0-cp311-*.whl
-    python tests/support/tensorrt_surfaces/record.py tensorrt_rtx
+    python3.11 tests/support/gpu/tensorrt_surfaces/record.py tensorrt_cu12_bindings-10.3.0-cp311-*.whl
+    python tests/support/gpu/tensorrt_surfaces/record.py tensorrt_rtx
 
 A wheel of bindings is imported without the gigabytes of libraries that it is for: shared objects of
 their names, whose functions do nothing, are enough to look at it. Needs a C compiler, and the Python

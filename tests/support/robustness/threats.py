@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.support.toy_models import toy_images
+from tests.support.models.toy_models import toy_images
 from train.robustness.defence import Defence
 from train.robustness.threat import TargetImages, Threat, build
 

@@ -1,0 +1,1 @@
+"""Fake and emulated GPU software."""

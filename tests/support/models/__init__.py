@@ -1,0 +1,1 @@
+"""Models, bundles and written-out references."""

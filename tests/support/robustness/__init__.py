@@ -1,0 +1,1 @@
+"""Trials, threats and reports of evaluations under attack."""
