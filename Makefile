@@ -78,7 +78,7 @@ accuracy: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.accuracy
 
 # Everything of docs/PERFORMANCE.md on this machine, which should have nothing else to do; a quarter of
-# an hour. It writes the tables there and in README.md.
+# an hour. It writes the tables there.
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.report --run
 

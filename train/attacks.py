@@ -7,6 +7,7 @@ failure looks like robustness.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -184,8 +185,10 @@ def _check(
         raise ValueError(f"got {len(generator)} generators for {len(images)} images")
     if norm == "linf" and not 0 <= eps <= 1:
         raise ValueError(f"eps is in units of [0, 1], got {eps}: for {eps} of 255 give {eps}/255")
-    if eps < 0 or step_size < 0 or steps < 0 or restarts < 1 or draws < 1:
+    if not (0 <= eps < math.inf and 0 <= step_size < math.inf):  # false for NaN, too
+        raise ValueError(f"eps and step_size must be 0 or more, got {eps} and {step_size}")
+    if steps < 0 or restarts < 1 or draws < 1:
         raise ValueError(
-            f"eps, step_size and steps must be 0 or more, restarts and draws 1 or more, "
-            f"got {eps}, {step_size}, {steps}, {restarts} and {draws}"
+            f"steps must be 0 or more, restarts and draws 1 or more, "
+            f"got {steps}, {restarts} and {draws}"
         )

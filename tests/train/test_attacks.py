@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -347,6 +348,9 @@ def test_margin_equals_a_plain_loop() -> None:
         ({"eps": 8}, r"eps is in units of \[0, 1\], got 8: for 8 of 255 give 8/255"),
         ({"eps": -0.1}, "eps is in units"),
         ({"step_size": -1}, "must be 0 or more"),
+        ({"step_size": math.nan}, "must be 0 or more, got .* and nan"),
+        ({"step_size": math.inf}, "must be 0 or more"),
+        ({"norm": "l2", "eps": math.nan}, "must be 0 or more"),
         ({"restarts": 0}, "restarts and draws 1 or more"),
         ({"draws": 0}, "restarts and draws 1 or more, got .* 1 and 0"),
         ({"draws": -3}, "restarts and draws 1 or more"),
