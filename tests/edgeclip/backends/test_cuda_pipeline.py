@@ -331,7 +331,7 @@ def test_build_stores_an_engine_for_later_use(capsys: pytest.CaptureFixture[str]
     check_same(ours.classify(images, LABELS), theirs.classify(images, LABELS))
     assert main(["build", "--precision", "fp32", "--max-batch", "2", "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["engine"] == str(first.path)
-    with pytest.raises(edgeclip.DeviceError, match="a TensorRT engine has no tokens"):
+    with pytest.raises(edgeclip.DeviceError, match="a TensorRT engine gives embeddings only"):
         rt.explain(EXAMPLES / "bag.png", "bag")
 
 
