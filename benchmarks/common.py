@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 import edgeclip
+from edgeclip.bundle import MANIFEST
+from edgeclip.manifest import SCHEMA_VERSION
 from edgeclip.precisions import PRECISIONS
 
 STEPS, STEP_SIZE = 10, 30.0  # CLIPure-Cos as published
@@ -21,6 +26,27 @@ MATRIX = 2048  # rows of the matrix product whose rate is the limit
 EXPORTED = ("fp32", "int8")  # precisions of bundles that benchmarks export, unless they name others
 
 Report = dict[str, Any]  # what a benchmark writes as JSON
+
+
+class Purification(TypedDict):
+    """Arguments of `_core.classify` that purify."""
+
+    null_text: NDArray[np.float32]
+    null_scores: NDArray[np.float32]
+    steps: int
+    step_size: float
+
+
+def published_purification(
+    null_text: NDArray[np.float32], null_scores: NDArray[np.float32]
+) -> Purification:
+    """Return CLIPure-Cos as published, as arguments of `_core.classify`."""
+    return {
+        "null_text": null_text,
+        "null_scores": null_scores,
+        "steps": STEPS,
+        "step_size": STEP_SIZE,
+    }
 
 
 def build_parser(description: str | None, epilog: str) -> argparse.ArgumentParser:
@@ -51,12 +77,19 @@ def add_repeats(parser: argparse.ArgumentParser, default: int) -> None:
 
 
 def bundle_for(model: str, precisions: tuple[str, ...] = EXPORTED) -> Path:
-    """Return a bundle of the model with random weights in build/benchmarks, exporting it once."""
+    """Return a bundle of the model with random weights in build/benchmarks, exporting it once.
+
+    A bundle of an older schema is exported again.
+    """
     suffix = "" if "int8" in precisions else "-".join(["", *precisions])
     folder = Path("build/benchmarks") / f"{model}{suffix}"
-    if not (folder / "manifest.json").is_file():
+    manifest = folder / MANIFEST
+    if (
+        not manifest.is_file()
+        or json.loads(manifest.read_text())["schema_version"] != SCHEMA_VERSION
+    ):
         command = [sys.executable, "-m", "export", model, "--pretrained", "random", "--precision"]
-        command += [*precisions, "-o", str(folder)]
+        command += [*precisions, "-o", str(folder), "--force"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from open_clip.transform import image_transform
 
 from benchmarks.common import (
-    STEP_SIZE,
-    STEPS,
+    Purification,
     Report,
     add_repeats,
     build_parser,
+    published_purification,
     versions_of,
 )
 from benchmarks.timing import machine, medians_ms, publish
@@ -55,15 +55,6 @@ class Case(NamedTuple):
     limit: float
 
 
-class Purification(TypedDict):
-    """Arguments of `_core.classify` that purify."""
-
-    null_text: NDArray[np.float32]
-    null_scores: NDArray[np.float32]
-    steps: int
-    step_size: float
-
-
 def problem(
     n: int, d: int, k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], Purification]:
@@ -74,13 +65,7 @@ def problem(
     classes /= np.linalg.norm(classes, axis=1, keepdims=True)
     null_text = classes.mean(axis=0)
     null_text /= np.linalg.norm(null_text)
-    purification: Purification = {
-        "null_text": null_text,
-        "null_scores": classes @ null_text,
-        "steps": STEPS,
-        "step_size": STEP_SIZE,
-    }
-    return embeddings, classes, purification
+    return embeddings, classes, published_purification(null_text, classes @ null_text)
 
 
 def reads(array: NDArray[np.float32]) -> dict[str, Callable[[], object]]:

@@ -16,12 +16,11 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import open_clip
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 import edgeclip
@@ -38,6 +37,7 @@ from benchmarks.common import (
     encoder_flops,
     label_set,
     published_loop,
+    published_purification,
     versions_of,
 )
 from benchmarks.timing import machine, medians_ms, publish
@@ -98,15 +98,6 @@ def measure_encoders(runtimes: dict[str, Any], model: Any, repeats: int) -> dict
     }
 
 
-class _Purification(TypedDict):
-    """Arguments of `_core.classify` that purify."""
-
-    null_text: NDArray[np.float32]
-    null_scores: NDArray[np.float32]
-    steps: int
-    step_size: float
-
-
 def measure_image(
     rt: edgeclip.Runtime, model: Any, transform: Any, jpeg: bytes, args: Any
 ) -> dict[str, dict[str, float]]:
@@ -132,12 +123,7 @@ def measure_image(
     tensor = torch.from_numpy(pixels)
     embedding = rt.encode(pixels)
     z = torch.from_numpy(embedding)
-    purification: _Purification = {
-        "null_text": rt.bundle.null_text,
-        "null_scores": labels.null_scores,
-        "steps": STEPS,
-        "step_size": STEP_SIZE,
-    }
+    purification = published_purification(rt.bundle.null_text, labels.null_scores)
 
     def peer_encode() -> object:
         with torch.no_grad():

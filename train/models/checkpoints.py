@@ -260,14 +260,14 @@ def fit_weights(model: Any, state: StateDict, origin: str, prefix: str = "") -> 
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
-    wanted = {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
+    expected = {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
     for key in ("logit_scale", "logit_bias"):  # a scalar in some checkpoints, (1,) in others
-        if key in state and key in wanted and state[key].numel() == 1:
-            state[key] = state[key].reshape(wanted[key].shape)
-    for key in wanted.keys() - state.keys():
+        if key in state and key in expected and state[key].numel() == 1:
+            state[key] = state[key].reshape(expected[key].shape)
+    for key in expected.keys() - state.keys():
         if key.endswith("num_batches_tracked"):  # only training reads it
-            state[key] = wanted[key]
-    mismatch = describe_mismatch(state, wanted)
+            state[key] = expected[key]
+    mismatch = describe_mismatch(state, expected)
     if mismatch:
         part = "image tower" if prefix else "weights"
         raise ModelError(f"{origin} does not hold this model's {part}; {mismatch}")

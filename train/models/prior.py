@@ -255,14 +255,14 @@ class DiffusionPrior(nn.Module):
                 break
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         prior = cls(_read_shape(tensors))
-        wanted = prior.state_dict()
-        schedule = {k: v for k, v in wanted.items() if k.startswith("noise_scheduler.")}
+        expected = prior.state_dict()
+        schedule = {k: v for k, v in expected.items() if k.startswith("noise_scheduler.")}
         # Besides the network, checkpoints hold the CLIP and more arrays of the schedule.
         ignored = ("clip.", "noise_scheduler.")
         tensors = schedule | {
-            k: v for k, v in tensors.items() if k in wanted or not k.startswith(ignored)
+            k: v for k, v in tensors.items() if k in expected or not k.startswith(ignored)
         }
-        mismatch = describe_mismatch(tensors, wanted)
+        mismatch = describe_mismatch(tensors, expected)
         if mismatch:
             raise ModelError(f"not the weights of a diffusion prior; {mismatch}")
         prior.load_state_dict(tensors)

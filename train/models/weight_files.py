@@ -332,16 +332,16 @@ def _describe(contents: Any) -> str:
     return f"its keys are {join_names(keys, limit=6)}; FILE#KEY chooses one"
 
 
-def describe_mismatch(state: Mapping[str, torch.Tensor], wanted: StateDict) -> str:
+def describe_mismatch(state: Mapping[str, torch.Tensor], expected: StateDict) -> str:
     """Name the keys of `state` that are missing, unknown or of the wrong shape; "" if all fit."""
     misshapen = [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
-        for key in sorted(wanted.keys() & state.keys())
-        if state[key].shape != wanted[key].shape
+        f"{key} is {tuple(state[key].shape)}, not {tuple(expected[key].shape)}"
+        for key in sorted(expected.keys() & state.keys())
+        if state[key].shape != expected[key].shape
     ]
     problems = {
-        "missing": sorted(wanted.keys() - state.keys()),
-        "unknown": sorted(state.keys() - wanted.keys()),
+        "missing": sorted(expected.keys() - state.keys()),
+        "unknown": sorted(state.keys() - expected.keys()),
         "wrong shape": misshapen,
     }
     return "; ".join(f"{name}: {join_names(keys)}" for name, keys in problems.items() if keys)
