@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from edgeclip import precisions
+from edgeclip.backends.select import DEVICES
 from edgeclip.errors import EdgeclipError
 from edgeclip.labels import STDIN
 from edgeclip.purify import (
@@ -21,7 +22,6 @@ from edgeclip.purify import (
     resolve,
 )
 
-DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 MAX_SECONDS = 3600
 PRECISIONS = tuple(precisions.PRECISIONS)
 PRECISIONS_OF_ENGINES = ("auto", *precisions.engine_precisions())
