@@ -1,10 +1,9 @@
 """Quantisation of a graph's products to int8, for ONNX Runtime on CPUs or for TensorRT.
 
-int8 (CPUs): only products with constant weights are quantised. Weights are quantised per column and
-in
-seven bits: x86-64 without VNNI adds two products of an unsigned activation and a signed weight in
-16 bits, where 2 x 255 x 64 fits and eight bits of weight saturate. Activation ranges are dynamic
-(of the image at hand) or static (of example inputs).
+int8 (CPUs): only products with constant weights are quantised. Weights are quantised per column and in
+seven bits: x86-64 without VNNI adds two products of an unsigned activation and a signed weight in 16
+bits, where 2 x 255 x 64 fits and eight bits of weight saturate. Activation ranges are dynamic (of the
+image at hand) or static (of example inputs).
 
 int8-qdq (TensorRT): the same products between quantize and dequantize nodes without zero points, in
 an fp16 graph. Its ranges are static.
