@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sqlite3
+from pathlib import Path
+
 import numpy as np
 
-from edgeclip.text.cache import CachedLabel
+from edgeclip.text.cache import FILE, CachedLabel
 from edgeclip.text.label_tokens import DIGEST_SIZE, Cut, LabelTokens
 
 DIM = 64
@@ -27,3 +30,11 @@ def assert_equal(loaded: dict[bytes, CachedLabel], expected: dict[bytes, CachedL
         assert label.vector.dtype == np.float32
         np.testing.assert_array_equal(label.vector, expected[key].vector)
         assert label.tokens == expected[key].tokens
+
+
+def execute(cache: Path, statement: str, *values: object) -> None:
+    """Run one SQL statement on the file of a cache."""
+    db = sqlite3.connect(cache / FILE)
+    with db:
+        db.execute(statement, values)
+    db.close()

@@ -6,7 +6,6 @@ import importlib.metadata
 import logging
 import os
 import shutil
-import sqlite3
 import time
 import zlib
 from pathlib import Path
@@ -24,7 +23,7 @@ from edgeclip.text.cache import (
     embedding_identity,
     label_keys,
 )
-from tests.support.cached_labels import DIM, assert_equal, cached_labels
+from tests.support.cached_labels import DIM, assert_equal, cached_labels, execute
 
 
 @pytest.fixture(autouse=True)
@@ -32,13 +31,6 @@ def cache(cache: Path) -> Path:
     """Empty the cache, so that only the label cache writes to it."""
     shutil.rmtree(cache / "trials")
     return cache
-
-
-def execute(cache: Path, statement: str, *values: object) -> None:
-    db = sqlite3.connect(cache / FILE)
-    with db:
-        db.execute(statement, values)
-    db.close()
 
 
 @pytest.fixture

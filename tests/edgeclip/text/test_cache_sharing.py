@@ -17,7 +17,7 @@ from edgeclip.text.cache import (
     CachedLabel,
     LabelCache,
 )
-from tests.support.cached_labels import DIM, assert_equal, cached_labels
+from tests.support.cached_labels import DIM, assert_equal, cached_labels, execute
 from tests.support.paths import ROOT
 
 
@@ -26,13 +26,6 @@ def cache(cache: Path) -> Path:
     """Empty the cache, so that only the label cache writes to it."""
     shutil.rmtree(cache / "trials")
     return cache
-
-
-def execute(cache: Path, statement: str, *values: object) -> None:
-    db = sqlite3.connect(cache / FILE)
-    with db:
-        db.execute(statement, values)
-    db.close()
 
 
 @pytest.fixture
