@@ -66,6 +66,15 @@ def test_run_holds_the_weights_between(pair: list[str], tmp_path: Path, alpha: s
         run([*pair, "--alpha", alpha, "--out", str(out)])
 
 
+def test_run_has_the_text_tower_of_transformers(tmp_path: Path) -> None:
+    folders = [str(write_folder(tmp_path / str(i), "bert")) for i in range(2)]
+    run([*folders, "--alpha", "1/2", "--out", str(tmp_path / "out")])
+    first, between = load(folders[0], None), load(str(tmp_path / "out"), None)
+    ids = first.tokenizer(["a dog"])
+    assert torch.equal(between.tokenizer(["a dog"]), ids)
+    assert torch.equal(between.model.encode_text(ids), first.model.encode_text(ids))
+
+
 def test_sweep(
     pair: list[str], fashion_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg
 
 from train.errors import ModelError
-from train.models import transformers_clip
+from train.models import transformers_clip, transformers_text
 from train.progress import brief, quiet, say
 
 CONFIG = "open_clip_config.json"
@@ -96,14 +96,18 @@ def build_model(
     ModelError.
     """
     torch.manual_seed(0)
+    text, settings = architecture.config["text_cfg"], {}
     try:
         with quiet():
+            if transformers_text.has_tower(text):
+                settings["text_cfg"] = transformers_text.build_settings(text, architecture.folder)
             if architecture.identifier:
                 model = open_clip.create_model(
                     architecture.identifier,
                     load_weights=False,
                     force_preprocess_cfg=dict(preprocess or {}),
                     quick_gelu=quick_gelu,
+                    **settings,
                 )
             else:
                 model = CLIP(**architecture.config | {"quick_gelu": quick_gelu})
@@ -116,7 +120,8 @@ def build_model(
 
 def load_tokenizer(architecture: Architecture) -> Any:
     """Load open_clip's tokenizer for the architecture. Raises ModelError."""
-    text, folder, settings = architecture.config["text_cfg"], architecture.folder, {}
+    text, folder = architecture.config["text_cfg"], architecture.folder
+    settings = transformers_text.tokenizer_settings(text, folder)
     relative = (text.get("tokenizer_kwargs") or {}).get("bpe_path")
     if relative and folder:
         settings["bpe_path"] = str(folder / relative)
@@ -134,8 +139,12 @@ def load_tokenizer(architecture: Architecture) -> Any:
     return SimpleTokenizer(context_length=text["context_length"])
 
 
-def check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
-    """Raise ModelError where open_clip's tokenizer has more ids than the text tower has embeddings."""
+def check_tokenizer(architecture: Architecture, model: Any, tokenizer: Any) -> None:
+    """Raise ModelError where the text tower cannot embed all of the tokenizer's ids."""
+    name = architecture.name
+    if transformers_text.has_tower(architecture.config["text_cfg"]):
+        transformers_text.check_tower(name, model, tokenizer)
+        return
     rows = getattr(model, "text", model).vocab_size
     if isinstance(tokenizer, SimpleTokenizer) and tokenizer.vocab_size > rows:
         raise ModelError(

@@ -20,10 +20,11 @@ from train.errors import ModelError
 from train.models.architectures import (
     Architecture,
     build_model,
-    check_vocabulary,
+    check_tokenizer,
     find_architecture,
     load_tokenizer,
 )
+from train.models.transformers_text import POSITION_IDS, has_tower, run_settings
 from train.models.weight_files import (
     INDEX,
     StateDict,
@@ -116,8 +117,6 @@ def load(
     """
     architecture = find_architecture(model)
     name = architecture.name
-    if architecture.config["text_cfg"].get("hf_model_name"):
-        raise ModelError(f"{name} has a Hugging Face text tower, which is not supported")
     weights = _load_weights(architecture, pretrained)
     tower = _load_visual(visual) if visual else None
     tokenizer = load_tokenizer(architecture)
@@ -126,7 +125,7 @@ def load(
         _warn_other_activation(name, tower, quick_gelu)
     with step(f"building {name}"):
         network = build_model(architecture, quick_gelu, weights.preprocess if weights else None)
-    check_vocabulary(name, network, tokenizer)
+    check_tokenizer(architecture, network, tokenizer)
     if weights:
         fit_weights(network, weights.state, weights.label)
     label = weights.label if weights else RANDOM
@@ -141,13 +140,20 @@ def load(
         pretrained=label,
         weights_sha256=join_sha256([base, tower.sha256]) if tower else base,
         config={
-            "model_cfg": architecture.config | {"quick_gelu": quick_gelu},
+            "model_cfg": _run_config(architecture) | {"quick_gelu": quick_gelu},
             "preprocess_cfg": network.visual.preprocess_cfg,
         },
         wording=architecture.wording,
         folder=architecture.folder,
         visual=VisualWeights(tower.label, tower.sha256, base) if tower else None,
     )
+
+
+def _run_config(architecture: Architecture) -> dict[str, Any]:
+    """Return the model_cfg of a folder that holds this model."""
+    config = architecture.config
+    text = config["text_cfg"]
+    return config | {"text_cfg": run_settings(text)} if has_tower(text) else config
 
 
 def _load_weights(architecture: Architecture, pretrained: str | None) -> Weights | None:
@@ -257,7 +263,7 @@ def fit_weights(model: Any, state: StateDict, origin: str, prefix: str = "") -> 
 
     Raises ModelError that names keys which are missing, unknown, of the wrong shape or not finite.
     """
-    state = convert_state_dict(model, state)
+    state = dict(convert_state_dict(model, state))
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     expected = {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
@@ -267,6 +273,8 @@ def fit_weights(model: Any, state: StateDict, origin: str, prefix: str = "") -> 
     for key in expected.keys() - state.keys():
         if key.endswith("num_batches_tracked"):  # only training reads it
             state[key] = expected[key]
+    if POSITION_IDS not in expected:
+        state.pop(POSITION_IDS, None)
     mismatch = describe_mismatch(state, expected)
     if mismatch:
         part = "image tower" if prefix else "weights"

@@ -3,6 +3,7 @@
 RUN/open_clip_config.json        model, preprocessing, vocabulary (open_clip's local-dir form)
 RUN/open_clip_model.safetensors  the weights
 RUN/bpe.txt.gz                   the tokenizer's merges, where they are not open_clip's own
+RUN/text/                        configuration and tokenizer of a text tower from transformers
 RUN/checkpoint.pt                the state to resume from (read with weights_only; no pickled code)
 RUN/metrics.jsonl                metrics, a row for each step or epoch; RUN/tensorboard has them too
 """
@@ -24,6 +25,7 @@ from edgeclip import storage
 from edgeclip.bundle import MANIFEST
 from edgeclip.json_output import to_json
 from train.errors import SettingsError
+from train.models import transformers_text
 from train.models.architectures import CONFIG
 from train.models.checkpoints import Source
 
@@ -58,8 +60,11 @@ def write_small_bpe(path: Path, merges: int) -> SimpleTokenizer:
 
 
 def copy_tokenizer(source: Source, folder: Path) -> None:
-    """Copy the tokenizer files in a source's folder, if it has any, beside the new model."""
-    merges = (source.config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}).get("bpe_path")
+    """Write the source's tokenizer files, and those of a transformers tower, beside the new model."""
+    text = source.config["model_cfg"]["text_cfg"]
+    if transformers_text.has_tower(text):
+        transformers_text.save(folder, source.model.text.config, source.tokenizer)
+    merges = (text.get("tokenizer_kwargs") or {}).get("bpe_path")
     for name in filter(None, (merges, *TOKENIZER_FILES)):
         file = source.folder / name if source.folder else None
         if file and file.is_file() and not (folder / name).exists():

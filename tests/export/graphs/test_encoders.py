@@ -17,7 +17,7 @@ from export import ExportError
 from export.graphs import encoders, save
 from tests.support.models.export_models import CONFIGS, Exported, cosines, exported
 
-FAMILIES = sorted(CONFIGS)
+FAMILIES = sorted(CONFIGS.keys() - {"bert", "roberta"})
 PROMPTS = ["", "a dog", "two cafés — “x”", "a much longer prompt about many small red things " * 9]
 
 

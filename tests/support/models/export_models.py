@@ -31,6 +31,7 @@ from edgeclip.bundle import Bundle
 from edgeclip.manifest import Manifest
 from export import bundle
 from export.bundle import export_bundle
+from tests.support.models.text_towers import write_bert, write_roberta
 from train.models.checkpoints import Source, load
 from train.models.wording import wording
 from train.progress import quiet
@@ -92,7 +93,10 @@ SIGLIP_TEXT = {
     "norm_kwargs": {"eps": 1e-6},
 }
 
-# Every kind of image tower in open_clip, as small as possible.
+TRANSFORMERS_TEXT = {"hf_model_name": "text", "hf_tokenizer_name": "text", "context_length": 24}
+TRANSFORMERS_TEXT |= {"hf_model_pretrained": False, "tokenizer_kwargs": {"subfolder": "text"}}
+
+# Every kind of tower in open_clip, as small as possible.
 CONFIGS: dict[str, dict[str, Any]] = {
     "vit": {"embed_dim": 48, "vision_cfg": VIT, "text_cfg": TEXT},
     "vit-avg": {
@@ -153,7 +157,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "text_cfg": SIGLIP_TEXT,
     },
+    "bert": {
+        "embed_dim": 32,
+        "vision_cfg": VIT | {"layers": 1},
+        "text_cfg": TRANSFORMERS_TEXT | {"hf_pooler_type": "mean_pooler", "hf_proj_type": None},
+    },
+    "roberta": {
+        "embed_dim": 48,
+        "vision_cfg": VIT | {"layers": 1},
+        "text_cfg": TRANSFORMERS_TEXT | {"hf_pooler_type": "cls_pooler", "hf_proj_type": "mlp"},
+    },
 }
+WRITE_TEXT_TOWER = {"bert": write_bert, "roberta": write_roberta}
 PREPROCESSING = {
     "mean": [0.4, 0.5, 0.6],
     "std": [0.2, 0.25, 0.3],
@@ -230,9 +245,12 @@ def write_folder(
     write_bpe(folder / "bpe.txt.gz")
     if family == "siglip":
         write_sentencepiece_like(folder)
+    if family in WRITE_TEXT_TOWER:
+        WRITE_TEXT_TOWER[family](folder / "text")
     torch.manual_seed(seed)
-    with quiet():
-        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    with quiet(), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # open_clip's way to find the folder text
+        model = open_clip.create_model("local-dir:.", load_weights=False, pretrained_text=False)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     for value in state.values():
         if value.is_floating_point():  # CoCa leaves some uninitialised

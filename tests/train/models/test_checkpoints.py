@@ -341,7 +341,6 @@ def test_files_without_a_state_dict(tmp_path: Path, value: object) -> None:
         ("ViT-B-32", None, "--pretrained is missing.*laion2b_s34b_b79k"),
         ("ViT-B/32", "no_such_tag", "neither a file nor a tag.*laion2b_s34b_b79k"),
         ("ViT-S-16", "no_such_tag", "ViT-S-16 has no tags"),
-        ("roberta-ViT-B-32", "random", "Hugging Face text tower"),
         ("tests", None, "no open_clip_config.json or config.json"),
     ],
 )
