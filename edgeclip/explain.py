@@ -51,8 +51,8 @@ def attention_map(
 ) -> NDArray[np.float32]:
     """Return the attention of an image to a text, float32 (H, W) in [0, 1] with (H, W) = size.
 
-    tokens: float (prefix + rows * columns, D), from the last block after ln_post and the projection:
-    `prefix` class tokens, then the patches of `grid`, rows and columns. text: unit (D,).
+    tokens: float (prefix + rows * columns, D), in the embedding's space: `prefix` class tokens, then
+    the patches of `grid`, rows and columns. text: unit (D,).
     The patch scores are stretched to [0, 1], then interpolated between patch centres (TGA-ZSR,
     section 3.2). Equal scores of all patches give zeros. Raises ValueError for wrong shapes.
     """

@@ -102,7 +102,7 @@ class TextSpec:
 class TokenSpec:
     """Layout of the image tokens (N, prefix + rows * columns, D)."""
 
-    grid: tuple[int, int]  # rows, columns of patches
+    grid: tuple[int, int]  # rows, columns of patches, or of a feature map
     prefix: int  # class and register tokens before the patches
 
     def __post_init__(self) -> None:

@@ -266,7 +266,8 @@ class Runtime:
         spec = manifest.tokens
         if spec is None:
             raise BundleError(
-                f"{self.bundle.path}: this bundle's image encoder has no patch tokens: export a ViT"
+                f"{self.bundle.path}: this bundle's image encoder has no patch tokens: "
+                "export a ViT, or a convolutional model from timm"
             )
         if self.device == "tensorrt":
             raise DeviceError("a TensorRT engine gives embeddings only: explain with --device cpu")

@@ -19,7 +19,7 @@ def attention_map(
 ) -> torch.Tensor:
     """Return attention maps (B, 1, S, S) in [0, 1], with S = image_size.
 
-    tokens: float (B, prefix + P, D), of the last block after ln_post and the projection, with
+    tokens: float (B, prefix + P, D), in the embedding's space (see train.models.towers), with
     `prefix` tokens (the class token, registers) before the patches; P is a square number. text:
     unit embeddings (B, D), one for each image. The map of an image whose patches have equal scores
     is zero. Raises ValueError for other shapes.

@@ -243,7 +243,8 @@ def check_fit(settings: Settings, model: Classifier, name: str, steps: int) -> N
     if settings.variant in ("tga", "comp") and (spec is None or spec.grid[0] != spec.grid[1]):
         raise SettingsError(
             f"--variant {settings.variant} needs a square of patch tokens in the embedding's space, "
-            f"and {name} has none: choose a plain ViT or SigLIP, or --variant tecoa, pmg or fare"
+            f"and {name} has none: choose a plain ViT, SigLIP or "
+            "a convolutional tower from timm, or --variant tecoa, pmg or fare"
         )
     if settings.warmup_steps >= steps:
         raise SettingsError(

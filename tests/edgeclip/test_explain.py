@@ -165,6 +165,24 @@ def test_grid_that_is_not_square() -> None:
     np.testing.assert_allclose(again, pixels[0].transpose(1, 2, 0), atol=0.51 / 255 / 0.2)
 
 
+def test_feature_map_of_a_convolutional_tower() -> None:
+    made = exported("efficientnet")
+    runtime, model = Runtime(made.bundle), made.source.model
+    found = runtime.explain(EXAMPLES / "coloured-dress.jpg", "a dress")
+    pixels = torch.from_numpy(runtime.preprocess([EXAMPLES / "coloured-dress.jpg"]))
+    text = torch.from_numpy(runtime.labels(["a dress"]).embeddings.copy())
+    with torch.no_grad():
+        features = model.visual.trunk.forward_features(pixels)
+        tokens = model.visual.head(features.flatten(2).mT)
+        expected = trained_attention(tokens, text, 193, prefix=0)[0, 0]
+    assert features.shape[2:] == (7, 7)
+    assert found.attention.shape == (193, 193)
+    np.testing.assert_allclose(found.attention, expected, atol=1e-3)
+    assert (found.attention.min(), found.attention.max()) == pytest.approx((0, 1), abs=0.1)
+    unit_embedding = model.encode_image(pixels, normalize=True)[0]
+    assert found.similarity == pytest.approx(float(unit_embedding @ text[0]), abs=1e-5)
+
+
 def changed(folder: Path, tokens: dict[str, object] | None) -> Path:
     """Copy the embedded bundle with another entry for its tokens."""
     bundle = Path(shutil.copytree(EMBEDDED, folder / "bundle"))
@@ -175,7 +193,7 @@ def changed(folder: Path, tokens: dict[str, object] | None) -> Path:
 
 def test_bundle_without_tokens(tmp_path: Path) -> None:
     runtime = Runtime(changed(tmp_path, None))
-    with pytest.raises(BundleError, match=r"encoder has no patch tokens: export a ViT$"):
+    with pytest.raises(BundleError, match=r"encoder has no patch tokens: export a ViT, or a conv"):
         runtime.explain(BOOT, "bag")
 
 

@@ -162,6 +162,23 @@ def test_siglip_has_patch_tokens(settings: Settings, tmp_path: Path, variant: st
     )
 
 
+@pytest.mark.parametrize("variant", ["tga", "comp"])
+def test_a_feature_map_has_patch_tokens(settings: Settings, tmp_path: Path, variant: str) -> None:
+    """Train a convolutional tower: its statistics of batch norm stay, its weights do not."""
+    model = write_folder(tmp_path / "convolutions", "efficientnet", image_size=65)
+    short = replace(settings, model=str(model), variant=variant, batch_size=8, validate=4)
+    metrics = run(replace(short, epochs=1, limit_batches=2, warmup_steps=1))
+    steps = [row for row in metrics if "loss" in row]
+    assert len(steps) == 2
+    assert all(row["ar"] > 0 and np.isfinite(row["loss"] + row["gradient_norm"]) for row in steps)
+    before, after = (load(str(path), None).model for path in (model, settings.out))
+    parameters = dict(before.named_parameters())
+    for key, value in before.state_dict().items():
+        trained = key.startswith("visual.") and key in parameters
+        assert torch.equal(after.state_dict()[key], value) != trained, key
+    assert "visual.trunk.bn1.running_var" in before.state_dict()
+
+
 def test_every_epoch_takes_each_image_once_in_another_order(settings: Settings) -> None:
     run_settings = replace(settings, batch_size=4)
     epochs = [epoch_keys(14, epoch, run_settings, 0, 1) for epoch in range(2)]

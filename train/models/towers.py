@@ -1,16 +1,19 @@
-"""Image towers of open_clip models behind one interface: an embedding, and patch tokens."""
+"""Image towers of open_clip models behind one interface: an embedding, and tokens of its places."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
+import torch
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from edgeclip.manifest import TokenSpec
 from train.models.self_attention import first_token, is_split
+
+POOLING_ERROR = 1e-3  # largest error of "the head sees the mean alone", in units of its variation
 
 
 class PooledImageEncoder(nn.Module):
@@ -75,8 +78,39 @@ class MapPoolImageEncoder(nn.Module):
         return self.visual.head(self.visual.trunk.forward_head(tokens)), tokens
 
 
+class FeatureMapImageEncoder(PooledImageEncoder):
+    """Image tower from timm with average pooling: pixels -> embedding (B, D), tokens (B, P, D).
+
+    Tokens are the places of the last feature map, row by row. Each goes through the head alone, as a
+    map of 1 x 1. If what follows the pooling is linear, the embedding is their mean.
+    """
+
+    def __init__(self, model: Any, channels: int) -> None:
+        """Build the encoder; `channels` is the feature map's axis of channels, 1 or 3."""
+        super().__init__(model)  # names the weights as there: checkpoints of older runs have them
+        self.channels = channels
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        visual = self.model.visual
+        features = visual.trunk.forward_features(pixels)
+        places = features.movedim(self.channels, 3).flatten(1, 2)
+        shape = [-1, 1, 1, 1]  # contiguous: the exporter writes a Gather for other strides
+        shape[self.channels] = places.shape[2]
+        tokens = _head(visual, places.reshape(shape))
+        return _head(visual, features), tokens.reshape(-1, places.shape[1], tokens.shape[1])
+
+
+def _head(visual: TimmModel, features: Tensor) -> Tensor:
+    """Return the embeddings (B, D) of feature maps."""
+    embedding: Tensor = visual.head(visual.trunk.forward_head(features))
+    return embedding
+
+
 def image_encoder(model: Any) -> tuple[nn.Module, TokenSpec | None]:
-    """Return the module to export for `model`'s images, and its token layout if it has tokens."""
+    """Return the module to export for `model`'s images, and its token layout if it has tokens.
+
+    `model` is in eval mode. A tower from timm runs once, on one image, to find its feature map.
+    """
     visual = model.visual
     if isinstance(visual, VisionTransformer) and _has_vit_tokens(visual):
         vit = VitImageEncoder(visual)
@@ -85,6 +119,14 @@ def image_encoder(model: Any) -> tuple[nn.Module, TokenSpec | None]:
         trunk = visual.trunk
         spec = TokenSpec(tuple(trunk.patch_embed.grid_size), trunk.num_prefix_tokens)
         return MapPoolImageEncoder(visual), spec
+    if isinstance(visual, TimmModel):
+        pixels = next(visual.parameters()).new_zeros(1, 3, *visual.image_size)
+        with torch.no_grad():
+            features = visual.trunk.forward_features(pixels)
+        channels = _channel_axis(visual, features)
+        if channels is not None:
+            rows, columns = (features.shape[axis] for axis in (1, 2, 3) if axis != channels)
+            return FeatureMapImageEncoder(model, channels), TokenSpec((rows, columns), 0)
     return PooledImageEncoder(model), None
 
 
@@ -107,3 +149,25 @@ def _has_map_tokens(visual: TimmModel) -> bool:
         and isinstance(getattr(trunk, "head", None), nn.Identity)
         and len(visual.head) == 0
     )
+
+
+@torch.no_grad()
+def _channel_axis(visual: TimmModel, features: Any) -> int | None:
+    """Return the axis of channels of a feature map, 1 or 3; None if its head pools in another way.
+
+    The head applies to each place if all it sees is the mean over places: a random map and a map with
+    that mean everywhere have the same embedding. Other poolings (attention, maximum) change it.
+    """
+    if not isinstance(features, Tensor) or features.ndim != 4:
+        return None
+    rng = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, *features.shape[1:], generator=rng).to(features)
+    if visual.trunk.forward_head(maps).ndim != 2:
+        return None  # the pooling is in open_clip's head: attention
+    embeddings = _head(visual, maps)
+    variation = (embeddings[0] - embeddings[1]).norm()
+    for channels, places in ((1, (2, 3)), (3, (1, 2))):
+        even = maps.mean(places, keepdim=True).expand_as(maps)
+        if (_head(visual, even) - embeddings).norm() < POOLING_ERROR * variation:
+            return channels
+    return None

@@ -272,7 +272,7 @@ def test_explain_leaves_what_was_there_where_it_fails(
     for arguments, message in (
         ([BAG, "missing.png"], "missing.png: no such file"),
         ([str(EXAMPLES)], f"{EXAMPLES}: no images in this directory"),
-        ([BAG, "--bundle", str(bundle)], "has no patch tokens: export a ViT"),
+        ([BAG, "--bundle", str(bundle)], "export a ViT, or a convolutional model from timm"),
     ):
         status, out, err = run(capsys, "explain", *arguments, "--label", "bag", "-o", str(path))
         assert status == 2

@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from edgeclip.backends.onnx_runtime import OnnxEncoder
@@ -109,7 +110,35 @@ def test_siglip_gives_the_tokens_that_its_pooling_reads() -> None:
     np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["resnet", "convnext", "coca", "vit-quickgelu"])
+@pytest.mark.parametrize(("family", "grid"), [("convnext", (2, 2)), ("efficientnet", (7, 7))])
+def test_feature_maps_go_through_the_head_place_by_place(
+    family: str, grid: tuple[int, int]
+) -> None:
+    tiny = exported(family)
+    visual, pixels = tiny.source.model.visual, images(tiny, 2)
+    with torch.no_grad():
+        places = visual.trunk.forward_features(pixels).permute(0, 2, 3, 1)
+        if family == "convnext":  # has a norm after its pooling
+            norm = visual.trunk.head.norm
+            places = F.layer_norm(places, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        expected = visual.head(places).flatten(1, 2)
+    assert tiny.bundle.manifest.tokens == encoders.TokenSpec(grid, 0)
+    actual = tokens_of(tiny, pixels.numpy())
+    assert actual.shape == (2, grid[0] * grid[1], 48)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_embedding_of_a_feature_map_needs_no_token() -> None:
+    """Compare the graph with that of a tower without tokens: it has the same nodes."""
+    tiny = exported("efficientnet")
+    graph = onnx.load(tiny.bundle.encoder("image_encoder", "fp32"), load_external_data=False).graph
+    operators = [node.op_type for node in graph.node]
+    assert operators.count("Gemm") == 2  # the MLP's, of pooled features
+    assert "Transpose" not in operators  # which the tokens need
+    assert operators[-5:] == ["ReduceMean", "Reshape", "Gemm", "Gelu", "Gemm"]
+
+
+@pytest.mark.parametrize("family", ["resnet", "coca", "vit-quickgelu"])
 def test_towers_without_tokens_say_so(family: str) -> None:
     tiny = exported(family)
     assert tiny.bundle.manifest.tokens is None
@@ -136,7 +165,7 @@ def test_dimensions_are_symbolic(tiny: Exported) -> None:
     assert session.get_outputs()[0].shape == ["batch", manifest.embed_dim]
 
 
-@pytest.mark.parametrize("family", ["vit", "siglip"])
+@pytest.mark.parametrize("family", ["vit", "siglip", "efficientnet"])
 def test_the_token_graph_shares_the_weights_of_the_encoder(family: str) -> None:
     bundle = exported(family).bundle
     paths = [bundle.encoder(kind, "fp32") for kind in ("image_encoder", "image_tokens")]
@@ -166,6 +195,7 @@ def test_only_causal_text_towers_are_cut() -> None:
         "coca": False,  # reads its class token, after the prompt
         "resnet": True,
         "convnext": True,
+        "efficientnet": True,
         "siglip": False,
     }
 

@@ -145,6 +145,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "text_cfg": SHORT_TEXT,
     },
+    "efficientnet": {  # a feature map of 7 x 7, padded by TensorFlow's rule at an odd size
+        "embed_dim": 48,
+        "custom_text": True,
+        "vision_cfg": {
+            "timm_model_name": "tiny_efficientnet",
+            "timm_pool": "avg",
+            "timm_proj": "mlp",
+            "image_size": 193,
+        },
+        "text_cfg": SHORT_TEXT,
+    },
     "siglip": {
         "embed_dim": 96,
         "init_logit_bias": -10,
@@ -191,6 +202,11 @@ def tiny_siglip(pretrained: bool = False, **settings: Any) -> torch.nn.Module:
 @timm.models.register_model
 def tiny_convnext(pretrained: bool = False, **settings: Any) -> torch.nn.Module:
     return timm.create_model("test_convnext", depths=(1, 1, 1, 1), **settings)
+
+
+@timm.models.register_model
+def tiny_efficientnet(pretrained: bool = False, **settings: Any) -> torch.nn.Module:
+    return timm.create_model("test_efficientnet", pad_type="same", **settings)
 
 
 def write_bpe(path: Path, merges: int = MERGES) -> None:

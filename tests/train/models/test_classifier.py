@@ -29,7 +29,7 @@ def photos() -> DataSet:
     return DataSet("photos", NAMES, ("a {}.",), ImageFiles.of(paths, [0, 1, 2]))
 
 
-@pytest.mark.parametrize("family", ["vit", "siglip", "resnet"])
+@pytest.mark.parametrize("family", ["vit", "siglip", "efficientnet", "resnet"])
 def test_logits_equal_the_runtimes(photos: DataSet, family: str) -> None:
     export = exported(family)
     rt = edgeclip.Runtime(export.bundle, purify="none", decode="exact")
