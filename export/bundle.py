@@ -106,12 +106,13 @@ def check_target(out: Path, force: bool) -> None:
 def _write_encoders(staging: Path, source: Source, image: ImageSpec, words: Wording) -> Manifest:
     """Export the fp32 encoders, with tokens as a second output, and return the manifest so far."""
     model = source.model
-    context_length = int(source.tokenizer.context_length)
+    context_length, padding = int(source.tokenizer.context_length), pad_id(source.tokenizer)
     names = _variant(REFERENCE, has_tokens=True)
     with step("exporting the image encoder"):
         tokens = encoders.export_image_encoder(model, image.size, staging / names.image_encoder)
     with step("exporting the text encoder"):
-        cut = encoders.export_text_encoder(model, context_length, staging / names.text_encoder)
+        text = staging / names.text_encoder
+        cut = encoders.export_text_encoder(model, context_length, padding, text)
     vector = null_text(source, words.null_templates)
     bias = model.logit_bias
     return Manifest(
@@ -119,7 +120,7 @@ def _write_encoders(staging: Path, source: Source, image: ImageSpec, words: Word
         source=source.record,
         embed_dim=len(vector),
         image=image,
-        text=TextSpec(context_length, clean_kind(source.tokenizer), cut, pad_id(source.tokenizer)),
+        text=TextSpec(context_length, clean_kind(source.tokenizer), cut, padding),
         tokens=tokens,
         logit_scale=model.logit_scale.exp().item(),
         logit_bias=0.0 if bias is None else bias.item(),

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
@@ -61,11 +62,30 @@ class CutTextEncoder(nn.Module):
         return embedding
 
 
-def can_cut(model: Any) -> bool:
-    """Return whether ids may be cut after the longest prompt without changing any embedding."""
+class TransformersTextEncoder(nn.Module):
+    """Text tower of transformers for ids (B, L) of any length L, whose mask hides all padding."""
+
+    def __init__(self, text: HFTextEncoder) -> None:
+        super().__init__()
+        self.text = text
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = (ids != self.text.config.pad_token_id).long()
+        hidden = self.text.transformer(input_ids=ids, attention_mask=mask)
+        embedding: Tensor = self.text.proj(self.text.pooler(hidden, mask))
+        return embedding
+
+
+def can_cut(model: Any, pad_id: int) -> bool:
+    """Return whether ids may be cut after the longest prompt without changing any embedding.
+
+    pad_id: the tokenizer's padding.
+    """
     if isinstance(model, CLIP):
         return model.attn_mask is not None and model.text_pool_type in ("argmax", "eos")
     text = model.text
+    if isinstance(text, HFTextEncoder):
+        return bool(text.config.pad_token_id == pad_id)
     return (
         isinstance(text, TextTransformer)
         and text.attn_mask is not None
@@ -94,13 +114,16 @@ def export_image_encoder(model: Any, size: tuple[int, int], path: Path) -> Token
     return spec
 
 
-def export_text_encoder(model: Any, context_length: int, path: Path) -> bool:
+def export_text_encoder(model: Any, context_length: int, pad_id: int, path: Path) -> bool:
     """Write ids ("batch", "length") -> embedding ("batch", D); return whether the length is symbolic.
 
-    A tower that is not causal keeps the full length. Raises ExportError like `export_image_encoder`.
+    A tower that is neither causal nor masks its padding keeps the full length. Raises ExportError
+    like `export_image_encoder`.
     """
-    cut = can_cut(model)
-    encoder = CutTextEncoder(model) if cut else TextEncoder(model)
+    cut = can_cut(model, pad_id)
+    encoder: nn.Module = CutTextEncoder(model) if cut else TextEncoder(model)
+    if isinstance(getattr(model, "text", None), HFTextEncoder):
+        encoder = TransformersTextEncoder(model.text)
     length = min(8, context_length) if cut else context_length
     example = torch.arange(2 * length).reshape(2, length) % 7 + 1
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}

@@ -184,7 +184,7 @@ def test_models_of_full_size(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     }
     size = image_spec(source.model).size
     export_image_encoder(source.model, size, graphs["image_encoder.fp32"])
-    export_text_encoder(source.model, length, graphs["text_encoder.fp32"])
+    export_text_encoder(source.model, length, 0, graphs["text_encoder.fp32"])
     del source
     for kind in ("image_encoder", "text_encoder"):
         to_fp16(graphs[f"{kind}.fp32"], graphs[f"{kind}.fp16"])

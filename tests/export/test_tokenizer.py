@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from edgeclip.text.tokenizer import CLEANERS
 from export import ExportError
 from export.tokenizer import clean_kind, convert, pad_id
 from tests.support.models.export_models import write_bpe, write_sentencepiece_like
+from tests.support.models.text_towers import write_bert, write_roberta
 from tests.support.texts import AWKWARD, random_text, runtime
 
 
@@ -20,9 +22,9 @@ def texts() -> list[str]:
     return AWKWARD + [random_text(rng) for _ in range(2000)]
 
 
-def differing(tokenizer: object, folder: Path) -> list[str]:
+def differing(tokenizer: object, folder: Path, prompts: list[str] | None = None) -> list[str]:
     """Return the texts whose padded ids are not open_clip's."""
-    prompts = texts()
+    prompts = prompts or texts()
     pad, length = pad_id(tokenizer), tokenizer.context_length
     converted = runtime(tokenizer, folder)(prompts)
     original = tokenizer(prompts).tolist()
@@ -73,6 +75,23 @@ def test_transformers_tokenizer_gives_open_clips_ids(tmp_path: Path, clean: str)
     tokenizer = HFTokenizer(str(tmp_path), context_length=16, clean=clean)
     assert pad_id(tokenizer) == 1
     assert differing(tokenizer, tmp_path) == []
+
+
+MARKS = [f"{mark}{tail}" for mark in ("[PAD]", "[MASK]", "<pad>", "<mask>") for tail in ("", "x")]
+
+
+@pytest.mark.parametrize("write", [write_bert, write_roberta])
+def test_tokenizers_of_text_towers_give_open_clips_ids(
+    tmp_path: Path, write: Callable[[Path], None]
+) -> None:
+    write(tmp_path)
+    tokenizer = HFTokenizer(str(tmp_path), context_length=16)
+    marked = [f"a {first} b{second}" for first in MARKS for second in MARKS]
+    marked += [f"[pad] < pad > {mark.lower()}{mark}" for mark in MARKS]
+    assert pad_id(tokenizer) == (0 if write is write_bert else 1)
+    assert differing(tokenizer, tmp_path, texts() + marked) == []
+    ids = runtime(tokenizer, tmp_path)(["[PAD] <pad>"])[0]
+    assert ids.count(pad_id(tokenizer)) == 1  # padding that a prompt names is padding to both
 
 
 def test_the_start_mark_is_not_looked_for_inside_punctuation(tmp_path: Path) -> None:

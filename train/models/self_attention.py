@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock
 from torch import Tensor, nn
 
@@ -117,17 +118,26 @@ def is_split(block: nn.Module) -> bool:
 
 @contextmanager
 def plain_attention(module: nn.Module) -> Iterator[None]:
-    """Replace the attention of `module`'s blocks and poolers within the context; restore it after."""
+    """Replace the attention of `module`'s blocks and poolers within the context; restore it after.
+
+    Towers of transformers then also compute a plain softmax(q k^T) v.
+    """
+    towers = [x.transformer for x in module.modules() if isinstance(x, HFTextEncoder)]
+    kinds = [tower.config._attn_implementation for tower in towers]
     originals = [
         (owner, cast("nn.MultiheadAttention", owner.attn))
         for owner in module.modules()
         if is_plain(owner) or isinstance(owner, AttentionalPooler)
     ]
     try:
+        for tower in towers:
+            tower.set_attn_implementation("eager")
         for owner, attention in originals:
             owner.attn = (SelfAttention if is_plain(owner) else PoolAttention)(attention)
         yield
     finally:
+        for tower, kind in zip(towers, kinds, strict=True):
+            tower.set_attn_implementation(kind)
         for owner, attention in originals:
             owner.attn = attention
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 WORDS = ["a", "photo", "of", "small", "dog", "and", "two", "red", "cats", "the", "quick", "café"]
 LETTERS = "abcdefghijklmnopqrstuvwxyzé0123456789,.:!—“”日本[]<>"
-SIZE = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "vocab_size": 400}
+SIZE = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "vocab_size": 400}
 SIZE |= {"intermediate_size": 48, "max_position_embeddings": 40}
 
 
