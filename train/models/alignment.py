@@ -1,0 +1,272 @@
+"""CLIP from an image classifier and a sentence encoder, by a projection in closed form.
+
+An image is the mean of its classes' texts, weighted by the classifier (ConSE, Norouzi et al., ICLR
+2014, arXiv 1312.5650). With logits l (K,) and class texts T (K, D), the embedding is
+
+    e = sum over k of GELU(l_k - threshold) T_k
+
+where the threshold is the tenth highest logit, the mean over images. GELU is smooth, so attacks see
+true gradients; the ten highest logits with weights 0 elsewhere would mask them. This is open_clip's MLP projection: the
+classifier is its hidden layer. All texts lose their component along the mean of the class names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from open_clip.tokenizer import HFTokenizer
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import Tensor, nn
+
+from train.data import class_names
+from train.errors import ModelError
+from train.models.architectures import CONFIG, build_model, find_architecture
+from train.models.classifier import TEXT_BATCH, Output
+from train.models.transformers_text import FOLDER, save
+from train.models.weight_files import read_weights
+from train.models.word_net import hypernyms, read_nouns
+from train.progress import brief, quiet, say
+
+RANK = 10  # the threshold is this highest logit
+HYPERNYMS, SHARE, DECAY = 4, 0.3, 0.8  # number, weight of the nearest, and factor of each further one
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Names of a classifier's classes, and their hypernyms, nearest first."""
+
+    names: tuple[str, ...]
+    hypernyms: tuple[tuple[str, ...], ...]
+
+
+class ImageClassifier(nn.Module):
+    """Classifier from timm, for images (B, 3, H, W) in [0, 1]; its embedding is the pooled feature."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, trunk: Any) -> None:
+        super().__init__()
+        self.trunk = trunk
+        for name in ("mean", "std"):
+            values = torch.tensor(trunk.pretrained_cfg[name]).view(3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, images: Tensor) -> Output:
+        features = self.trunk.forward_features((images - self.mean) / self.std)
+        embedding = self.trunk.forward_head(features, pre_logits=True)
+        return Output(self.trunk.get_classifier()(embedding), embedding, None)
+
+
+def load_classifier(name: str, weights: str | None) -> ImageClassifier:
+    """Load an image classifier of timm, in evaluation mode.
+
+    weights: a file whose tensors have timm's names, or other names and timm's order and shapes; None
+    downloads timm's. Raises ModelError.
+    """
+    state = None if weights is None else read_weights(weights).state
+    try:
+        with quiet():
+            if state is None:
+                trunk = timm.create_model(name, pretrained=True)
+            else:
+                trunk = timm.create_model(name, num_classes=_class_count(name, state))
+    except Exception as err:  # unknown names and failed downloads raise anything
+        raise ModelError(f"timm cannot make {name!r}: {brief(err)}") from err
+    if state is not None:
+        trunk.load_state_dict(_match(trunk.state_dict(), state, str(weights)))
+    if not isinstance(trunk.get_classifier(), nn.Linear):
+        raise ModelError(f"{name} has no linear classifier: choose a classification model of timm")
+    return ImageClassifier(trunk.eval())
+
+
+def _class_count(name: str, state: Mapping[str, Tensor]) -> int:
+    """Return the length of the classifier's bias, which is the last tensor under other names."""
+    settings = timm.get_pretrained_cfg(name)
+    bias = f"{settings.classifier}.bias" if settings else ""
+    return (state[bias] if bias in state else list(state.values())[-1]).numel()
+
+
+def _match(expected: dict[str, Tensor], state: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
+    """Return the state under the expected names. Raises ModelError."""
+    if state.keys() == expected.keys():
+        return dict(state)
+    if [v.shape for v in state.values()] != [v.shape for v in expected.values()]:
+        raise ModelError(f"{file} does not hold this image tower's weights, by name or in order")
+    say(f"{file} names its tensors in another way: they are taken in order")
+    return dict(zip(expected, state.values(), strict=True))
+
+
+def read_classes(trunk: Any, names: Sequence[str] | None, nouns: Path | None) -> Classes:
+    """Return the classes of a classifier: the given names, or those of its ImageNet subset.
+
+    nouns: WordNet's data.noun, for the hypernyms of ImageNet's classes. Raises ModelError.
+    """
+    count = trunk.num_classes
+    subset = infer_imagenet_subset(trunk)
+    if names is None:
+        if subset is None:
+            raise ModelError(f"the classifier has {count} classes of unknown names: give --classes")
+        ids = list(ImageNetInfo(subset).label_names())
+        names = class_names.imagenet(ids)
+        if nouns is not None:
+            table = read_nouns(nouns)
+            chains = tuple(tuple(hypernyms(table, wnid, HYPERNYMS)) for wnid in ids)
+            return Classes(tuple(names), chains)
+    elif nouns is not None:
+        raise ModelError("--hypernyms needs ImageNet's own classes: leave out --classes")
+    if len(names) != count:
+        raise ModelError(f"the classifier has {count} classes, --classes {len(names)}")
+    return Classes(tuple(names), ((),) * count)
+
+
+def build_clip(
+    trunk: Any, name: str, text: str, *, pooling: str, context_length: int, projection: str
+) -> tuple[Any, HFTokenizer, dict[str, Any]]:
+    """Build a CLIP of both towers with their weights, its tokenizer and its configuration.
+
+    trunk: image tower from timm of the given name. text: folder or hub name of a sentence encoder of
+    transformers. pooling: mean or cls. projection: mlp or linear; its weights are still random.
+    Raises ModelError.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        with quiet():
+            tower = AutoModel.from_pretrained(text, add_pooling_layer=False)
+            AutoTokenizer.from_pretrained(text)
+            tokenizer = HFTokenizer(text, context_length=context_length)
+    except Exception as err:  # transformers raises anything
+        raise ModelError(f"the sentence encoder {text} cannot be loaded: {brief(err)}") from err
+    width = int(tower.config.hidden_size)
+    settings = trunk.pretrained_cfg
+    config: dict[str, Any] = {
+        "model_cfg": {
+            "embed_dim": max(width, -(-trunk.num_classes // 2)),  # open_clip's MLP has twice as many
+            "vision_cfg": {
+                "timm_model_name": name,
+                "timm_model_pretrained": False,
+                "timm_pool": "avg",
+                "timm_proj": projection,
+                "image_size": settings["input_size"][-1],
+            },
+            "text_cfg": {
+                "hf_model_name": FOLDER,
+                "hf_model_pretrained": False,
+                "hf_tokenizer_name": FOLDER,
+                "hf_pooler_type": {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}[pooling],
+                "hf_proj_type": "linear",
+                "context_length": context_length,
+                "tokenizer_kwargs": {"subfolder": FOLDER},
+            },
+            "quick_gelu": False,
+        },
+        "preprocess_cfg": {
+            "mean": list(settings["mean"]),
+            "std": list(settings["std"]),
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }
+    with TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        save(Path(folder), tower.config, tokenizer)
+        architecture = find_architecture(folder)
+        model = build_model(architecture, False, config["preprocess_cfg"])
+    model.text.transformer.load_state_dict(tower.state_dict())
+    set_trunk(model, trunk)
+    config["preprocess_cfg"] = model.visual.preprocess_cfg
+    return model, tokenizer, config
+
+
+def set_trunk(model: Any, trunk: Any) -> None:
+    """Copy the weights of an image tower from timm into a CLIP, without the classifier."""
+    state = {name: trunk.state_dict()[name] for name in model.visual.trunk.state_dict()}
+    model.visual.trunk.load_state_dict(state)
+
+
+@torch.no_grad()
+def set_text_projection(
+    model: Any, tokenizer: HFTokenizer, classes: Classes, templates: Sequence[str]
+) -> Tensor:
+    """Set the text projection, which removes the classes' mean; return the class texts (K, D).
+
+    The text of a class is its name, and SHARE * DECAY^i of its hypernyms, normalised.
+    """
+    projection = model.text.proj.weight  # (D, width)
+    width = projection.shape[1]
+    projection.copy_(torch.eye(*projection.shape))
+    names = encode(model, tokenizer, classes.names, templates)[:, :width]
+    mean = F.normalize(names.mean(0), dim=0)
+    projection[:width] -= torch.outer(mean, mean)
+    words = sorted({word for chain in classes.hypernyms for word in chain})
+    texts = encode(model, tokenizer, classes.names, templates)
+    if words:
+        rows = dict(zip(words, encode(model, tokenizer, words, templates), strict=True))
+        for row, chain in zip(texts, classes.hypernyms, strict=True):
+            for i, word in enumerate(chain):
+                row += SHARE * DECAY**i * rows[word]
+    return F.normalize(texts, dim=1)
+
+
+@torch.no_grad()
+def encode(
+    model: Any, tokenizer: HFTokenizer, names: Sequence[str], templates: Sequence[str]
+) -> Tensor:
+    """Return the unit embeddings (K, D) of names, each the mean over the templates."""
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    rows = [
+        model.encode_text(tokenizer(prompts[i : i + TEXT_BATCH]), normalize=True)
+        for i in range(0, len(prompts), TEXT_BATCH)
+    ]
+    return F.normalize(torch.cat(rows).view(len(names), len(templates), -1).mean(1), dim=1)
+
+
+@torch.no_grad()
+def set_image_projection(
+    model: Any, linear: nn.Linear, texts: Tensor, threshold: float, features: Tensor
+) -> None:
+    """Set the image projection from the classifier's last layer and the class texts (K, D).
+
+    An MLP has the embedding of the module's equation. A linear projection is fitted to it on
+    features (N, F) of images, by least squares with the features' variance as a ridge.
+    """
+    hidden = linear.weight, linear.bias - threshold
+    head = model.visual.head
+    if hasattr(head, "mlp"):
+        first, second = head.mlp.fc1, head.mlp.fc2
+        for parameter in (first.weight, first.bias, second.weight):
+            parameter.zero_()
+        first.weight[: len(texts)], first.bias[: len(texts)] = hidden
+        second.weight[:, : len(texts)] = texts.T
+        return
+    target = F.normalize(F.gelu(F.linear(features, *hidden)) @ texts, dim=1)
+    gram = features.T @ features / len(features)
+    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
+    weights = torch.linalg.solve(gram + ridge, features.T @ target / len(features))
+    head.proj.weight.copy_(weights.T)
+
+
+@torch.no_grad()
+def fit_scale(embeddings: Tensor, texts: Tensor, logits: Tensor) -> float:
+    """Return the factor of cosines whose probabilities are nearest to the classifier's.
+
+    embeddings (N, D), texts (K, D); logits (N, K) of the classifier. Nearest in the mean
+    Kullback-Leibler divergence, among whole numbers from 5 to 100.
+    """
+    cosines = F.normalize(embeddings, dim=1) @ texts.T
+    target = F.log_softmax(logits, 1)
+
+    def distance(scale: int) -> float:
+        trained = F.log_softmax(scale * cosines, 1)
+        return F.kl_div(trained, target, log_target=True, reduction="batchmean").item()
+
+    return float(min(range(5, 101), key=distance))
