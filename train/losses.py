@@ -65,16 +65,20 @@ def pmg_terms(
     """
     return (
         F.cross_entropy(logits_adv, labels),
-        alpha * _kl(logits_adv_original, logits_adv),
-        beta * _kl(logits_clean, logits_adv),
+        alpha * divergence(logits_adv, logits_adv_original).mean(),
+        beta * divergence(logits_adv, logits_clean).mean(),
     )
 
 
-def _kl(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return KL(softmax(logits) || softmax(other)), the mean over the batch."""
-    return F.kl_div(
-        F.log_softmax(other, 1), F.log_softmax(logits, 1), log_target=True, reduction="batchmean"
-    )
+def divergence(logits: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """Return KL(softmax(original) || softmax(logits)) of each image, (B,), summed over classes.
+
+    Distillation under attack raises it in the attack and lowers it in training, with `original` the
+    logits (B, K) of the clean images (ARD, Goldblum et al., AAAI 2020, arXiv 1905.09747; the
+    divergence of TRADES, Zhang et al., ICML 2019, arXiv 1901.08573).
+    """
+    target, trained = F.log_softmax(original, 1), F.log_softmax(logits, 1)
+    return F.kl_div(trained, target, log_target=True, reduction="none").sum(1)
 
 
 def squared_distance(embedding: torch.Tensor, original: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,10 +27,11 @@ from torch.nn.utils import clip_grad_norm_
 from train.data import dataset
 from train.data.augment import AUGMENTATIONS
 from train.data.loader import Key, Pictures, batches, draw, seed_of, split
+from train.data.mixture import mix
 from train.errors import DataError, SettingsError
-from train.losses import DISTANCES
 from train.models.checkpoints import Source, load
 from train.models.classifier import Classifier, class_embeddings, count_right
+from train.progress import brief
 from train.run.folder import (
     Metrics,
     check_same_run,
@@ -43,17 +43,9 @@ from train.run.folder import (
 from train.run.loop import check_finite, count_steps, progress_bar
 from train.run.optimizer import learning_rate, parameter_groups, set_learning_rate
 from train.run.processes import all_sum, choose_device, main_first, processes
-from train.run.settings import (
-    WeightSettings,
-    check_eps,
-    check_ranges,
-    fraction,
-    parse_settings,
-    run,
-    setting,
-    to_record,
-)
-from train.variants import WEIGHTS, attack, loss_terms, term_weights
+from train.run.settings import parse_settings, run, to_record
+from train.tgazsr_settings import Settings, checked, image_size, read_classes
+from train.variants import Batch, attack, loss_terms, needs_labels
 
 EPILOG = """examples:
   python -m train.tgazsr --model ViT-B-32 --pretrained openai --data tiny-imagenet --out runs/tga
@@ -61,86 +53,14 @@ EPILOG = """examples:
       --eps 8/255 --step-size 5/255 --optimizer adamw --learning-rate 3e-4 --augment garments
   python -m train.tgazsr --model runs/fashion --data folder:photos --out runs/try --variant tecoa
   torchrun --nproc-per-node 4 -m train.tgazsr --pretrained openai --data imagenet:FOLDER --out runs/tga
+  python -m train.tgazsr --model runs/everyday --data tiny-imagenet --data folder:photos \\
+      --out runs/distilled --variant distil --classes names.txt --augment photographs --image-size 160
 
 variants: tga (TGA-ZSR), comp (Comp-TGA), tecoa (cross-entropy alone), at (cross-entropy with trained
-class weights: plain adversarial training), pmg (PMG-AFT), fare (unsupervised embedding matching).
+class weights: plain adversarial training), pmg (PMG-AFT), fare (unsupervised embedding matching),
+distil (the original's clean probabilities are the target, without labels: adversarial distillation).
 The run is a folder: python -m export runs/tga -o BUNDLE exports it.
 """
-
-
-@dataclass(frozen=True)
-class Settings(WeightSettings):
-    """Settings of a fine-tuning run."""
-
-    data: str = setting(help="data set, as name[:path]; python -m train.data lists them", type=str)
-    out: Path = setting(help="folder of the run", type=Path)
-    model: str = setting("ViT-B-32", help="open_clip's name of a model, or the folder of a run")
-    variant: str = setting("tga", help="loss, see below", choices=WEIGHTS)
-    alpha: float | None = setting(
-        None, help="weight of the second term (default: as published; 1 for pmg)", type=float
-    )
-    beta: float | None = setting(
-        None, help="weight of the third term (default: as published; 1 for pmg)", type=float
-    )
-    distance: str = setting("l2", help="distance between attention maps", choices=DISTANCES)
-    template: str = setting("This is a photo of a {}", help="prompt with {} for the class")
-    non_class_template: str = setting(
-        "This is not a photo of a {}", help="negated prompt with {} for the class, for comp"
-    )
-    eps: float = setting(1 / 255, help="largest perturbation, in units of [0, 1]", type=fraction)
-    step_size: float = setting(1 / 255, help="attack step size, in units of [0, 1]", type=fraction)
-    attack_steps: int = setting(2, help="steps of the attack in training", low=1)
-    norm: str = setting("linf", help="norm of the perturbation", choices=("linf", "l2"))
-    epochs: int = setting(10, help="passes over the training images", low=1)
-    batch_size: int = setting(128, help="images per step, over all processes", low=1)
-    accumulate: int = setting(
-        1, help="parts of a batch whose gradients are added, to save memory", low=1
-    )
-    optimizer: str = setting("sgd", help="optimizer", choices=("sgd", "adamw"))
-    learning_rate: float = setting(1e-4, help="highest learning rate; cosine to zero")
-    momentum: float = setting(0.9, help="momentum of SGD, beta 1 of AdamW", high=0.9999)
-    weight_decay: float = setting(
-        0.0, help="weight decay of matrices; vectors and scalars have none"
-    )
-    warmup_steps: int = setting(1000, help="steps of linear warm-up")
-    gradient_clip: float = setting(0.0, help="largest norm of the gradient; 0 for no limit")
-    precision: str = setting(
-        "fp32", help="precision of the encoder's products", choices=("fp32", "bf16")
-    )
-    augment: str = setting(
-        "none",
-        help="augmentation of training images; garments is for Fashion-MNIST",
-        choices=AUGMENTATIONS,
-    )
-    validate: int = setting(500, help="test images attacked after each epoch; 0 for none")
-    validate_steps: int = setting(10, help="steps of the attack in validation")
-    checkpoint_every: int = setting(200, help="steps between checkpoints", low=1)
-    seed: int = setting(0, help="seed of order, augmentation and attacks", high=2**63 - 1)
-    workers: int = setting(0, help="processes that read images, for each training process")
-    threads: int = setting(0, help="threads of torch; 0 leaves its default")
-    device: str = setting("auto", help="device of torch: auto, cpu or cuda")
-    limit_batches: int = setting(0, help="stop each epoch after this many steps; 0 for all")
-    resume: bool = setting(False, help="resume from the last checkpoint of --out")
-    download: bool = setting(False, help="fetch the data set where it is missing")
-
-
-def checked(settings: Settings, world: int) -> Settings:
-    """Return the settings with the variant's alpha and beta filled in. Raises SettingsError."""
-    alpha, beta = term_weights(settings)
-    settings = replace(settings, alpha=alpha, beta=beta)
-    check_ranges(settings)
-    for name in ("eps", "step_size"):
-        check_eps(name, getattr(settings, name), settings.norm)
-    if WEIGHTS[settings.variant] == (0, 0) and (alpha, beta) != (0, 0):
-        raise SettingsError(f"--variant {settings.variant} has no terms for --alpha and --beta")
-    if "{}" not in settings.template or "{}" not in settings.non_class_template:
-        raise SettingsError("--template and --non-class-template need {} where the class goes")
-    if settings.batch_size % (world * settings.accumulate):
-        raise SettingsError(
-            f"--batch-size {settings.batch_size} cannot be split over {world} processes and "
-            f"--accumulate {settings.accumulate}"
-        )
-    return settings
 
 
 def build_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
@@ -181,17 +101,16 @@ def accumulate_gradients(
     """
     chunks = list(zip(*(x.chunk(settings.accumulate) for x in batch), strict=True))
     means: dict[str, float] = {}
-    for i, (images, labels, seeds) in enumerate(chunks):
-        attacked = attack(
-            settings, model, original, images, labels, seeds, steps=settings.attack_steps
-        )
+    for i, tensors in enumerate(chunks):
+        chunk = Batch(original, *tensors)
+        attacked = attack(settings, model, chunk, settings.attack_steps)
         # The backward pass of the last chunk averages the gradients of all over the processes.
         context: AbstractContextManager[None] = nullcontext()
         if isinstance(parallel, DistributedDataParallel) and i + 1 < len(chunks):
             context = parallel.no_sync()
         with context:
-            terms = loss_terms(settings, parallel, original, negations, images, attacked, labels)
-            loss = sum(terms.values(), torch.zeros((), device=images.device))
+            terms = loss_terms(settings, parallel, chunk, negations, attacked)
+            loss = sum(terms.values(), torch.zeros((), device=attacked.device))
             torch.autograd.backward(loss / len(chunks))
         for name, term in terms.items():
             means[name] = means.get(name, 0.0) + term.item() / len(chunks)
@@ -199,12 +118,7 @@ def accumulate_gradients(
 
 
 def validate(
-    settings: Settings,
-    model: Classifier,
-    original: Classifier,
-    pictures: Pictures,
-    rank: int,
-    world: int,
+    settings: Settings, model: Classifier, pictures: Pictures, rank: int, world: int
 ) -> dict[str, float]:
     """Return clean and attacked accuracy on test images drawn by the seed, by PGD on the logits."""
     keys = draw(len(pictures.data), settings.validate, settings.seed)
@@ -213,15 +127,15 @@ def validate(
     counts = count_right(
         model,
         batches(pictures, split(keys[rank::world], size), settings.workers),
-        lambda images, labels, seeds: attack(
-            logits_attack, model, original, images, labels, seeds, settings.validate_steps
-        ),
+        lambda *batch: attack(logits_attack, model, Batch(model, *batch), settings.validate_steps),
     )
     clean, robust = all_sum(torch.tensor(counts)).tolist()
     return {"clean_accuracy": clean / len(keys), "robust_accuracy": robust / len(keys)}
 
 
-def run_config(settings: Settings, source: Source, train_set: dataset.DataSet) -> dict[str, Any]:
+def run_config(
+    settings: Settings, source: Source, sets: Sequence[dataset.DataSet], classes: Sequence[str]
+) -> dict[str, Any]:
     """Return the run's open_clip_config.json: the source's, with the wording and the settings."""
     wording = dict(source.wording)
     title = wording.get("description") or source.title
@@ -229,12 +143,14 @@ def run_config(settings: Settings, source: Source, train_set: dataset.DataSet) -
     attack = f"{settings.norm} eps {eps}"
     wording.setdefault("templates", [settings.template])
     wording["description"] = f"{title}; fine-tuned by {settings.variant} against {attack}"
+    counts = [len(data) for data in sets]
     training = {
         "weights_sha256": source.weights_sha256,
-        "images": len(train_set),
-        "classes": list(train_set.classes),
+        "images": counts if len(counts) > 1 else counts[0],
     }
-    return source.config | {"edgeclip": wording, "training": training | to_record(settings)}
+    # The names replace the path of their file: they are what a resumed run needs to be the same.
+    training |= to_record(settings) | {"classes": list(classes)}
+    return source.config | {"edgeclip": wording, "training": training}
 
 
 def check_fit(settings: Settings, model: Classifier, name: str, steps: int) -> None:
@@ -251,20 +167,37 @@ def check_fit(settings: Settings, model: Classifier, name: str, steps: int) -> N
             f"the run has {steps} steps, and --warmup-steps {settings.warmup_steps} would never "
             f"end: give --warmup-steps {steps // 10}"
         )
+    for size in settings.image_size or ():
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, 3, size, size))
+        except (RuntimeError, AssertionError, ValueError) as err:
+            raise SettingsError(
+                f"{name} takes no images of {size} pixels ({brief(err)}): leave out --image-size, or "
+                "choose a convolutional image tower, whose size no position embedding fixes"
+            ) from err
 
 
 def load_test_set(settings: Settings) -> dataset.DataSet:
-    """Load the test split. Raises DataError."""
+    """Load the test split of the first data set. Raises DataError."""
     try:
-        return dataset.load(settings.data, train=False, download=settings.download)
+        return dataset.load(settings.data[0], train=False, download=settings.download)
     except DataError as err:
         raise DataError(f"{err}; or give --validate 0") from err
+
+
+def prefer_channels_last(visual: nn.Module) -> None:
+    """Store the weights of a convolutional tower in channels_last, the order of fast convolutions."""
+    sizes = [(parameter.ndim, parameter.numel()) for parameter in visual.parameters()]
+    if sum(n for ndim, n in sizes if ndim == 4) > sum(n for _, n in sizes) / 2:
+        visual.to(memory_format=torch.channels_last)
 
 
 def build_models(
     settings: Settings, source: Source, classes: Sequence[str]
 ) -> tuple[Classifier, Classifier, Tensor]:
     """Return the model to train, a copy with the original weights, and the negated text embeddings."""
+    prefer_channels_last(source.model.visual)
     texts = class_embeddings(source, classes, [settings.template])
     negations = texts  # comp alone uses negated prompts
     if settings.variant == "comp":
@@ -280,6 +213,23 @@ def build_models(
     return model, original, negations
 
 
+def build_tested(
+    settings: Settings,
+    source: Source,
+    model: Classifier,
+    trained: Sequence[str],
+    data: dataset.DataSet,
+) -> Classifier:
+    """Return the model to validate on the classes of `data`, with the encoder that is trained.
+
+    model is of the classes `trained`, and is returned where the classes are the same.
+    """
+    if data.classes == trained:
+        return model
+    texts = class_embeddings(source, data.classes, [settings.template])
+    return Classifier(source, texts, bfloat16=settings.precision == "bf16").eval()
+
+
 def train(settings: Settings, rank: int, world: int, device: torch.device) -> None:
     """Train, or resume; at the end the folder holds the model."""
     out = settings.out
@@ -288,7 +238,7 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     with main_first(rank):  # missing files are fetched once
-        train_set = dataset.load(settings.data, train=True, download=settings.download)
+        sets = [dataset.load(x, train=True, download=settings.download) for x in settings.data]
         test_set = load_test_set(settings) if settings.validate else None
         source = load(
             settings.model,
@@ -296,16 +246,21 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
             visual=settings.visual,
             quick_gelu=settings.quickgelu,
         )
+    classes = read_classes(settings.classes) if settings.classes else None
+    train_set = mix(sets, classes, labelled=needs_labels(settings))
     model, original, negations = build_models(settings, source, train_set.classes)
+    tested = model
+    if test_set is not None:
+        tested = build_tested(settings, source, model, train_set.classes, test_set)
     steps_per_epoch = count_steps(len(train_set), settings.batch_size, settings.limit_batches)
     total = steps_per_epoch * settings.epochs
     check_fit(settings, model, source.name, total)
     model, original, negations = model.to(device), original.to(device), negations.to(device)
+    tested = tested.to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(parameters, settings)
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-    pictures = Pictures(train_set, source.model.visual, AUGMENTATIONS[settings.augment])
-    config = run_config(settings, source, train_set)
+    config = run_config(settings, source, sets, train_set.classes)
 
     step = 0
     if previous is not None:
@@ -334,6 +289,8 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
         while step < total:
             epoch, done = divmod(step, steps_per_epoch)
             keys = epoch_keys(len(train_set), epoch, settings, rank, world)[done:]
+            visual, size = source.model.visual, image_size(settings, epoch)
+            pictures = Pictures(train_set, visual, AUGMENTATIONS[settings.augment], size)
             started = time.monotonic()
             for batch in batches(pictures, keys, settings.workers):
                 rate = learning_rate(step, total, settings.learning_rate, settings.warmup_steps)
@@ -359,8 +316,8 @@ def train(settings: Settings, rank: int, world: int, device: torch.device) -> No
                     save()  # at the end of an epoch, it follows the validation
             if test_set is not None:
                 row = {"step": step, "epoch": epoch + 1}
-                test_pictures = Pictures(test_set, source.model.visual)
-                row |= validate(settings, model, original, test_pictures, rank, world)
+                test_pictures = Pictures(test_set, visual, size=size)
+                row |= validate(settings, tested, test_pictures, rank, world)
                 metrics.write(row)
                 bar.console.print(row)
             save()

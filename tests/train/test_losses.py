@@ -8,7 +8,7 @@ import torch
 
 from tests.support.paths import VECTORS
 from train.attention import attention_map, complementary_attention_map
-from train.losses import pmg_terms, squared_distance, tga_terms
+from train.losses import divergence, pmg_terms, squared_distance, tga_terms
 
 VIEWS = ("adv_target", "clean_original", "clean_target")
 
@@ -117,6 +117,19 @@ def test_pmg_terms_equal_plain_sums() -> None:
     arrays = (torch.tensor(x) for x in (adv, labels, reference, clean))
     actual = pmg_terms(*arrays, alpha=0.5, beta=2.0)
     np.testing.assert_allclose([term.item() for term in actual], expected, rtol=1e-10)
+
+
+def test_divergence_and_its_gradient_equal_plain_sums() -> None:
+    """Check KL in float64 for sharp logits, with its gradient q - p by the trained logits."""
+    rng = np.random.default_rng(0)
+    trained, original = (rng.normal(size=(4, 7)) * 20 for _ in range(2))
+    p, q = (np.exp(x - np.logaddexp.reduce(x, 1)[:, None]) for x in (original, trained))
+    logits = torch.tensor(trained, requires_grad=True)
+    actual = divergence(logits, torch.tensor(original))
+    actual.sum().backward()
+    np.testing.assert_allclose(actual.detach(), (p * np.log(p / q)).sum(1), rtol=1e-10)
+    np.testing.assert_allclose(logits.grad, q - p, rtol=1e-9, atol=1e-15)
+    assert divergence(logits, logits).tolist() == [0.0] * 4
 
 
 def test_squared_distance_of_each_image() -> None:

@@ -13,7 +13,14 @@ import torch
 
 from edgeclip.storage import sha256
 from tests.support.models.export_models import write_folder
-from tests.support.robustness.tgazsr_runs import CPU, SMALL, assert_same, run, short_settings
+from tests.support.robustness.tgazsr_runs import (
+    CPU,
+    SMALL,
+    assert_same,
+    distil_settings,
+    run,
+    short_settings,
+)
 from train import tgazsr
 from train.attacks import pgd
 from train.data import dataset
@@ -21,8 +28,9 @@ from train.data.loader import Pictures, draw, generators
 from train.models.checkpoints import load
 from train.models.classifier import Classifier, class_embeddings
 from train.models.weight_files import join_sha256
-from train.tgazsr import Settings, checked, epoch_keys
-from train.variants import WEIGHTS, attack, loss_terms
+from train.tgazsr import epoch_keys
+from train.tgazsr_settings import Settings, checked
+from train.variants import WEIGHTS, Batch, attack, loss_terms
 
 
 @pytest.fixture
@@ -43,6 +51,7 @@ def test_every_variant_lowers_its_loss(settings: Settings, variant: str, model: 
     first, last = (sum(row["loss"] for row in part) for part in (steps[:3], steps[-3:]))
     assert last < 0.9 * first
     terms = {"fare": ["fare"], "tecoa": ["ce"], "at": ["ce"], "pmg": ["ce", "general", "clean"]}
+    terms["distil"] = ["distil"]
     for name in terms.get(variant, ["ce", "ar", "amc"]):
         assert steps[-1][name] > 0
     checks = [row for row in metrics if "robust_accuracy" in row]
@@ -70,14 +79,15 @@ def test_tecoa_is_tga_without_its_terms(settings: Settings) -> None:
 
 def test_attack_on_the_loss_is_stronger_than_noise(settings: Settings) -> None:
     source = load(settings.model, None)
-    pairs = dataset.load(settings.data, train=True)
+    pairs = dataset.load(settings.data[0], train=True)
     classifier = Classifier(source, class_embeddings(source, pairs.classes, ["a {}"])).eval()
     images = torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     labels, seeds = torch.arange(30) % 10, torch.arange(30)
     run_settings = checked(settings, 1)
+    batch = Batch(classifier, images, labels, seeds)
 
     def loss(steps: int) -> float:
-        attacked = attack(run_settings, classifier, classifier, images, labels, seeds, steps)
+        attacked = attack(run_settings, classifier, batch, steps)
         assert (attacked - images).abs().max() <= settings.eps + 1e-6
         return torch.nn.functional.cross_entropy(classifier(attacked).logits, labels).item()
 
@@ -97,7 +107,8 @@ def test_terms_before_training(settings: Settings, variant: str) -> None:
     run_settings = checked(replace(settings, variant=variant), 1)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     attacked = (images + 0.1 * noise).clamp(0, 1)
-    terms = loss_terms(run_settings, classifier, classifier, texts, images, attacked, labels)
+    batch = Batch(classifier, images, labels, torch.arange(4))
+    terms = loss_terms(run_settings, classifier, batch, texts, attacked)
     assert terms["amc"].item() == pytest.approx(0, abs=1e-4)
     assert terms["ar"].item() > 1e-3
     sum(terms.values()).backward()
@@ -106,7 +117,7 @@ def test_terms_before_training(settings: Settings, variant: str) -> None:
 
 
 # pmg is left out: its reference depends on the attacked images, but counts as a constant.
-@pytest.mark.parametrize("variant", ["tga", "comp", "tecoa", "at", "fare"])
+@pytest.mark.parametrize("variant", ["tga", "comp", "tecoa", "at", "fare", "distil"])
 def test_image_gradients_equal_finite_differences(
     settings: Settings, variant: str, tmp_path: Path
 ) -> None:
@@ -126,8 +137,8 @@ def test_image_gradients_equal_finite_differences(
     run_settings = checked(replace(settings, variant=variant), 1)
 
     def loss(attacked: torch.Tensor) -> torch.Tensor:
-        labels = torch.tensor([0, 2])
-        return sum(loss_terms(run_settings, *models, negated, images, attacked, labels).values())
+        batch = Batch(models[1], images, torch.tensor([0, 2]), torch.arange(2))
+        return sum(loss_terms(run_settings, models[0], batch, negated, attacked).values())
 
     attacked = (images + noise).requires_grad_()
     assert torch.autograd.gradcheck(loss, attacked, eps=1e-6, atol=1e-6, fast_mode=True)
@@ -195,11 +206,11 @@ def test_every_epoch_takes_each_image_once_in_another_order(settings: Settings) 
 def test_validation_is_an_attack(settings: Settings) -> None:
     """Count again image by image, with PGD on the logits."""
     source = load(settings.model, None)
-    test_set = dataset.load(settings.data, train=False)
+    test_set = dataset.load(settings.data[0], train=False)
     classifier = Classifier(source, class_embeddings(source, test_set.classes, ["a {}"])).eval()
     pictures = Pictures(test_set, source.model.visual)
     run_settings = checked(replace(settings, eps=0.03, step_size=0.01, validate_steps=5), 1)
-    accuracies = tgazsr.validate(run_settings, classifier, classifier, pictures, 0, 1)
+    accuracies = tgazsr.validate(run_settings, classifier, pictures, 0, 1)
     right = [0, 0]
     for key in draw(len(test_set), 20, settings.seed):
         image, label, seed = pictures[key]
@@ -237,3 +248,78 @@ def test_robust_image_tower_is_trained_further(
     training = json.loads((settings.out / "open_clip_config.json").read_text())["training"]
     files = (model / "open_clip_model.safetensors", tmp_path / "tecoa.pt")
     assert training["weights_sha256"] == join_sha256([sha256(path) for path in files])
+
+
+def test_distillation_on_two_sets(
+    fashion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Train a convolutional tower at growing sizes; the model keeps its statistics and its size."""
+    settings = distil_settings(fashion_folder, tmp_path)
+    shapes: list[torch.Size] = []
+
+    def terms(*arguments: Any) -> dict[str, torch.Tensor]:
+        shapes.append(arguments[-1].shape)
+        return loss_terms(*arguments)
+
+    monkeypatch.setattr(tgazsr, "loss_terms", terms)
+    metrics = run(settings)
+    assert shapes == [(24, 3, 24, 24)] * 4 + [(24, 3, 40, 40)] * 4
+    steps = [row for row in metrics if "loss" in row]
+    assert all(row["distil"] == row["loss"] > 0 for row in steps)
+    before, after = load(settings.model, None), load(str(settings.out), None)
+    changed = set()
+    for key, value in before.model.state_dict().items():
+        if not torch.equal(after.model.state_dict()[key], value):
+            changed.add(key)
+    weights = {key for key, _ in before.model.visual.named_parameters(prefix="visual")}
+    assert changed == weights, "the batch statistics and the text tower are frozen"
+    assert any("running_var" in key for key in before.model.state_dict())
+    assert after.config["preprocess_cfg"] == before.config["preprocess_cfg"]
+    training = json.loads((settings.out / "open_clip_config.json").read_text())["training"]
+    assert training["data"] == list(settings.data)
+    assert training["images"] == [8, 150]
+    assert training["classes"] == ["cat", "dog", "hot air balloon"]
+    assert training["image_size"] == [24, 40]
+
+
+def test_validation_is_on_the_classes_of_the_first_set(
+    fashion_folder: Path, tmp_path: Path
+) -> None:
+    settings = distil_settings(fashion_folder, tmp_path)
+    settings = replace(
+        settings, data=settings.data[::-1], image_size=(24,), limit_batches=2, epochs=1,
+        learning_rate=0.0, warmup_steps=0, validate=1000,
+    )  # fmt: skip
+    source = load(settings.model, None)
+    test_set = dataset.load(settings.data[0], train=False)
+    assert len(test_set.classes) == 10
+    texts = class_embeddings(source, test_set.classes, [settings.template])
+    classifier = Classifier(source, texts)
+    pictures = Pictures(test_set, source.model.visual, size=24)
+    keys = [(index, 0) for index in range(len(test_set))]
+    images, labels, _ = zip(*map(pictures.__getitem__, keys), strict=True)
+    with torch.no_grad():
+        right = classifier(torch.stack(images)).logits.argmax(1) == torch.tensor(labels)
+    metrics = run(settings)
+    assert 0 < right.float().mean() < 1
+    assert metrics[-1]["clean_accuracy"] == right.sum().item() / len(test_set)
+
+
+def test_convolutional_tower_is_stored_in_channels_last(
+    settings: Settings, fashion_folder: Path, tmp_path: Path
+) -> None:
+    distilled = distil_settings(fashion_folder, tmp_path)
+    source = load(distilled.model, None)
+    model, original, _ = tgazsr.build_models(distilled, source, ["cat", "dog"])
+    for classifier in (model, original):
+        assert not classifier.training
+        weights = [p for p in classifier.encoder.parameters() if p.ndim == 4 and p.shape[1] > 1]
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    plain = load(distilled.model, None)
+    images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = Classifier(plain, model.classes)(images)
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+    vit = load(settings.model, None)
+    tgazsr.build_models(settings, vit, ["cat", "dog"])
+    assert vit.model.visual.conv1.weight.is_contiguous()

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from edgeclip.errors import LabelError
 from tests.support.models.export_models import write_folder
 from tests.support.robustness.tgazsr_runs import SMALL, command, run, short_settings, weights
 from train.errors import DataError, ModelError, SettingsError
-from train.run.settings import parse_settings
+from train.run.settings import parse_settings, to_record
 from train.run.settings import run as run_command
-from train.tgazsr import Settings
+from train.tgazsr_settings import Settings
 
 
 @pytest.fixture
@@ -34,6 +35,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"beta": -1.0}, "--beta must be 0 or more"),
     ({"alpha": float("nan")}, "--alpha must be 0 or more, got nan"),
     ({"variant": "tecoa", "alpha": 0.1}, "has no terms"),
+    ({"variant": "fare", "beta": 0.1}, "has no terms"),
+    ({"image_size": (16, 16, 16)}, "names 3 sizes, one epoch or more for each: give --epochs 3"),
+    ({"image_size": (24,)}, "takes no images of 24 pixels"),
     ({"eps": 8.0}, "--eps is in units of [0, 1], got 8: for 8 of 255 give --eps 8/255"),
     ({"eps": 1.0}, "give --eps 1/255"),
     ({"eps": -0.1}, "--eps must be 0 or more"),
@@ -74,6 +78,7 @@ OTHERS: list[dict[str, Any]] = [
     {"warmup_steps": 1}, {"attack_steps": 6}, {"eps": 0.2}, {"step_size": 0.1}, {"norm": "l2"},
     {"augment": "flip"}, {"distance": "l1"}, {"template": "the {}"}, {"precision": "bf16"},
     {"seed": 1}, {"alpha": 0.5}, {"beta": 0.5}, {"variant": "comp"}, {"optimizer": "sgd"},
+    {"augment": "photographs"},
 ]  # fmt: skip
 
 
@@ -99,7 +104,7 @@ def test_broken_image_in_a_worker_is_one_line(
         for i in range(3):
             (tmp_path / "photos" / name / f"{i}.png").write_bytes(b"broken")
     run_settings = replace(
-        settings, data=f"folder:{tmp_path / 'photos'}", batch_size=2, workers=1, validate=0
+        settings, data=(f"folder:{tmp_path / 'photos'}",), batch_size=2, workers=1, validate=0
     )
     with pytest.raises(SystemExit) as caught:
         run_command(lambda: run(run_settings))
@@ -107,6 +112,19 @@ def test_broken_image_in_a_worker_is_one_line(
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: image ")
     assert "photos" in line
+
+
+def test_classes_without_the_labels_of_the_data(settings: Settings, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\n")
+    for changes in ({}, {"variant": "distil", "beta": 0.1}):
+        with pytest.raises(SettingsError, match=r"--classes lacks '.*' and 9 others: add every"):
+            run(replace(settings, classes=names, **changes))
+    names.write_text("cat\ndog | a {} that barks\n")
+    with pytest.raises(SettingsError, match="has prompts of 'dog': leave the names alone"):
+        run(replace(settings, classes=names, variant="distil"))
+    with pytest.raises(LabelError, match=r"gone\.txt: No such file"):
+        run(replace(settings, classes=tmp_path / "gone.txt"))
 
 
 def test_weights_of_another_architecture_are_refused(settings: Settings, tmp_path: Path) -> None:
@@ -119,7 +137,7 @@ def test_weights_of_another_architecture_are_refused(settings: Settings, tmp_pat
 def test_folder_without_classes_is_refused(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no class folders in"):
-        run(replace(settings, data=f"folder:{tmp_path / 'empty'}"))
+        run(replace(settings, data=(f"folder:{tmp_path / 'empty'}",)))
 
 
 def test_command_line_errors_are_one_line(settings: Settings) -> None:
@@ -139,3 +157,26 @@ def test_activation_on_the_command_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["tgazsr", "--data", "x", "--out", "y", *words])
     assert parse_settings(Settings, "tgazsr", "", "").quickgelu is expected
+
+
+def test_repeated_options_and_sizes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def parsed(*words: str) -> Settings:
+        monkeypatch.setattr(sys, "argv", ["tgazsr", "--out", "y", *words])
+        return parse_settings(Settings, "tgazsr", "", "")
+
+    assert parsed("--data", "a").data == ("a",)
+    assert parsed("--data", "a", "--data", "folder:b,c").data == ("a", "folder:b,c")
+    assert parsed("--data", "a").image_size is None
+    assert parsed("--data", "a", "--image-size", "160").image_size == (160,)
+    assert parsed("--data", "a", "--image-size", "128,160").image_size == (128, 160)
+    assert to_record(parsed("--data", "a", "--image-size", "160")) == (
+        to_record(parsed("--data", "a")) | {"image_size": 160}
+    )
+    assert to_record(parsed("--data", "a"))["data"] == "a"
+    assert to_record(parsed("--data", "a", "--data", "b"))["data"] == ["a", "b"]
+    for wrong in ("0", "160,", "big"):
+        with pytest.raises(SystemExit):
+            parsed("--data", "a", "--image-size", wrong)
+        assert "expected sizes such as 160 or 128,160" in capsys.readouterr().err

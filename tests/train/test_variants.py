@@ -15,14 +15,15 @@ from tests.support.models.export_models import write_folder
 from train.attacks import pgd
 from train.attention import attention_map, complementary_attention_map
 from train.data.loader import generators
-from train.losses import squared_distance
+from train.losses import divergence, squared_distance
 from train.models.checkpoints import load
 from train.models.classifier import Classifier, class_embeddings
-from train.tgazsr import Settings, build_optimizer, checked
-from train.variants import attack, loss_terms
+from train.tgazsr import build_optimizer
+from train.tgazsr_settings import Settings, checked
+from train.variants import WEIGHTS, Batch, attack, loss_terms, needs_labels
 
 SMALL = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 4}
-SETTINGS = Settings(data="", out=Path(), eps=0.1, step_size=0.04, attack_steps=3)
+SETTINGS = Settings(data=(), out=Path(), eps=0.1, step_size=0.04, attack_steps=3)
 LABELS = torch.tensor([2, 0, 1, 1])
 
 
@@ -46,7 +47,7 @@ def images() -> torch.Tensor:
 
 def variant_settings(variant: str, **changes: Any) -> Settings:
     weights = {} if variant in ("tecoa", "at", "fare") else {"alpha": 0.3, "beta": 0.7}
-    return checked(replace(SETTINGS, variant=variant, **weights, **changes), 1)
+    return checked(replace(SETTINGS, variant=variant, **weights | changes), 1)
 
 
 def kl(p: torch.Tensor, q: torch.Tensor) -> float:
@@ -67,14 +68,15 @@ DISTANCES = {
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("variant", ["tga", "comp", "tecoa", "at", "pmg", "fare"])
+@pytest.mark.parametrize("variant", WEIGHTS)
 def test_terms(models: Any, images: torch.Tensor, variant: str, distance: str) -> None:
     trained, original, negated = models
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     attacked = (images + 0.1 * noise).clamp(0, 1)
     settings = variant_settings(variant, distance=distance)
     with torch.no_grad():
-        terms = loss_terms(settings, trained, original, negated, images, attacked, LABELS)
+        batch = Batch(original, images, LABELS, torch.arange(4))
+        terms = loss_terms(settings, trained, batch, negated, attacked)
         adv, clean = trained(attacked), trained(images)
         source, reference = original(images), original(attacked)
     probabilities = adv.logits.double().softmax(1).numpy()
@@ -86,6 +88,10 @@ def test_terms(models: Any, images: torch.Tensor, variant: str, distance: str) -
     elif variant == "pmg":
         general, calm = kl(reference.logits, adv.logits), kl(clean.logits, adv.logits)
         expected = {"ce": ce, "general": 0.3 * general, "clean": 0.7 * calm}
+    elif variant == "distil":
+        target = source.logits
+        hard, easy = kl(target, adv.logits), kl(target, clean.logits)
+        expected = {"distil": hard, "clean": 0.3 * easy, "ce": 0.7 * ce}
     else:
         text = trained.classes[LABELS]
 
@@ -107,26 +113,78 @@ def test_terms(models: Any, images: torch.Tensor, variant: str, distance: str) -
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("variant", ["tga", "comp", "tecoa", "at", "pmg", "fare"])
+@pytest.mark.parametrize("variant", WEIGHTS)
 def test_attack(models: Any, images: torch.Tensor, variant: str, norm: str) -> None:
     trained, original, _ = models
     seeds = torch.arange(4)
     settings = variant_settings(variant, norm=norm)
-    attacked = attack(settings, trained, original, images, LABELS, seeds, steps=3)
+    attacked = attack(settings, trained, Batch(original, images, LABELS, seeds), steps=3)
 
     def plain(model: Classifier) -> torch.Tensor:
         shared: dict[str, Any] = {
             "eps": 0.1, "step_size": 0.04, "steps": 3, "norm": norm,
             "generator": generators(seeds, images.device),
         }  # fmt: skip
-        if variant != "fare":
-            return pgd(lambda x: model(x).logits, images, LABELS, **shared)
         with torch.no_grad():
-            target = original(images).embedding
-        return pgd(lambda x: model(x).embedding, images, target, loss=squared_distance, **shared)
+            target = original(images)
+        if variant == "fare":
+            shared |= {"loss": squared_distance}
+            return pgd(lambda x: model(x).embedding, images, target.embedding, **shared)
+        if variant == "distil":
+            shared |= {"loss": divergence}
+            return pgd(lambda x: model(x).logits, images, target.logits, **shared)
+        return pgd(lambda x: model(x).logits, images, LABELS, **shared)
 
     assert torch.equal(attacked, plain(trained))
     assert not torch.allclose(attacked, plain(original), atol=1e-3)
+
+
+def count_images(models: Any, images: torch.Tensor, **weights: float) -> tuple[dict, list[int]]:
+    """Return the terms of distil on images without labels, and how many images each encoder sees."""
+    seen = [0, 0]
+
+    def counting(i: int) -> Any:
+        def count(model: Any, arguments: tuple[torch.Tensor]) -> None:
+            seen[i] += len(arguments[0])
+
+        return models[i].register_forward_pre_hook(count)
+
+    labels = torch.full((4,), -1) if not weights.get("beta") else LABELS
+    batch = Batch(models[1], images, labels, torch.arange(4))
+    settings = checked(replace(SETTINGS, variant="distil", **weights), 1)
+    assert needs_labels(settings) == bool(weights.get("beta"))
+    handles = [counting(i) for i in range(2)]
+    attacked = attack(settings, models[0], batch, steps=2)
+    terms = loss_terms(settings, models[0], batch, models[2], attacked)
+    for handle in handles:
+        handle.remove()
+    return {name: term.item() for name, term in terms.items()}, seen
+
+
+def test_terms_of_weight_zero_cost_nothing(models: Any, images: torch.Tensor) -> None:
+    """Distil without labels; each image passes the original encoder once, for attack and loss."""
+    alone, seen = count_images(models, images)
+    assert alone.keys() == {"distil"}
+    assert seen == [4 * 3, 4]
+    clean, seen = count_images(models, images, alpha=0.5)
+    assert clean.keys() == {"distil", "clean"}
+    assert seen == [4 * 4, 4]
+    labelled, seen = count_images(models, images, beta=0.5)
+    assert labelled.keys() == {"distil", "ce"}
+    assert seen == [4 * 3, 4]
+    assert clean["distil"] == pytest.approx(alone["distil"], rel=1e-5)
+
+
+def test_attack_of_distil_raises_its_loss(models: Any, images: torch.Tensor) -> None:
+    trained, original, negated = models
+    settings = variant_settings("distil", alpha=0.0, beta=0.0)
+    batch = Batch(original, images, LABELS, torch.arange(4))
+
+    def loss(steps: int) -> float:
+        attacked = attack(settings, trained, batch, steps)
+        return loss_terms(settings, trained, batch, negated, attacked)["distil"].item()
+
+    assert loss(0) < loss(1) < loss(5)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -161,9 +219,8 @@ def test_two_steps_of_the_optimizer(optimizer: str) -> None:
 
 def test_cross_entropy_is_that_of_the_trained_encoder(models: Any, images: torch.Tensor) -> None:
     trained, original, negated = models
-    terms = loss_terms(
-        variant_settings("tecoa"), trained, original, negated, images, images, LABELS
-    )
+    batch = Batch(original, images, LABELS, torch.arange(4))
+    terms = loss_terms(variant_settings("tecoa"), trained, batch, negated, images)
     with torch.no_grad():
         other = F.cross_entropy(original(images).logits, LABELS)
     assert abs(terms["ce"].item() - other.item()) > 1e-3

@@ -1,13 +1,27 @@
-"""Augmentations of a training image, float32 (3, H, W) in [0, 1], each with its own generator."""
+"""Augmentations of a training image, whose random numbers come from the image's own generator."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-Augmentation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+Window = tuple[slice, slice]  # rows and columns
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of an image.
+
+    pixels: changes of the preprocessed image, float32 (3, H, W) in [0, 1]. window: draws the part of
+    the decoded image, of a height and width, that is resized to the input size; None for all of it.
+    """
+
+    pixels: Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+    window: Callable[[int, int, torch.Generator], Window] | None = None
 
 
 def flip(image: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
@@ -22,9 +36,43 @@ def crop(image: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     rows, columns = max(1, int(share[0] * height)), max(1, int(share[1] * width))
     top = int(torch.randint(height - rows + 1, (), generator=rng))
     left = int(torch.randint(width - columns + 1, (), generator=rng))
-    cropped = image[None, :, top : top + rows, left : left + columns]
-    cropped = F.interpolate(cropped, size=(height, width), mode="bicubic", antialias=True)
-    return flip(cropped[0].clamp(0, 1), rng)
+    cropped = image[:, top : top + rows, left : left + columns]
+    return flip(_resize(cropped, (height, width)), rng)
+
+
+def draw_window(height: int, width: int, rng: torch.Generator) -> Window:
+    """Draw a part of 35 to 100 % of the area and of aspect 3/4 to 4/3, cut to the image's sides.
+
+    After Szegedy et al., CVPR 2015, arXiv 1409.4842, section 6.
+    """
+    area = height * width * _uniform((), 0.35, 1.0, rng).item()
+    aspect = math.exp(_uniform((), -math.log(4 / 3), math.log(4 / 3), rng).item())
+    rows = min(height, max(1, round(math.sqrt(area / aspect))))
+    columns = min(width, max(1, round(math.sqrt(area * aspect))))
+    top = int(torch.randint(height - rows + 1, (), generator=rng))
+    left = int(torch.randint(width - columns + 1, (), generator=rng))
+    return slice(top, top + rows), slice(left, left + columns)
+
+
+def photographs(image: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Mirror one image in two; shrink one in four to 32 to 96 pixels, and enlarge it again.
+
+    Enlarged images are like those of data sets of small pictures. An image that is smaller is left.
+    """
+    coarse = torch.rand((), generator=rng) < 0.25
+    side = int(torch.randint(32, 97, (), generator=rng))
+    height, width = image.shape[1:]
+    scale = side / max(height, width)
+    if coarse and scale < 1:
+        small = max(1, round(scale * height)), max(1, round(scale * width))
+        image = _resize(_resize(image, small), (height, width))
+    return flip(image, rng)
+
+
+def _resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize an image (3, H, W) by a bicubic filter with antialiasing."""
+    resized = F.interpolate(image[None], size=size, mode="bicubic", antialias=True)
+    return resized[0].clamp(0, 1)
 
 
 def garments(image: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
@@ -125,7 +173,8 @@ def _photograph(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 AUGMENTATIONS: dict[str, Augmentation | None] = {
     "none": None,
-    "flip": flip,
-    "crop": crop,
-    "garments": garments,
+    "flip": Augmentation(flip),
+    "crop": Augmentation(crop),
+    "photographs": Augmentation(photographs, draw_window),
+    "garments": Augmentation(garments),
 }

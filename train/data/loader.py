@@ -20,17 +20,24 @@ T = TypeVar("T")
 
 
 class Pictures(Dataset[tuple[torch.Tensor, int, int]]):
-    """Images of a data set at the encoder's input size, float32 (3, H, W) in [0, 1].
+    """Images of a data set at the encoder's input size, or `size` pixels square.
 
-    The core that runs on the device resizes them, so that training, evaluation and device see the
+    Each is float32 (3, H, W) in [0, 1]. The core that runs on the device resizes them, so that training, evaluation and device see the
     same pixels. All random numbers of an image come from the seed in its key: they do not depend on
     the batch, on the number of processes or on earlier draws.
     """
 
-    def __init__(self, data: DataSet, visual: Any, augment: Augmentation | None = None) -> None:
+    def __init__(
+        self,
+        data: DataSet,
+        visual: Any,
+        augment: Augmentation | None = None,
+        size: int | None = None,
+    ) -> None:
         cfg = PreprocessCfg(**visual.preprocess_cfg)
-        size = (cfg.size, cfg.size) if isinstance(cfg.size, int) else cfg.size
-        self.data, self.augment, self.size = data, augment, tuple(size)
+        sides = size or cfg.size
+        self.data, self.augment = data, augment
+        self.size = (sides, sides) if isinstance(sides, int) else tuple(sides)
         self.resize = {
             "resize": cfg.resize_mode,
             "interpolation": cfg.interpolation,
@@ -41,11 +48,18 @@ class Pictures(Dataset[tuple[torch.Tensor, int, int]]):
         """Return the image, its class, and its seed."""
         index, seed = key
         image, label = self.data[index]
+        rng = torch.Generator().manual_seed(seed)
+        resize = self.resize
+        if self.augment is not None and self.augment.window is not None:
+            height, width = image.shape[:2]
+            rows, columns = self.augment.window(height, width, rng)
+            image = image[rows, columns]
+            resize = resize | {"resize": "squash"}  # the part has no more to cut off
         out = np.empty((3, *self.size), np.float32)
-        _core.preprocess(image, out, mean=(0, 0, 0), std=(1, 1, 1), threads=1, **self.resize)
+        _core.preprocess(image, out, mean=(0, 0, 0), std=(1, 1, 1), threads=1, **resize)
         pixels = torch.from_numpy(out)
         if self.augment is not None:
-            pixels = self.augment(pixels, torch.Generator().manual_seed(seed))
+            pixels = self.augment.pixels(pixels, rng)
         return pixels, label, seed
 
 

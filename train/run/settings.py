@@ -123,11 +123,17 @@ def check_ranges(settings: DataclassInstance) -> None:
 
 
 def to_record(settings: DataclassInstance) -> dict[str, Any]:
-    """Return the settings as a checkpoint and a configuration keep them: paths are strings."""
-    return {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in dataclasses.asdict(settings).items()
-    }
+    """Return the settings as a checkpoint and a configuration keep them.
+
+    Paths are strings. A tuple of one value is that value, of several a list.
+    """
+    return {key: _recorded(value) for key, value in dataclasses.asdict(settings).items()}
+
+
+def _recorded(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value) if len(value) > 1 else value[0]
+    return str(value) if isinstance(value, Path) else value
 
 
 def parse_settings(cls: type[Settings], prog: str, description: str, epilog: str) -> Settings:
@@ -147,6 +153,7 @@ def parse_settings(cls: type[Settings], prog: str, description: str, epilog: str
             no_default = needed or field.default is None  # the help text explains None
             parser.add_argument(
                 option,
+                action="append" if field.metadata["repeat"] else "store",
                 type=field.metadata.get("type") or type(field.default),
                 choices=choices,
                 required=needed,
@@ -154,7 +161,8 @@ def parse_settings(cls: type[Settings], prog: str, description: str, epilog: str
                 metavar=None if choices else field.name.rpartition("_")[2].upper(),
                 help=text if no_default else f"{text} (default: {_format_default(field.default)})",
             )
-    return cls(**vars(parser.parse_args()))
+    values = vars(parser.parse_args()).items()
+    return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in values})
 
 
 def _format_default(default: Any) -> str:
@@ -174,9 +182,14 @@ def setting(
     choices: Collection[str] | None = None,
     low: float = 0,
     high: float = math.inf,
+    repeat: bool = False,
 ) -> Any:
-    """Return a dataclass field with its help text, type, choices, and the numbers it may be."""
+    """Return a dataclass field with its help text, type, choices, and the numbers it may be.
+
+    repeat: the option may be given several times, and the field is a tuple.
+    """
     metadata: dict[str, Any] = {"help": help, "type": type, "low": low, "high": high}
+    metadata["repeat"] = repeat
     metadata["choices"] = choices and tuple(choices)
     return dataclasses.field(default=default, metadata=metadata)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.support.models.export_models import folder_of_images, write_folder
 from train import tgazsr
-from train.tgazsr import Settings, checked
+from train.tgazsr_settings import Settings, checked
 
 CPU = torch.device("cpu")
 SMALL = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 4}
@@ -19,7 +21,7 @@ SMALL = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_si
 def short_settings(model: Path, fashion_folder: Path, out: Path) -> Settings:
     """Return settings of a run of two epochs."""
     return Settings(
-        data=f"fashion-mnist:{fashion_folder}",
+        data=(f"fashion-mnist:{fashion_folder}",),
         out=out,
         model=str(model),
         eps=8 / 255,
@@ -33,6 +35,30 @@ def short_settings(model: Path, fashion_folder: Path, out: Path) -> Settings:
         validate_steps=2,
         device="cpu",
         threads=1,
+    )
+
+
+def distil_settings(fashion_folder: Path, folder: Path) -> Settings:
+    """Return settings of adversarial distillation by a convolutional tower, on two sets.
+
+    The first set has eight photographs, whose classes are not among those of the file of names.
+    """
+    tower = {"timm_model_name": "test_efficientnet", "image_size": 32}
+    model = write_folder(folder / "convolutional", "convnext", **tower)
+    folder_of_images(folder / "photos")
+    names = folder / "names.txt"
+    names.write_text("cat\ndog\n# a comment\n\nhot air balloon\n")
+    return replace(
+        short_settings(model, fashion_folder, folder / "distilled"),
+        data=(f"folder:{folder / 'photos' / 'test'}", f"fashion-mnist:{fashion_folder}"),
+        variant="distil",
+        classes=names,
+        augment="photographs",
+        image_size=(24, 40),
+        attack_steps=1,
+        optimizer="sgd",
+        learning_rate=0.05,
+        limit_batches=4,
     )
 
 
@@ -53,10 +79,13 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def command(settings: Settings, *more: str) -> list[str]:
     """Return the command line of a run; its defaults are left out."""
     words = [sys.executable, "-m", "train.tgazsr"]
-    defaults = Settings(data="", out=Path())
-    for name, value in vars(settings).items():
+    defaults = Settings(data=(), out=Path())
+    for data in settings.data:
+        words += ["--data", data]
+    for name, value in vars(replace(settings, data=())).items():
         if value != getattr(defaults, name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
     return [*words, *more]
 
 

@@ -66,14 +66,17 @@ def test_classes_of_the_same_tokens_are_refused(same: str) -> None:
 PREPROCESS = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}  # shared by every exported family
 
 
-def test_pixels_equal_open_clips(photos: DataSet) -> None:
+@pytest.mark.parametrize("size", [None, 24, 47])
+def test_pixels_equal_open_clips(photos: DataSet, size: int | None) -> None:
     """Compare before normalisation; the resize rounds to whole levels, like Pillow's."""
     visual = exported("vit").source.model.visual
     config = open_clip.transform.PreprocessCfg(
-        **visual.preprocess_cfg | {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+        **visual.preprocess_cfg
+        | {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+        | ({"size": size} if size else {})
     )
     reference = open_clip.transform.image_transform_v2(config, is_train=False)
-    pictures = Pictures(photos, visual)
+    pictures = Pictures(photos, visual, size=size)
     for i in range(3):
         image, _ = photos[i]
         expected = reference(transforms.ToPILImage()(image))
@@ -98,7 +101,7 @@ def test_augmentations(name: str, size: tuple[int, int]) -> None:
     image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
 
     def augmented(seed: int) -> torch.Tensor:
-        return augment(image, torch.Generator().manual_seed(seed))
+        return augment.pixels(image, torch.Generator().manual_seed(seed))
 
     outputs = [augmented(seed) for seed in range(20)]
     for output in outputs:
