@@ -30,23 +30,33 @@ from edgeclip.manifest import Manifest
 from edgeclip.onnx_file import locations
 from edgeclip.storage import sha256, write
 
-EMBEDDED = Path(__file__).parent / "bundles" / "fashion"
-
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 EMBEDDINGS = "embeddings.safetensors"
 GOLDEN = "golden.npz"
 
+NAMES = {"fashion": "garments"}  # by folder; the result files of docs/ name this folder
+# Folders of the embedded bundles by name.
+EMBEDDED = {
+    NAMES.get(path.parent.name, path.parent.name): path.parent
+    for path in sorted((Path(__file__).parent / "bundles").glob(f"*/{MANIFEST}"))
+}
+DEFAULT = "garments"  # name of the embedded bundle that is opened where none is named
+
 
 class Bundle:
     """An open bundle. Every file is checked against its sha256 on first use.
+
+    path: an embedded bundle's name, as text; a directory; or None for the default embedded bundle. A
+    directory with such a name needs a separator (./garments), or a Path.
 
     Raises BundleError if the directory is not a bundle, a file is missing or altered, or the schema
     version is unknown.
     """
 
     def __init__(self, path: str | PathLike[str] | None = None) -> None:
-        self.path = EMBEDDED if path is None else Path(path)
+        name = DEFAULT if path is None else path
+        self.path = EMBEDDED[name] if isinstance(name, str) and name in EMBEDDED else Path(name)
         manifest = self.path / MANIFEST
         try:
             raw = manifest.read_bytes()
@@ -54,8 +64,9 @@ class Bundle:
         except (OSError, UnicodeDecodeError) as err:
             reason = "no such file" if isinstance(err, FileNotFoundError) else err
             raise BundleError(
-                f"{self.path} is not a bundle: cannot read {MANIFEST} ({reason}); "
-                "make one with: python -m export MODEL --pretrained TAG -o DIR"
+                f"{self.path} is not a bundle: cannot read {MANIFEST} ({reason}); name an embedded "
+                f"bundle ({', '.join(EMBEDDED)}), or make one with: "
+                "python -m export MODEL --pretrained TAG -o DIR"
             ) from err
         try:
             self.manifest = Manifest.from_json(text)

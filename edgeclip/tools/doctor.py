@@ -12,7 +12,7 @@ from typing import Any
 
 from edgeclip import __version__, _core, host
 from edgeclip.backends.select import ORDER, engine_precisions, why_not
-from edgeclip.bundle import Bundle
+from edgeclip.bundle import DEFAULT, Bundle
 from edgeclip.errors import EdgeclipError
 from edgeclip.manifest import PriorSpec, Robustness, TokenSpec, Variant
 from edgeclip.runtime import Runtime
@@ -74,7 +74,7 @@ def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
         "threads": host.cores(),
         "packages": [f"{name} {installed(name)}" for name in PACKAGES],
         "gpu": "",
-        "bundle": str(path or "embedded demonstration"),
+        "bundle": str(path or DEFAULT),
         "devices": [],
         "device_used": "",
         "precision_used": "",
