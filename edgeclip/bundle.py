@@ -9,6 +9,9 @@ embeddings.safetensors            null_text (D,): the unit embedding of "no clas
 golden.npz                        one input and its outputs at every stage
 prior.onnx                        only for CLIPure-Diff: z, timestep, noise -> loss, gradient
 fused.<precision>.onnx            only for other runtimes: image to answer, with the encoder's weights
+
+Bundles with the same text tower may share it: where the manifest says `text_from`, the tokenizer and the
+text encoders are those of the bundle of that name in the same directory.
 """
 
 from __future__ import annotations
@@ -44,6 +47,11 @@ EMBEDDED = {
 DEFAULT = "garments"  # name of the embedded bundle that is opened where none is named
 
 
+def is_text(name: str) -> bool:
+    """Return whether a file belongs to the text tower, which bundles may share."""
+    return name == TOKENIZER or name.startswith("text_encoder.")
+
+
 class Bundle:
     """An open bundle. Every file is checked against its sha256 on first use.
 
@@ -75,9 +83,7 @@ class Bundle:
         for name in self._required_files():
             if name not in self.manifest.files:
                 raise BundleError(f"{manifest}: no sha256 for {name}")
-        for name in self.manifest.files:
-            if not (self.path / name).is_file():
-                raise BundleError(f"{self.path / name} is missing: copy the bundle again")
+        self._check_presence()
         self.digest = hashlib.sha256(raw).hexdigest()  # covers every file, by its sha256
         self._checked: set[str] = set()
         self._lock = threading.Lock()
@@ -90,9 +96,30 @@ class Bundle:
         prior = self.manifest.prior
         return [*graphs, TOKENIZER, EMBEDDINGS, GOLDEN, *([prior.file] if prior else [])]
 
+    def _check_presence(self) -> None:
+        """Raise BundleError for a missing file."""
+        advice, sibling = "copy the bundle again", self.manifest.text_from
+        if sibling is not None:
+            advice = (
+                f"{self.path} takes its text tower from the bundle {sibling} beside it: copy both"
+            )
+            folder = self.path.resolve().parent / sibling
+            if folder.is_symlink():
+                raise BundleError(f"{folder} is a link: {advice}")
+        for name in self.manifest.files:
+            if not self.locate(name).is_file():
+                raise BundleError(f"{self.locate(name)} is missing: {advice}")
+
+    def locate(self, name: str) -> Path:
+        """Return the path of a file, unchecked: in this directory, or in the bundle of `text_from`."""
+        sibling = self.manifest.text_from
+        if sibling is not None and is_text(name):
+            return self.path.resolve().parent / sibling / name
+        return self.path / name
+
     def file(self, name: str) -> Path:
         """Return the path of a file after checking its sha256. Raises BundleError."""
-        path = self.path / name
+        path = self.locate(name)
         with self._lock:
             if name not in self._checked:
                 self._check(name, path)
@@ -111,7 +138,7 @@ class Bundle:
 
     def paths(self) -> list[Path]:
         """Return every file of the bundle."""
-        return [self.path / name for name in (MANIFEST, *self.manifest.files)]
+        return [self.path / MANIFEST, *map(self.locate, self.manifest.files)]
 
     def encoder(self, kind: str, precision: str) -> Path:
         """Return the ONNX file of the `image_encoder`, `image_tokens` or `text_encoder`."""
@@ -130,7 +157,7 @@ class Bundle:
             external = locations(path)
         except (OSError, ValueError) as err:
             raise BundleError(f"{path} is not an ONNX file: {err}") from err
-        if external - {data} or (external and data not in self.manifest.files):
+        if external - {data} or (external and not self.has_beside(path, data)):
             raise BundleError(
                 f"{path} has weights in {', '.join(sorted(external))}: a bundle has them in {data}, "
                 "with its sha256; export it again"
@@ -138,6 +165,10 @@ class Bundle:
         if external:
             self.file(data)
         return path
+
+    def has_beside(self, graph: Path, data: str) -> bool:
+        """Return whether `data` is a file of the bundle in the graph's directory, as ONNX requires."""
+        return data in self.manifest.files and self.locate(data).parent == graph.parent
 
     def verify(self) -> None:
         """Check every file. Raises BundleError for the first that is missing or altered."""

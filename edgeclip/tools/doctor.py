@@ -49,7 +49,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "purification": str(manifest.purification or "none"),
         "prior": _describe_prior(manifest.prior),
         "robustness": [_describe_robustness(row) for row in manifest.robustness] or "not measured",
-        "size": f"{sum((bundle.path / f).stat().st_size for f in manifest.files) / 1e6:.1f} MB",
+        "size": f"{sum(bundle.locate(f).stat().st_size for f in manifest.files) / 1e6:.1f} MB",
+        "text_from": manifest.text_from or "",
     }
 
 
