@@ -20,7 +20,7 @@ PRECISIONS := --precision fp32 int8 --data fashion-mnist
 # In fp32, whose answers README shows: by itself a machine may find int8 faster.
 classify: $(VENV)/.runtime
 	$(BIN)/edgeclip classify examples/ankle-boot.png examples/dress.png examples/coloured-trousers.jpg \
-	  --labels examples/labels.txt --top-k 2 --format table --precision fp32
+	  --labels examples/labels.txt --top-k 2 --format table --precision fp32 --bundle garments
 
 # Two processes with one thread each of PyTorch's take two thirds of the time of one with two.
 test: check
@@ -41,7 +41,7 @@ format: $(VENV)/.dev
 # After a change in csrc/.
 build: $(VENV)/.dev
 
-# The embedded bundle, from the data set: an hour to pretrain and a quarter to make robust on two
+# The embedded bundle `garments`, from the data set: an hour to pretrain and a quarter to make robust on two
 # cores; each goes on where it was stopped. `make robustness` then measures it.
 bundle: $(VENV)/.dev
 	$(BIN)/python -m train.pretrain --data fashion-mnist --download --out runs/fashion --resume
@@ -73,7 +73,7 @@ robustness: $(VENV)/.dev
 	  $(addprefix --robustness ,docs/results/robust-autoattack-8.json \
 	  $(wildcard docs/results/grid/robust-*.json)) --description $(DESCRIPTION)
 
-# What the embedded bundle gets right, through the exported runtime.
+# What the embedded bundle `garments` gets right, through the exported runtime.
 accuracy: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.accuracy
 

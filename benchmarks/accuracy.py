@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bundle", help="bundle (default: the embedded one)")
+    parser.add_argument("--bundle", default="garments", help="bundle (default: garments)")
     parser.add_argument(
         "--purify",
         default="auto",

@@ -20,6 +20,7 @@ from benchmarks.common import (
     versions_of,
 )
 from benchmarks.timing import machine, process, publish
+from edgeclip.bundle import EMBEDDED
 from edgeclip.cli.command import run_command
 from edgeclip.tools.pictures import picture
 
@@ -37,7 +38,9 @@ def measure(model: str, repeats: int) -> dict[str, tuple[float, float]]:
     with tempfile.TemporaryDirectory() as scratch:
         photo = f"{scratch}/photo.jpg"
         picture(4000, 3000).save(photo, quality=90)
-        commands = {"edgeclip, embedded bundle": [*command, *EXAMPLE]}
+        commands = {
+            f"edgeclip, {name}": [*command, *EXAMPLE, "--bundle", name] for name in EMBEDDED
+        }
         for precision in cpu_precisions(edgeclip.Bundle(folder)):
             options = [photo, *EXAMPLE[1:], "--bundle", str(folder), "--precision", precision]
             commands[f"edgeclip {model} {precision}, 12 megapixels"] = [*command, *options]

@@ -6,7 +6,7 @@ limit: no core is ever idle: the encoder alone, on batches that are ready, and t
 decoding and preprocessing spread over the cores. `classify_each` overlaps the two; the plain loop is
 `classify`, which does one after the other. The peer is the eager encoder of open_clip behind a
 DataLoader with one worker process per core, started beforehand. Memory is that of `edgeclip
-classify` with the embedded bundle on a folder of small files: its peak as a process.
+classify` with the bundle `garments` on a folder of small files: its peak as a process.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ EPILOG = """examples:
 SIZES = {"320x240": (320, 240), "640x480": (640, 480), "12 megapixels": (4000, 3000)}
 COLUMNS = ("edgeclip", "limit", "encoder alone", "preparing alone", "plain loop", "open_clip")
 FILES = (100, 5000)  # for the measurement of memory
-MEMORY_COMMAND = [sys.executable, "-m", "edgeclip", "classify", "--labels", "examples/labels.txt"]
+MEMORY_COMMAND = [sys.executable, "-m", "edgeclip", "classify", "--bundle", "garments"]
+MEMORY_COMMAND += ["--labels", "examples/labels.txt"]
 
 
 class RepeatedFile(Dataset[torch.Tensor]):

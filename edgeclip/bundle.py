@@ -9,6 +9,9 @@ embeddings.safetensors            null_text (D,): the unit embedding of "no clas
 golden.npz                        one input and its outputs at every stage
 prior.onnx                        only for CLIPure-Diff: z, timestep, noise -> loss, gradient
 fused.<precision>.onnx            only for other runtimes: image to answer, with the encoder's weights
+
+Bundles with the same text tower may share it: where the manifest says `text_from`, the tokenizer and the
+text encoders are those of the bundle of that name in the same directory.
 """
 
 from __future__ import annotations
@@ -30,23 +33,38 @@ from edgeclip.manifest import Manifest
 from edgeclip.onnx_file import locations
 from edgeclip.storage import sha256, write
 
-EMBEDDED = Path(__file__).parent / "bundles" / "fashion"
-
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 EMBEDDINGS = "embeddings.safetensors"
 GOLDEN = "golden.npz"
 
+NAMES = {"fashion": "garments"}  # by folder; the result files of docs/ name this folder
+# Folders of the embedded bundles by name.
+EMBEDDED = {
+    NAMES.get(path.parent.name, path.parent.name): path.parent
+    for path in sorted((Path(__file__).parent / "bundles").glob(f"*/{MANIFEST}"))
+}
+DEFAULT = "garments"  # name of the embedded bundle that is opened where none is named
+
+
+def is_text(name: str) -> bool:
+    """Return whether a file belongs to the text tower, which bundles may share."""
+    return name == TOKENIZER or name.startswith("text_encoder.")
+
 
 class Bundle:
     """An open bundle. Every file is checked against its sha256 on first use.
+
+    path: an embedded bundle's name, as text; a directory; or None for the default embedded bundle. A
+    directory with such a name needs a separator (./garments), or a Path.
 
     Raises BundleError if the directory is not a bundle, a file is missing or altered, or the schema
     version is unknown.
     """
 
     def __init__(self, path: str | PathLike[str] | None = None) -> None:
-        self.path = EMBEDDED if path is None else Path(path)
+        name = DEFAULT if path is None else path
+        self.path = EMBEDDED[name] if isinstance(name, str) and name in EMBEDDED else Path(name)
         manifest = self.path / MANIFEST
         try:
             raw = manifest.read_bytes()
@@ -54,8 +72,9 @@ class Bundle:
         except (OSError, UnicodeDecodeError) as err:
             reason = "no such file" if isinstance(err, FileNotFoundError) else err
             raise BundleError(
-                f"{self.path} is not a bundle: cannot read {MANIFEST} ({reason}); "
-                "make one with: python -m export MODEL --pretrained TAG -o DIR"
+                f"{self.path} is not a bundle: cannot read {MANIFEST} ({reason}); name an embedded "
+                f"bundle ({', '.join(EMBEDDED)}), or make one with: "
+                "python -m export MODEL --pretrained TAG -o DIR"
             ) from err
         try:
             self.manifest = Manifest.from_json(text)
@@ -64,9 +83,7 @@ class Bundle:
         for name in self._required_files():
             if name not in self.manifest.files:
                 raise BundleError(f"{manifest}: no sha256 for {name}")
-        for name in self.manifest.files:
-            if not (self.path / name).is_file():
-                raise BundleError(f"{self.path / name} is missing: copy the bundle again")
+        self._check_presence()
         self.digest = hashlib.sha256(raw).hexdigest()  # covers every file, by its sha256
         self._checked: set[str] = set()
         self._lock = threading.Lock()
@@ -79,9 +96,30 @@ class Bundle:
         prior = self.manifest.prior
         return [*graphs, TOKENIZER, EMBEDDINGS, GOLDEN, *([prior.file] if prior else [])]
 
+    def _check_presence(self) -> None:
+        """Raise BundleError for a missing file."""
+        advice, sibling = "copy the bundle again", self.manifest.text_from
+        if sibling is not None:
+            advice = (
+                f"{self.path} takes its text tower from the bundle {sibling} beside it: copy both"
+            )
+            folder = self.path.resolve().parent / sibling
+            if folder.is_symlink():
+                raise BundleError(f"{folder} is a link: {advice}")
+        for name in self.manifest.files:
+            if not self.locate(name).is_file():
+                raise BundleError(f"{self.locate(name)} is missing: {advice}")
+
+    def locate(self, name: str) -> Path:
+        """Return the path of a file, unchecked: in this directory, or in the bundle of `text_from`."""
+        sibling = self.manifest.text_from
+        if sibling is not None and is_text(name):
+            return self.path.resolve().parent / sibling / name
+        return self.path / name
+
     def file(self, name: str) -> Path:
         """Return the path of a file after checking its sha256. Raises BundleError."""
-        path = self.path / name
+        path = self.locate(name)
         with self._lock:
             if name not in self._checked:
                 self._check(name, path)
@@ -100,7 +138,7 @@ class Bundle:
 
     def paths(self) -> list[Path]:
         """Return every file of the bundle."""
-        return [self.path / name for name in (MANIFEST, *self.manifest.files)]
+        return [self.path / MANIFEST, *map(self.locate, self.manifest.files)]
 
     def encoder(self, kind: str, precision: str) -> Path:
         """Return the ONNX file of the `image_encoder`, `image_tokens` or `text_encoder`."""
@@ -119,7 +157,7 @@ class Bundle:
             external = locations(path)
         except (OSError, ValueError) as err:
             raise BundleError(f"{path} is not an ONNX file: {err}") from err
-        if external - {data} or (external and data not in self.manifest.files):
+        if external - {data} or (external and not self.has_beside(path, data)):
             raise BundleError(
                 f"{path} has weights in {', '.join(sorted(external))}: a bundle has them in {data}, "
                 "with its sha256; export it again"
@@ -127,6 +165,10 @@ class Bundle:
         if external:
             self.file(data)
         return path
+
+    def has_beside(self, graph: Path, data: str) -> bool:
+        """Return whether `data` is a file of the bundle in the graph's directory, as ONNX requires."""
+        return data in self.manifest.files and self.locate(data).parent == graph.parent
 
     def verify(self) -> None:
         """Check every file. Raises BundleError for the first that is missing or altered."""

@@ -45,6 +45,11 @@ def _number(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
+def _plain(name: object) -> bool:
+    """Return whether a name is one part of a path, and not its parent."""
+    return isinstance(name, str) and name not in ("", "..") and PurePath(name).name == name
+
+
 def _texts(value: object) -> bool:
     return isinstance(value, tuple) and all(isinstance(text, str) for text in value)
 
@@ -202,6 +207,8 @@ class Manifest:
     precisions: Mapping[str, Variant]
     robustness: tuple[Robustness, ...] = ()  # empty: not measured
     prior: PriorSpec | None = None  # for CLIPure-Diff
+    # Name of the bundle beside this one that has its tokenizer and text encoders; None: itself.
+    text_from: str | None = None
     files: Mapping[str, str] = field(default_factory=dict)  # name -> sha256
     schema_version: int = SCHEMA_VERSION
 
@@ -226,7 +233,9 @@ class Manifest:
         timesteps = None if self.prior is None else self.prior.timesteps
         purify.check_prior(self.purification, timesteps)
         for name in self.files:  # no path leaves the bundle's directory
-            _check(PurePath(name).name == name, "files must have plain file names", name)
+            _check(_plain(name), "files must have plain file names", name)
+        good = self.text_from is None or _plain(self.text_from)
+        _check(good, "text_from must be the name of a bundle beside this one", self.text_from)
 
     def to_json(self) -> str:
         """Return the manifest as JSON of schema 2."""

@@ -42,7 +42,7 @@ class Runtime:
 
     A process that unpickled or inherited it (fork) opens the bundle's files again.
 
-    bundle: a directory, a Bundle, or None for the embedded demonstration bundle.
+    bundle: an embedded bundle's name, a directory, a Bundle, or None for the default bundle.
     device: cpu, cuda, tensorrt, or auto for the best that works: a TensorRT engine made by
     `edgeclip build`, else CUDA, else the CPU.
     precision: fp32, fp16, int8 or int8-qdq if the bundle has it, or auto: the fastest on this machine

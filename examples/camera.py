@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--label", action="append", required=True, help="label; repeat for more")
     parser.add_argument(
-        "--bundle", metavar="DIR", help="bundle directory (default: the embedded demonstration)"
+        "--bundle", help="bundle directory, or an embedded bundle's name (default: edgeclip's)"
     )
     args = parser.parse_args(arguments)
     try:

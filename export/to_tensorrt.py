@@ -68,7 +68,7 @@ def _checked_file(bundle: Bundle, name: str) -> Path:
     """Return the file, after a check of it and of its weights in other files."""
     path = bundle.file(name)
     for data in sorted(locations(path)):
-        if data not in bundle.manifest.files:
+        if not bundle.has_beside(path, data):
             raise BundleError(f"{path} has weights in {data}, for which the bundle has no sha256")
         bundle.file(data)
     return path

@@ -42,7 +42,7 @@ def _interruptible() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def embedded_trials(_no_user_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the embedded bundle's trials on this processor and no others."""
-    edgeclip.Runtime(device="cpu", purify="none")
+    edgeclip.Runtime("garments", device="cpu", purify="none")
     trials = Path(os.environ["EDGECLIP_CACHE"]) / "trials"
     return Path(shutil.copytree(trials, tmp_path_factory.mktemp("embedded") / "trials"))
 
@@ -83,7 +83,7 @@ def labels() -> list[str]:
 @pytest.fixture(scope="session")
 def rt() -> edgeclip.Runtime:
     """Return the embedded bundle in fp32, without purification."""
-    return edgeclip.Runtime(purify="none", precision="fp32")
+    return edgeclip.Runtime("garments", purify="none", precision="fp32")
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from PIL import Image
 
 from edgeclip.cli.main import build_parser
-from tests.support.paths import ROOT
+from tests.support.paths import EXAMPLES, ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGES = ("benchmarks", "edgeclip", "examples", "export", "train")
@@ -206,3 +207,14 @@ def test_the_readme_repeats_measured_figures(name: str) -> None:
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert interval(result["worst_case_accuracy"], result["finished"]) in text
     assert f"clean: {percent(result['clean_accuracy'])} %" in text
+
+
+def test_every_photograph_is_credited_and_small() -> None:
+    credits = (EXAMPLES / "CREDITS.md").read_text(encoding="utf-8")
+    photographs = sorted((EXAMPLES / "photos").iterdir())
+    assert photographs
+    for path in photographs:
+        assert f"| `{path.name}` |" in credits
+        assert path.stat().st_size < 100_000
+        with Image.open(path) as image:
+            assert max(image.size) <= 640

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from edgeclip.bundle import EMBEDDED
-from tests.support.commands import errors
-from tests.support.paths import EXAMPLES, ROOT
+from tests.support.commands import BUNDLE, errors
+from tests.support.paths import EXAMPLES, GARMENTS, ROOT
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
@@ -60,8 +59,8 @@ def open_once_read(pipe: Path, process: subprocess.Popen[str]) -> int:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["edgeclip", "classify", str(EXAMPLES / "bag.png"), "--labels"],
-        ["export.fused", str(EMBEDDED), "-o", "classes.npy", "--classes-for"],
+        ["edgeclip", "classify", str(EXAMPLES / "bag.png"), *BUNDLE, "--labels"],
+        ["export.fused", str(GARMENTS), "-o", "classes.npy", "--classes-for"],
         ["train.report"],
     ],
     ids=lambda arguments: arguments[0],

@@ -10,8 +10,9 @@ from typing import Any
 from edgeclip.backends import trials
 from edgeclip.backends.engine_cache import EngineCache
 from edgeclip.backends.select import MAX_GPU_BATCH
-from edgeclip.bundle import Bundle
+from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.cli.options import (
+    BUNDLE_HELP,
     PRECISIONS,
     PRECISIONS_OF_ENGINES,
     add_command,
@@ -35,6 +36,7 @@ from edgeclip.text.cache import LabelCache
 
 INFO_EXAMPLES = """examples:
   edgeclip info
+  edgeclip info garments
   edgeclip info vit-b-32/ --format json
 """
 DOCTOR_EXAMPLES = """examples:
@@ -99,7 +101,7 @@ def add_upkeep(commands: Any) -> None:
             "bundle",
             nargs="?",
             metavar="BUNDLE",
-            help="bundle directory (default: the embedded demonstration)",
+            help=BUNDLE_HELP,
         )
         add_format(command)
 
@@ -231,7 +233,8 @@ def run_info(args: argparse.Namespace) -> int:
     """Show a bundle; return the exit status."""
     from edgeclip.tools import doctor  # late: it would slow the start of the other commands
 
-    show_report(doctor.describe(Bundle(args.bundle)), args.format)
+    report = doctor.describe(Bundle(args.bundle)) | {"embedded_bundles": list(EMBEDDED)}
+    show_report(report, args.format)
     return 0
 
 

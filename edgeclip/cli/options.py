@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from edgeclip import precisions
 from edgeclip.backends.select import DEVICES
+from edgeclip.bundle import DEFAULT, EMBEDDED
 from edgeclip.errors import EdgeclipError
 from edgeclip.labels import STDIN
 from edgeclip.purify import (
@@ -23,6 +24,9 @@ from edgeclip.purify import (
 )
 
 MAX_SECONDS = 3600
+BUNDLE_HELP = (
+    f"bundle directory, or an embedded bundle's name: {', '.join(EMBEDDED)} (default: {DEFAULT})"
+)
 PRECISIONS = tuple(precisions.PRECISIONS)
 PRECISIONS_OF_ENGINES = ("auto", *precisions.engine_precisions())
 PURIFICATIONS = ("auto", "none", "cos", "diff")

@@ -13,6 +13,7 @@ import numpy as np
 from edgeclip import storage
 from edgeclip.bundle import EMBEDDED, Bundle
 from edgeclip.cli.options import (
+    BUNDLE_HELP,
     PRECISIONS,
     PurifierOptions,
     add_command,
@@ -68,8 +69,8 @@ picture shows both images, and l2 is the distance between their maps.
 exit status: 0 done; 2 wrong usage or an error.
 """
 DEMONSTRATION = (
-    "note: this is the embedded demonstration bundle ({}); for anything else, "
-    "export a model: python -m export ViT-B-32 --pretrained openai -o vit-b-32"
+    "note: this is the embedded demonstration bundle ({}); for anything else, name another bundle "
+    "(see edgeclip info), or export a model: python -m export ViT-B-32 --pretrained openai -o vit-b-32"
 )
 ONE_LABEL = (
     "note: a single label always scores 100 %; add others to compare it with, such as "
@@ -162,9 +163,7 @@ def _add_template(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_device_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--bundle", metavar="DIR", help="bundle directory (default: the embedded demonstration)"
-    )
+    parser.add_argument("--bundle", metavar="BUNDLE", help=BUNDLE_HELP)
     add_device(parser)
     parser.add_argument(
         "--precision",
@@ -277,7 +276,7 @@ def run_explain(args: argparse.Namespace) -> int:
 def _open_runtime(args: argparse.Namespace) -> Runtime:
     bundle = Bundle(args.bundle)
     purifier = PURIFIER.purifier(args, bundle.manifest.purification)
-    if bundle.path == EMBEDDED:
+    if bundle.path == EMBEDDED.get("garments"):
         print(DEMONSTRATION.format(bundle.manifest.description), file=sys.stderr)
     return Runtime(
         bundle,

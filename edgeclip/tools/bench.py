@@ -75,7 +75,7 @@ def run(
     """
     frame = decode(settings.image)
     # In another process with CUDA: this process would hold GPU memory until the end.
-    request = str(bundle.path), device, tuple(precisions)
+    request = bundle.path, device, tuple(precisions)
     targets = (
         _in_new_process(find_targets, *request) if _core.cuda_built() else find_targets(*request)
     )
@@ -93,7 +93,7 @@ def run(
     }
     for name, precision in targets:
         target = {"device": name, "precision": precision}
-        arguments = str(bundle.path), name, precision
+        arguments = bundle.path, name, precision
         try:
             problem = _in_new_process(check, *arguments, settings.threads)
             figures = _in_new_process(measure, *arguments, settings)
@@ -105,7 +105,7 @@ def run(
     return report
 
 
-def find_targets(path: str, device: str, precisions: Sequence[str]) -> list[tuple[str, str]]:
+def find_targets(path: Path, device: str, precisions: Sequence[str]) -> list[tuple[str, str]]:
     """Return the pairs of device and precision to measure, the preferred device first."""
     bundle, targets = Bundle(path), []
     for name in [d for d in ORDER if not why_not(bundle, d)] if device == "auto" else [device]:
@@ -143,7 +143,7 @@ def _prepare_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
 
 
-def check(bundle: str, device: str, precision: str, threads: int | None) -> str:
+def check(bundle: Path, device: str, precision: str, threads: int | None) -> str:
     """Return the error of the golden check, or "".
 
     Opening the runtime also runs the trials of precisions, which would slow a measured start.
@@ -156,7 +156,7 @@ def check(bundle: str, device: str, precision: str, threads: int | None) -> str:
     return ""
 
 
-def measure(bundle: str, device: str, precision: str, settings: Settings) -> dict[str, Any]:
+def measure(bundle: Path, device: str, precision: str, settings: Settings) -> dict[str, Any]:
     """Measure one device and precision. Raises EdgeclipError."""
     gpu_before = None if device == "cpu" else host.gpu_memory_mb()
     start = time.perf_counter()

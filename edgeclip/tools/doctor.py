@@ -12,7 +12,7 @@ from typing import Any
 
 from edgeclip import __version__, _core, host
 from edgeclip.backends.select import ORDER, engine_precisions, why_not
-from edgeclip.bundle import Bundle
+from edgeclip.bundle import DEFAULT, Bundle
 from edgeclip.errors import EdgeclipError
 from edgeclip.manifest import PriorSpec, Robustness, TokenSpec, Variant
 from edgeclip.runtime import Runtime
@@ -49,7 +49,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "purification": str(manifest.purification or "none"),
         "prior": _describe_prior(manifest.prior),
         "robustness": [_describe_robustness(row) for row in manifest.robustness] or "not measured",
-        "size": f"{sum((bundle.path / f).stat().st_size for f in manifest.files) / 1e6:.1f} MB",
+        "size": f"{sum(bundle.locate(f).stat().st_size for f in manifest.files) / 1e6:.1f} MB",
+        "text_from": manifest.text_from or "",
     }
 
 
@@ -74,7 +75,7 @@ def examine(path: str | PathLike[str] | None, device: str) -> dict[str, Any]:
         "threads": host.cores(),
         "packages": [f"{name} {installed(name)}" for name in PACKAGES],
         "gpu": "",
-        "bundle": str(path or "embedded demonstration"),
+        "bundle": str(path or DEFAULT),
         "devices": [],
         "device_used": "",
         "precision_used": "",

@@ -14,9 +14,9 @@ import torch
 import edgeclip
 from benchmarks import gpu
 from benchmarks.common import STEP_SIZE, STEPS, label_set
-from edgeclip.bundle import EMBEDDED
 from edgeclip.tools.pictures import picture
 from tests.support.models.export_models import PREPROCESSING, exported
+from tests.support.paths import GARMENTS
 
 
 def test_a_missing_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,9 +119,9 @@ def test_precisions_that_do_not_run_are_reported(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "free_mb", lambda: 0.0)
     monkeypatch.setattr(gpu, "build_engine", lambda *_: "TensorRT is not installed")
-    monkeypatch.setattr(gpu, "bundle_for", lambda *_: EMBEDDED)
+    monkeypatch.setattr(gpu, "bundle_for", lambda *_: GARMENTS)
     monkeypatch.setattr(gpu.logging, "disable", lambda level: None)
-    opened, left_out = gpu.open_runtimes(EMBEDDED, 2)
+    opened, left_out = gpu.open_runtimes(GARMENTS, 2)
     assert opened == {}
     assert list(left_out) == [
         f"edgeclip {device} {precision}"

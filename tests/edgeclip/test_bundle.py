@@ -14,16 +14,16 @@ from safetensors.numpy import save_file
 
 import edgeclip
 from edgeclip import Bundle, BundleError
-from edgeclip.bundle import EMBEDDED
 from edgeclip.storage import sha256
 from edgeclip.tools import golden
 from edgeclip.tools.doctor import describe
+from tests.support.paths import GARMENTS
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """Copy the embedded bundle, for a test to modify."""
-    return Path(shutil.copytree(EMBEDDED, tmp_path / "bundle"))
+    """Copy an embedded bundle, for a test to modify."""
+    return Path(shutil.copytree(GARMENTS, tmp_path / "bundle"))
 
 
 def edit(bundle: Path, change: Callable[[dict], object]) -> None:
@@ -33,21 +33,14 @@ def edit(bundle: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(data))
 
 
-def test_embedded_bundle_is_intact_and_small() -> None:
-    bundle = Bundle()
-    bundle.verify()
-    assert sum(path.stat().st_size for path in EMBEDDED.iterdir()) <= 12_000_000
-    assert {path.name for path in EMBEDDED.iterdir()} == {"manifest.json", *bundle.manifest.files}
-
-
 def test_unknown_entries_are_ignored(copy: Path) -> None:
     edit(copy, lambda data: data.update(later_idea=1))
-    assert Bundle(copy).manifest == Bundle().manifest
+    assert Bundle(copy).manifest == Bundle("garments").manifest
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("int8", 0.05)])
 def test_golden_outputs_hold(precision: str, limit: float) -> None:
-    found = golden.check(edgeclip.Runtime(precision=precision))
+    found = golden.check(edgeclip.Runtime("garments", precision=precision))
     assert found["pixels"] <= 1e-3
     assert found["image"] < limit
     assert found["text"] < limit
@@ -104,7 +97,7 @@ def test_the_token_graph_has_its_weights_in_the_encoders_file_only(copy: Path) -
         Bundle(copy).encoder("image_tokens", "int8")
     data = copy / "image_encoder.int8.onnx.data"
     data.write_bytes(data.read_bytes()[:-1] + b"x")
-    shutil.copy(EMBEDDED / path.name, path)
+    shutil.copy(GARMENTS / path.name, path)
     edit(copy, lambda manifest: manifest["files"].update({path.name: sha256(path)}))
     with pytest.raises(BundleError, match=r"image_encoder\.int8\.onnx\.data was altered"):
         Bundle(copy).encoder("image_tokens", "int8")
@@ -229,7 +222,7 @@ def test_manifest_that_is_no_json(copy: Path) -> None:
         Bundle(copy)
 
 
-@pytest.mark.parametrize("name", sorted(Bundle().manifest.files))
+@pytest.mark.parametrize("name", sorted(Bundle("garments").manifest.files))
 def test_missing_and_altered_files_are_named(copy: Path, name: str) -> None:
     path = copy / name
     content = bytearray(path.read_bytes())

@@ -18,7 +18,6 @@ from PIL import Image, ImageChops
 
 import edgeclip
 from edgeclip import BundleError, EdgeclipError, ImageError, LabelError, Runtime
-from edgeclip.bundle import EMBEDDED
 from edgeclip.explain import (
     COLOURS,
     TILE,
@@ -30,7 +29,7 @@ from edgeclip.explain import (
 )
 from edgeclip.images.decoding import decode
 from tests.support.models.export_models import exported
-from tests.support.paths import EXAMPLES, VECTORS
+from tests.support.paths import EXAMPLES, GARMENTS, VECTORS
 from train.attention import attention_map as trained_attention
 
 BOOT = EXAMPLES / "ankle-boot.png"
@@ -142,7 +141,7 @@ def test_every_source_label_and_template(rt: Runtime) -> None:
 
 
 def test_purification_changes_nothing(rt: Runtime) -> None:
-    purified = Runtime(purify="cos", precision="fp32").explain(BOOT, "bag")
+    purified = Runtime("garments", purify="cos", precision="fp32").explain(BOOT, "bag")
     assert purified.similarity == pytest.approx(rt.explain(BOOT, "bag").similarity)
 
 
@@ -185,7 +184,7 @@ def test_feature_map_of_a_convolutional_tower() -> None:
 
 def changed(folder: Path, tokens: dict[str, object] | None) -> Path:
     """Copy the embedded bundle with another entry for its tokens."""
-    bundle = Path(shutil.copytree(EMBEDDED, folder / "bundle"))
+    bundle = Path(shutil.copytree(GARMENTS, folder / "bundle"))
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"tokens": tokens}))
     return bundle
@@ -301,9 +300,10 @@ def test_explaining_never_loads_torch_and_classifying_no_fonts(tmp_path: Path) -
 import sys
 sys.modules["torch"] = None
 from edgeclip.cli.main import main
-assert main(["classify", {str(BOOT)!r}, "--label", "bag"]) == 0
+bundle = ["--bundle", "garments", "--label", "bag"]
+assert main(["classify", {str(BOOT)!r}, *bundle]) == 0
 assert not {{"edgeclip.explain", "PIL.ImageFont"}} & set(sys.modules)
-sys.exit(main(["explain", {str(BOOT)!r}, "--label", "bag", "-o", "out.png"]))
+sys.exit(main(["explain", {str(BOOT)!r}, *bundle, "-o", "out.png"]))
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
     with Image.open(tmp_path / "out.png") as picture:

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeclip import Bundle, BundleError
-from edgeclip.bundle import EMBEDDED
 from edgeclip.manifest import (
     CLEANINGS,
     INTERPOLATIONS,
@@ -26,6 +25,7 @@ from edgeclip.manifest import (
     Variant,
 )
 from edgeclip.purify import CosPurifier, DiffPurifier
+from tests.support.paths import GARMENTS
 
 few = settings(max_examples=60, derandomize=True, deadline=None, database=None)
 
@@ -139,7 +139,7 @@ def entries(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [p for key in keys for p in [(*path, key), *entries(data[key], (*path, key))]]
 
 
-VALID = json.loads((EMBEDDED / "manifest.json").read_text())
+VALID = json.loads((GARMENTS / "manifest.json").read_text())
 
 
 @settings(few, max_examples=300)
@@ -190,6 +190,6 @@ def test_every_precision_of_schema_2_needs_a_token_graph() -> None:
 
 
 def test_the_embedded_manifest_is_of_schema_2() -> None:
-    manifest = Bundle().manifest
+    manifest = Bundle("garments").manifest
     assert manifest.schema_version == 2
     assert manifest.precisions["int8"].image_tokens == "image_tokens.int8.onnx"

@@ -100,7 +100,9 @@ def test_scores_equal_numpy(
 ) -> None:
     images = list(fashion[0][:33])
     expected = reference(rt, images, labels, purifier)
-    answers = Runtime(purify=purifier, precision="fp32").classify(images, labels, top_k=3)
+    answers = Runtime("garments", purify=purifier, precision="fp32").classify(
+        images, labels, top_k=3
+    )
     for answer, row in zip(answers, expected, strict=True):
         assert [p.index for p in answer] == list(np.argsort(-row)[:3])
         assert [p.label for p in answer] == [labels[p.index] for p in answer]
@@ -117,7 +119,7 @@ def test_score_tables_equal_numpy(
 ) -> None:
     images = list(fashion[0][:5])
     expected = reference(rt, images, labels, purifier)
-    runtime = Runtime(purify=purifier, precision="fp32", labels=labels, batch_size=2)
+    runtime = Runtime("garments", purify=purifier, precision="fp32", labels=labels, batch_size=2)
     table = runtime.scores(images)
     assert (table.dtype, table.shape) == (np.float32, (5, len(labels)))
     np.testing.assert_allclose(table, expected, atol=1e-3)
@@ -182,7 +184,7 @@ def test_one_image_many_images_and_every_source(rt: Runtime, labels: list[str]) 
 def test_pixels_are_classified_as_their_images(
     labels: list[str], fashion: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    runtime = Runtime(purify=CosPurifier(2, 0.3), labels=labels, batch_size=4)
+    runtime = Runtime("garments", purify=CosPurifier(2, 0.3), labels=labels, batch_size=4)
     images = list(fashion[0][:9])
     pixels = runtime.preprocess(images)
     assert runtime.classify_pixels(pixels, top_k=3) == runtime.classify(images, top_k=3)
@@ -195,11 +197,11 @@ def test_same_answer_alone_and_in_a_batch(
     labels: list[str], fashion: tuple[np.ndarray, np.ndarray]
 ) -> None:
     images = list(fashion[0][:33])
-    alone = Runtime(batch_size=1, purify="cos").embed_images(images)
-    together = Runtime(batch_size=33, purify="cos").embed_images(images)
+    alone = Runtime("garments", batch_size=1, purify="cos").embed_images(images)
+    together = Runtime("garments", batch_size=33, purify="cos").embed_images(images)
     np.testing.assert_allclose(alone, together, atol=1e-6)
-    one = Runtime(batch_size=1).classify(images, labels)
-    many = Runtime(batch_size=8).classify(images, labels)
+    one = Runtime("garments", batch_size=1).classify(images, labels)
+    many = Runtime("garments", batch_size=8).classify(images, labels)
     for a, b in zip(one, many, strict=True):
         assert [p.index for p in a] == [p.index for p in b]
         np.testing.assert_allclose([p.score for p in a], [p.score for p in b], atol=1e-5)
@@ -208,10 +210,10 @@ def test_same_answer_alone_and_in_a_batch(
 def test_one_runtime_in_many_threads(
     labels: list[str], fashion: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    shared = Runtime()
+    shared = Runtime("garments")
     images = list(fashion[0][:64])
     expected = [shared.classify(image, labels) for image in images]
-    fresh = Runtime()
+    fresh = Runtime("garments")
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda image: fresh.classify(image, labels), images))
     assert found == expected
@@ -273,24 +275,24 @@ def test_failing_encoder_is_a_device_error(rt: Runtime) -> None:
 
 
 def test_default_labels() -> None:
-    rt = Runtime(labels=["bag", "coat"])
+    rt = Runtime("garments", labels=["bag", "coat"])
     assert rt.classify(EXAMPLES / "bag.png")[0].label == "bag"
     with pytest.raises(ValueError, match="no labels"):
-        Runtime().classify(EXAMPLES / "bag.png")
+        Runtime("garments").classify(EXAMPLES / "bag.png")
 
 
 def test_bad_options(rt: Runtime, labels: list[str]) -> None:
     with pytest.raises(edgeclip.DeviceError, match="tensorrt"):
-        Runtime(device="tensorrt")
+        Runtime("garments", device="tensorrt")
     if "cuda" not in available_devices():
         with pytest.raises(edgeclip.DeviceError, match="CUDAExecutionProvider"):
-            Runtime(device="cuda")
+            Runtime("garments", device="cuda")
     with pytest.raises(edgeclip.DeviceError, match="has no fp16 encoders; it has fp32, int8"):
-        Runtime(precision="fp16")
+        Runtime("garments", precision="fp16")
     with pytest.raises(ValueError, match="device must be"):
-        Runtime(device="tpu")
+        Runtime("garments", device="tpu")
     with pytest.raises(ValueError, match="batch_size"):
-        Runtime(batch_size=0)
+        Runtime("garments", batch_size=0)
     with pytest.raises(LabelError, match="there twice"):
         rt.classify(EXAMPLES / "bag.png", ["a", "a"])
     for method in (rt.embed_texts, rt.tokenize, rt.preprocess):
@@ -311,7 +313,7 @@ def test_the_library_logs_nothing_about_the_embedded_bundle(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        Runtime()
+        Runtime("garments")
     assert caplog.text == ""
 
 
@@ -326,7 +328,7 @@ def test_import_loads_neither_torch_nor_onnxruntime() -> None:
 def test_classifying_never_loads_torch(tmp_path: Path) -> None:
     code = (
         "import sys, edgeclip; sys.modules['torch'] = None;"
-        f"print(edgeclip.Runtime().classify({str(EXAMPLES / 'bag.png')!r}, ['bag', 'coat'])[0].label)"
+        f"print(edgeclip.Runtime('garments').classify({str(EXAMPLES / 'bag.png')!r}, ['bag', 'coat'])[0].label)"
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert found.stdout == "bag\n"

@@ -20,6 +20,7 @@ from edgeclip import ImageError, Runtime
 from edgeclip.images.decoding import ImageSource
 from edgeclip.prediction import FrameAnswer
 from examples import camera
+from tests.support.commands import BUNDLE
 from tests.support.paths import EXAMPLES
 from tests.support.threads import WAIT, no_thread_is_left
 
@@ -68,7 +69,7 @@ def test_an_iterator_may_reuse_its_buffer(
 def test_failing_encoder_ends_the_threads(
     labels: list[str], frames: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rt = Runtime(labels=labels)
+    rt = Runtime("garments", labels=labels)
 
     def fail(inputs: np.ndarray) -> np.ndarray:
         raise KeyboardInterrupt
@@ -203,7 +204,7 @@ def fake_cv2(opens: bool, pictures: list[np.ndarray]) -> types.ModuleType:
 def test_camera_example(
     labels: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [word for label in labels for word in ("--label", label)]
+    arguments = [*BUNDLE, *(word for label in labels for word in ("--label", label))]
     monkeypatch.setitem(sys.modules, "cv2", None)
     assert camera.main(arguments) == 2
     assert "error: OpenCV is missing: pip install" in capsys.readouterr().err
@@ -215,7 +216,7 @@ def test_camera_example(
     trousers = np.asarray(Image.open(EXAMPLES / "coloured-trousers.jpg"))
     monkeypatch.setitem(sys.modules, "cv2", fake_cv2(True, [trousers]))
     assert camera.main(arguments) == 0
-    best = edgeclip.Runtime(labels=labels).classify(trousers, top_k=1)[0]
+    best = edgeclip.Runtime("garments", labels=labels).classify(trousers, top_k=1)[0]
     assert capsys.readouterr().out == f"frame 0: {best.score:.1%} {best.label}\n"
     monkeypatch.setitem(sys.modules, "cv2", fake_cv2(True, [trousers]))
     assert camera.main([*arguments, "--bundle", "none"]) == 2

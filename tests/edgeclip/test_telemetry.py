@@ -18,12 +18,12 @@ BAG = str(EXAMPLES / "bag.png")
 CLASSIFY = """
 import sys
 import edgeclip
-print(edgeclip.Runtime(labels=["bag", "boot"]).classify(sys.argv[1])[0].label)
+print(edgeclip.Runtime("garments", labels=["bag", "boot"]).classify(sys.argv[1])[0].label)
 """
 FORK = """
 import os, sys
 import edgeclip
-rt = edgeclip.Runtime(labels=["bag", "boot"])
+rt = edgeclip.Runtime("garments", labels=["bag", "boot"])
 rt.classify(sys.argv[1])
 child = os.fork()
 if child == 0:

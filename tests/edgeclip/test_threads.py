@@ -21,7 +21,7 @@ import os, sys
 os.sched_setaffinity(0, {int(sys.argv[1])})
 import edgeclip
 from edgeclip import _core
-rt = edgeclip.Runtime(labels=["bag", "boot"])
+rt = edgeclip.Runtime("garments", labels=["bag", "boot"])
 assert len(list(rt.classify_each([sys.argv[2]] * 20))) == 20
 allowed = {tuple(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task")}
 print(rt._threads, _core.usable_cores(), allowed)
@@ -63,7 +63,7 @@ def restored() -> object:
 def test_a_runtime_takes_the_cores_or_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeclip.runtime.cores", lambda: 3)
     for asked, threads in ((None, 3), (1, 1), (5, 5)):
-        runtime = edgeclip.Runtime(threads=asked, precision="fp32")
+        runtime = edgeclip.Runtime("garments", threads=asked, precision="fp32")
         session = runtime._image_encoder._session
         assert session.get_session_options().intra_op_num_threads == threads
         assert _core.usable_cores() == 3
@@ -71,7 +71,7 @@ def test_a_runtime_takes_the_cores_or_what_it_is_told(monkeypatch: pytest.Monkey
 
 def test_a_session_never_chooses_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeclip.backends.onnx_runtime.cores", lambda: 2)
-    session = open_session(edgeclip.Bundle().encoder("image_encoder", "fp32"), "cpu")
+    session = open_session(edgeclip.Bundle("garments").encoder("image_encoder", "fp32"), "cpu")
     assert session.get_session_options().intra_op_num_threads == 2
 
 

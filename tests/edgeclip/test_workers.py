@@ -13,8 +13,7 @@ import torch
 
 import edgeclip
 from edgeclip import CosPurifier, Runtime
-from edgeclip.bundle import EMBEDDED
-from tests.support.paths import EXAMPLES
+from tests.support.paths import EXAMPLES, GARMENTS
 
 IMAGES = sorted(str(path) for path in (EXAMPLES).glob("*.png"))
 
@@ -35,7 +34,7 @@ class Embeddings(torch.utils.data.Dataset):
 @pytest.fixture(scope="module")
 def runtime() -> Runtime:
     """Open a Runtime with two threads, which a fork does not inherit."""
-    runtime = Runtime(labels=["bag", "ankle boot"], precision="fp32", threads=2)
+    runtime = Runtime("garments", labels=["bag", "ankle boot"], precision="fp32", threads=2)
     runtime.classify(IMAGES)
     return runtime
 
@@ -47,9 +46,9 @@ def test_a_pickled_runtime_answers_alike(runtime: Runtime) -> None:
 
 
 def test_its_arguments_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "here").symlink_to(EMBEDDED)
+    (tmp_path / "here").symlink_to(GARMENTS)
     monkeypatch.chdir(tmp_path)
-    labels = Runtime(precision="int8").labels(["bag", "boot"])
+    labels = Runtime("garments", precision="int8").labels(["bag", "boot"])
     asked: dict[str, Any] = {
         "device": "cpu",
         "precision": "int8",

@@ -17,7 +17,7 @@ import torch
 from edgeclip.backends import tensorrt_module
 from edgeclip.backends.engine_cache import BuildOptions
 from edgeclip.backends.tensorrt_builder import build_engine
-from edgeclip.bundle import EMBEDDED, Bundle
+from edgeclip.bundle import Bundle
 from edgeclip.errors import DeviceError
 from export.graphs.encoders import export_image_encoder, export_text_encoder
 from export.graphs.fp16 import to_fp16
@@ -26,7 +26,7 @@ from export.to_tensorrt import NO_FP32, compile_graphs, main
 from tests.support.gpu.tensorrt_surfaces.record import surface
 from tests.support.models.export_models import CONFIGS, exported, source_of
 from tests.support.models.prior_models import with_prior
-from tests.support.paths import TESTS
+from tests.support.paths import GARMENTS, TESTS
 from train.models.prior import DiffusionPrior, Shape
 from train.models.wording import image_spec
 
@@ -115,7 +115,7 @@ def test_the_step_of_a_prior() -> None:
 
 def test_the_embedded_bundle(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "engines"
-    assert main([str(EMBEDDED), "--capability", "75", "86", "-o", str(out)]) == 0
+    assert main([str(GARMENTS), "--capability", "75", "86", "-o", str(out)]) == 0
     out_text, err = capsys.readouterr()
     assert err == ""
     assert out_text.count("no fp32") == 4  # three graphs, and the reason
@@ -129,20 +129,20 @@ def test_the_embedded_bundle(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 @pytest.mark.parametrize("kind", ["image_encoder", "text_encoder"])
 def test_int8_graphs_are_not_for_tensorrt(kind: str) -> None:
     with pytest.raises(DeviceError, match=r"cannot read .*QuantizeLinear: "):
-        build_engine(Bundle(EMBEDDED).encoder(kind, "int8"), trt, BuildOptions())
+        build_engine(Bundle(GARMENTS).encoder(kind, "int8"), trt, BuildOptions())
 
 
 def test_a_profile_that_the_graph_cannot_take_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    text = Bundle(EMBEDDED).encoder("text_encoder", "fp32")
+    text = Bundle(GARMENTS).encoder("text_encoder", "fp32")
     build_engine(text, trt, BuildOptions(context_length=33), capability=(8, 6))
     assert "kMAX values are not self-consistent" in caplog.text
     caplog.clear()
 
 
 def test_progress_and_cancelling() -> None:
-    path, calls = EMBEDDED / "image_encoder.fp32.onnx", []
+    path, calls = GARMENTS / "image_encoder.fp32.onnx", []
     options = BuildOptions()
     build_engine(path, trt, options, progress=lambda *step: calls.append(step), capability=(8, 6))
     phases = {phase for phase, _, _ in calls}

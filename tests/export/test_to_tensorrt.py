@@ -11,11 +11,12 @@ from types import ModuleType
 
 import pytest
 
-from edgeclip.bundle import EMBEDDED, MANIFEST, Bundle
+from edgeclip.bundle import MANIFEST, Bundle
 from edgeclip.errors import BundleError
 from export import to_tensorrt
 from export.to_tensorrt import graph_files, main
 from tests.support.gpu import fake_tensorrt
+from tests.support.paths import GARMENTS
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def trt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def bundle(tmp_path: Path) -> Path:
     """Copy the embedded bundle, with a fused graph whose weights are in the image encoder's file."""
     path = tmp_path / "bundle"
-    shutil.copytree(EMBEDDED, path)
+    shutil.copytree(GARMENTS, path)
     shutil.copy(path / "image_encoder.fp32.onnx", path / "fused.fp32.onnx")
     Bundle.write_manifest(path, Bundle(path).manifest)
     return path
@@ -55,7 +56,7 @@ def test_every_graph_is_compiled_for_every_gpu(
 def test_options(trt: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "new" / "engines"
     options = ["--capability", "8.6", "120", "86", "--workspace", "64", "--max-batch", "4"]
-    assert main([str(EMBEDDED), "--precision", "fp32", *options, "-o", str(out)]) == 0
+    assert main([str(GARMENTS), "--precision", "fp32", *options, "-o", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == [
         f"{kind}.fp32.{gpu}.engine"
         for kind in ("image_encoder", "image_tokens", "text_encoder")
@@ -74,14 +75,14 @@ def test_graphs_that_fail(
     trt: ModuleType, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     trt._fake.refuses = "no kernel"
-    assert main([str(EMBEDDED), "--capability", "75", "86"]) == 1
+    assert main([str(GARMENTS), "--capability", "75", "86"]) == 1
     out, err = capsys.readouterr()
     assert out.count("fails") == 6  # three graphs, two GPUs
     lines = err.splitlines()
     assert len(lines) == 6
     assert lines[0] == (
         "error: image_encoder.fp32 for sm_75: tensorrt_rtx 1.7.1.116 cannot build "
-        f"{EMBEDDED / 'image_encoder.fp32.onnx'}: no kernel"
+        f"{GARMENTS / 'image_encoder.fp32.onnx'}: no kernel"
     )
     assert not caplog.records  # TensorRT's errors are in these lines
 
@@ -90,7 +91,7 @@ def test_a_limit_of_the_compiler_is_not_a_failure(
     trt: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trt._fake.refuses = "Cannot compile 'x' for Turing (SM75): FP32 GEMM is not supported."
-    assert main([str(EMBEDDED), "--capability", "75"]) == 0
+    assert main([str(GARMENTS), "--capability", "75"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert out.count("no fp32: sm_75 needs fp16 graphs in TensorRT-RTX") == 1
@@ -98,7 +99,7 @@ def test_a_limit_of_the_compiler_is_not_a_failure(
 
 def test_warnings_are_printed_once(trt: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     trt._fake.warns = "Profile kMAX values are not self-consistent"
-    assert main([str(EMBEDDED), "--capability", "86", "89"]) == 0
+    assert main([str(GARMENTS), "--capability", "86", "89"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "kMAX" in line]
     assert lines == [
         f"warning: {name}.fp32: TensorRT: Profile kMAX values are not self-consistent"
@@ -114,14 +115,14 @@ def test_warnings_are_printed_once(trt: ModuleType, capsys: pytest.CaptureFixtur
         (["--capability", "87"], "builds for SM75, SM80, SM86, SM89, SM120, SM121, not SM87"),
         (["--capability", "8x"], "expected a capability such as 86, got '8x'"),
         (["--max-batch", "0"], "expected a whole number from 1, got '0'"),
-        (["-o", str(EMBEDDED)], "exists: name another folder"),
+        (["-o", str(GARMENTS)], "exists: name another folder"),
     ],
 )
 def test_wrong_usage_is_one_line(
     options: list[str], message: str, trt: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        status = main([str(EMBEDDED), *options])
+        status = main([str(GARMENTS), *options])
     except SystemExit as err:  # from argparse
         status = err.code
     out, err = capsys.readouterr()
@@ -136,7 +137,7 @@ def test_without_tensorrt_rtx(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.module("tensorrt-10.3.0"))
-    assert main([str(EMBEDDED)]) == 2
+    assert main([str(GARMENTS)]) == 2
     assert capsys.readouterr().err == (
         "error: tensorrt_rtx is not installed: pip install 'edgeclip[tensorrt-rtx]'\n"
     )
@@ -146,7 +147,7 @@ def test_a_bundle_of_int8_alone(
     trt: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "bundle"
-    shutil.copytree(EMBEDDED, path)
+    shutil.copytree(GARMENTS, path)
     manifest = Bundle(path).manifest
     only = {"int8": manifest.precisions["int8"]}
     Bundle.write_manifest(path, dataclasses.replace(manifest, precisions=only))
@@ -173,5 +174,5 @@ def test_ctrl_c(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(to_tensorrt, "build_engine", stop)
-    assert main([str(EMBEDDED)]) == 130
+    assert main([str(GARMENTS)]) == 130
     assert capsys.readouterr().err == "interrupted\n"

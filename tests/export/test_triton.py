@@ -13,14 +13,13 @@ import onnxruntime
 import pytest
 
 import edgeclip
-from edgeclip.bundle import EMBEDDED
 from edgeclip.purify import CosPurifier
 from export import ExportError, triton
 from export.triton import main
-from tests.support.paths import EXAMPLES
+from tests.support.paths import EXAMPLES, GARMENTS
 
 LABELS = EXAMPLES / "labels.txt"
-SOURCE = str(EMBEDDED)
+SOURCE = str(GARMENTS)
 
 
 def schema() -> ModuleType:
@@ -107,7 +106,7 @@ def test_the_model_answers_as_the_runtime(
     )
     model = tmp_path / "deep" / "repo" / "edgeclip"
     purifier = CosPurifier(3, 0.1)
-    runtime = edgeclip.Runtime(EMBEDDED, device="cpu", precision="fp32", purify=purifier)
+    runtime = edgeclip.Runtime(GARMENTS, device="cpu", precision="fp32", purify=purifier)
     labels = runtime.labels(edgeclip.read_labels(LABELS), ["some {}"])
     session = onnxruntime.InferenceSession(model / "1" / "model.onnx")
     for batch in (1, 8):

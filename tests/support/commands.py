@@ -6,6 +6,8 @@ import pytest
 
 from edgeclip.cli.main import main
 
+BUNDLE = ("--bundle", "garments")  # of commands that read the pictures of garments in examples/
+
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Return exit status, stdout and stderr of a command run in this process."""
@@ -18,5 +20,5 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def errors(stderr: str) -> list[str]:
-    """Return the lines of stderr without the note about the embedded bundle."""
+    """Return the lines of stderr without notes."""
     return [line for line in stderr.splitlines() if not line.startswith("note: ")]

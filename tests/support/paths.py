@@ -5,4 +5,5 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
 EXAMPLES = ROOT / "examples"
+GARMENTS = ROOT / "edgeclip" / "bundles" / "fashion"
 VECTORS = TESTS / "vectors"

@@ -25,7 +25,7 @@ from edgeclip.cli.main import main
 from edgeclip.purify import CosPurifier
 from edgeclip.tools import golden
 from edgeclip.tools.build_engine import build, check
-from tests.support.paths import EXAMPLES
+from tests.support.paths import EXAMPLES, GARMENTS
 
 LABELS = ["bag", "ankle boot", "dress", "coat", "trouser"]
 COS = CosPurifier(steps=3, step_size=0.4)
@@ -56,14 +56,14 @@ def cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def device(request: pytest.FixtureRequest, home: Path) -> str:
     if request.param == "tensorrt":
         pytest.importorskip("tensorrt")
-        build(Bundle(), precision="fp32")
+        build(Bundle("garments"), precision="fp32")
     elif "cuda" not in available_devices():
         pytest.skip("needs onnxruntime-gpu")
     return str(request.param)
 
 
 def runtimes(device: str, **options: object) -> tuple[Runtime, Runtime]:
-    arguments = {"precision": "fp32", "purify": COS, **options}
+    arguments = {"bundle": "garments", "precision": "fp32", "purify": COS, **options}
     return Runtime(device=device, **arguments), Runtime(device="cpu", **arguments)
 
 
@@ -282,7 +282,7 @@ def test_bench_times_the_stages_on_the_gpu(device: str, capsys: pytest.CaptureFi
     settings = bench.Settings(
         image=(EXAMPLES / "bag.png").read_bytes(), batch_sizes=(1,), repeats=1
     )
-    report = bench.measure(str(Bundle().path), device, "fp32", settings)
+    report = bench.measure(GARMENTS, device, "fp32", settings)
     assert list(report["gpu_stages_ms"]) == ["preprocess", "encoder", "classify"]
     (heading, *lines) = bench._render_one(
         report | {"device": device, "precision": "fp32", "problem": ""}
@@ -314,7 +314,7 @@ def test_a_zero_embedding_is_an_error(device: str, monkeypatch: pytest.MonkeyPat
 
 def test_build_stores_an_engine_for_later_use(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt")
-    bundle = Bundle()
+    bundle = Bundle("garments")
     first = build(bundle, precision="fp32", options=BuildOptions(max_batch=2), force=True)
     assert first.is_new
     assert first.checked["top1_agreement"] == 1.0
@@ -323,13 +323,16 @@ def test_build_stores_an_engine_for_later_use(capsys: pytest.CaptureFixture[str]
     again = build(bundle, precision="fp32", options=BuildOptions(max_batch=2))
     assert not again.is_new
     assert again.path == first.path
-    rt = Runtime(purify="none")  # auto takes the engine
+    rt = Runtime("garments", purify="none")  # auto takes the engine
     assert (rt.device, rt.precision) == ("tensorrt", "fp32")
     assert rt.gpu.max_batch == 2
     ours, theirs = runtimes("tensorrt")
     images = [frame(9, 9, i) for i in range(5)]  # three batches
     check_same(ours.classify(images, LABELS), theirs.classify(images, LABELS))
-    assert main(["build", "--precision", "fp32", "--max-batch", "2", "--format", "json"]) == 0
+    assert (
+        main(["build", "garments", "--precision", "fp32", "--max-batch", "2", "--format", "json"])
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["engine"] == str(first.path)
     with pytest.raises(edgeclip.DeviceError, match="a TensorRT engine gives embeddings only"):
         rt.explain(EXAMPLES / "bag.png", "bag")
@@ -338,17 +341,17 @@ def test_build_stores_an_engine_for_later_use(capsys: pytest.CaptureFixture[str]
 def test_build_refuses_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt")
     with pytest.raises(edgeclip.DeviceError, match="int8 encoders are for ONNX Runtime on CPUs"):
-        build(Bundle(), precision="int8")
+        build(Bundle("garments"), precision="int8")
     with pytest.raises(edgeclip.DeviceError, match="has no fp16 encoders"):
-        build(Bundle(), precision="fp16")
+        build(Bundle("garments"), precision="fp16")
     with pytest.raises(ValueError, match="pictures and labels go together"):
-        build(Bundle(), labels=LABELS)
+        build(Bundle("garments"), labels=LABELS)
     assert main(["build", "no-such-bundle"]) == 2
     assert "is not a bundle" in capsys.readouterr().err
 
 
 def test_a_wrong_engine_is_refused(home: Path) -> None:
-    rt = Runtime(device="cpu", precision="fp32", purify="none")
+    rt = Runtime("garments", device="cpu", precision="fp32", purify="none")
 
     class WrongEncoder:
         """Encoder of mirrored images."""
@@ -357,9 +360,9 @@ def test_a_wrong_engine_is_refused(home: Path) -> None:
             return rt.encode(np.ascontiguousarray(inputs[..., ::-1]))
 
     with pytest.raises(edgeclip.DeviceError, match="engine is not the bundle's encoder"):
-        check(WrongEncoder(), Bundle(), "fp32")
+        check(WrongEncoder(), Bundle("garments"), "fp32")
     images = [EXAMPLES / f"{name}.png" for name in ("bag", "dress", "ankle-boot")]
-    actual = check(rt._image_encoder, Bundle(), "fp32", images, LABELS)
+    actual = check(rt._image_encoder, Bundle("garments"), "fp32", images, LABELS)
     assert actual["top1_agreement"] == 1.0
     assert actual["pictures"] == 3
 
@@ -370,12 +373,12 @@ def test_a_missing_engine_is_an_error_with_advice(
     trt = pytest.importorskip("tensorrt")
     monkeypatch.setenv("EDGECLIP_CACHE", str(tmp_path))
     with pytest.raises(edgeclip.DeviceError, match=r"no TensorRT engine of .*: run edgeclip build"):
-        Runtime(device="tensorrt")
-    assert EngineCache().latest(image_engine_key(Bundle(), "fp32", trt)) is None
+        Runtime("garments", device="tensorrt")
+    assert EngineCache().latest(image_engine_key(Bundle("garments"), "fp32", trt)) is None
 
 
 def test_doctor_reports_the_device(device: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--device", device, "--format", "json"]) == 0
+    assert main(["doctor", "garments", "--device", device, "--format", "json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["device_used"] == device
     assert any(line.startswith(f"{device} fp32: works") for line in report["devices"])

@@ -18,6 +18,7 @@ import pybind11
 import pytest
 
 import edgeclip
+from tests.support.commands import BUNDLE
 from tests.support.compilers import CPU_SOURCES
 from tests.support.paths import ROOT
 
@@ -108,7 +109,17 @@ RUN = (
 
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
 def test_a_missing_driver_is_one_line(core: Path, device: str) -> None:
-    command = ["-c", RUN, "classify", "examples/bag.png", "--label", "bag", "--device", device]
+    command = [
+        "-c",
+        RUN,
+        "classify",
+        "examples/bag.png",
+        *BUNDLE,
+        "--label",
+        "bag",
+        "--device",
+        device,
+    ]
     output = emulated(core, command, "tensorrt-10.3.0", EDGECLIP_SHIM_NO_GPU="1")
     *_, line, status = output.splitlines()
     assert status == "exit status 2"
@@ -118,7 +129,17 @@ def test_a_missing_driver_is_one_line(core: Path, device: str) -> None:
 
 
 def test_auto_falls_back_to_the_cpu_with_a_warning(core: Path) -> None:
-    command = ["-c", RUN, "classify", "examples/bag.png", "--label", "bag", "--format", "csv"]
+    command = [
+        "-c",
+        RUN,
+        "classify",
+        "examples/bag.png",
+        *BUNDLE,
+        "--label",
+        "bag",
+        "--format",
+        "csv",
+    ]
     output = emulated(core, command, "tensorrt-10.3.0", EDGECLIP_SHIM_NO_GPU="1")
     assert "no CUDA-capable device is detected; using cpu" in output
     assert output.endswith("exit status 0")
@@ -126,7 +147,7 @@ def test_auto_falls_back_to_the_cpu_with_a_warning(core: Path) -> None:
 
 def test_a_failed_capture_is_logged_and_harmless(core: Path, tmp_path: Path) -> None:
     cache = {"EDGECLIP_CACHE": str(tmp_path), "EDGECLIP_SHIM_NO_CAPTURE": "1"}
-    command = ["-c", RUN, "build", "--precision", "fp32"]
+    command = ["-c", RUN, "build", "garments", "--precision", "fp32"]
     output = emulated(core, command, "tensorrt-10.3.0", **cache)
     assert output.endswith("exit status 0"), output
     assert "no CUDA graph was captured" in output

@@ -20,6 +20,7 @@ from onnx import numpy_helper
 import edgeclip
 from edgeclip.backends.golden_values import largest_distance
 from edgeclip.bundle import Bundle
+from tests.support.paths import GARMENTS
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("qemu-x86_64") is None,
@@ -68,7 +69,7 @@ def embeddings(
 
 @pytest.fixture
 def folder(tmp_path: Path, fashion: tuple[np.ndarray, np.ndarray]) -> Path:
-    runtime = edgeclip.Runtime(precision="fp32", purify="none")
+    runtime = edgeclip.Runtime("garments", precision="fp32", purify="none")
     pixels = runtime.preprocess(list(fashion[0][:IMAGES]))
     np.savez(tmp_path / "inputs.npz", image=pixels, text=runtime.tokenize(PROMPTS))
     return tmp_path
@@ -76,7 +77,7 @@ def folder(tmp_path: Path, fashion: tuple[np.ndarray, np.ndarray]) -> Path:
 
 @pytest.mark.parametrize("cpu", ["Haswell", pytest.param("Nehalem", marks=pytest.mark.slow)])
 def test_int8_is_the_same_without_vnni(folder: Path, cpu: str) -> None:
-    here, there = embeddings(Bundle().path, folder), embeddings(Bundle().path, folder, cpu)
+    here, there = embeddings(GARMENTS, folder), embeddings(GARMENTS, folder, cpu)
     for name, rows in there.items():
         assert largest_distance(rows, here[name]) < (1e-5 if "fp32" in name else 5e-3), name
     for kind, limit in (("image", 0.02), ("text", 0.07)):
@@ -86,7 +87,7 @@ def test_int8_is_the_same_without_vnni(folder: Path, cpu: str) -> None:
 def test_eight_bit_weights_saturate(folder: Path) -> None:
     """Check that the test above would fail for weights of eight bits."""
     copy = folder / "bundle"
-    shutil.copytree(Bundle().path, copy)
+    shutil.copytree(GARMENTS, copy)
     path = copy / "image_encoder.int8.onnx"
     model = onnx.load(path)
     arrays = {t.name: t for t in model.graph.initializer}

@@ -14,6 +14,7 @@ from edgeclip.backends import select
 from edgeclip.backends.engine_cache import BuildOptions, EngineCache, EngineKey
 from edgeclip.bundle import Bundle
 from edgeclip.cli.main import main
+from tests.support.commands import BUNDLE
 from tests.support.paths import EXAMPLES
 
 
@@ -34,7 +35,7 @@ ORDER = ["tensorrt", "cuda", "cpu"]
 
 
 def open_auto() -> select.ImageSide:
-    return select.open_image_side(Bundle(), "auto", "auto", batch_size=1, threads=1)
+    return select.open_image_side(Bundle("garments"), "auto", "auto", batch_size=1, threads=1)
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
@@ -75,11 +76,11 @@ def test_a_broken_driver_is_a_device_error(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(_core, "cuda_built", lambda: True)
     monkeypatch.setattr(_core, "cuda_device", broken, raising=False)
     with pytest.raises(DeviceError, match="do not work here: no CUDA-capable device"):
-        select.open_image_side(Bundle(), "cuda", "auto", batch_size=1, threads=1)
+        select.open_image_side(Bundle("garments"), "cuda", "auto", batch_size=1, threads=1)
 
 
 def test_stored_engines_belong_to_the_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle, cache = Bundle(), EngineCache()
+    bundle, cache = Bundle("garments"), EngineCache()
     cache.save(key(("another graph",)), b"engine", {"golden": 0.0})
     engine = cache.save(key(select.graph_hashes(bundle, "fp32")), b"own engine", {"golden": 0.0})
     monkeypatch.setattr(select._core, "cuda_built", lambda: True)
@@ -104,7 +105,7 @@ def test_the_latest_engine_ignores_options(caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.skipif(_core.cuda_built(), reason="needs an extension without CUDA")
-@pytest.mark.parametrize("command", [["classify", BAG, "--label", "bag"], ["doctor"]])
+@pytest.mark.parametrize("command", [["classify", BAG, *BUNDLE, "--label", "bag"], ["doctor"]])
 def test_tensorrt_without_cuda_is_a_line(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,12 +19,12 @@ from onnx import TensorProto, helper
 from edgeclip.backends import engine_cache, tensorrt_module
 from edgeclip.backends.engine_cache import BuildOptions, Gpu
 from edgeclip.backends.tensorrt_builder import build_engine, engine_key
-from edgeclip.bundle import EMBEDDED
 from edgeclip.errors import DeviceError
 from tests.support.gpu import fake_tensorrt
 from tests.support.models.schema1 import schema1_bundle
+from tests.support.paths import GARMENTS
 
-IMAGE = EMBEDDED / "image_encoder.fp32.onnx"
+IMAGE = GARMENTS / "image_encoder.fp32.onnx"
 ORIN = Gpu("Orin", (8, 7))
 STANDARD = [name for name in fake_tensorrt.surfaces() if name.startswith("tensorrt-")]
 RTX = [name for name in fake_tensorrt.surfaces() if name.startswith("tensorrt_rtx-")]
@@ -194,7 +194,7 @@ def test_kernel_timings_are_cached(name: str, tmp_path: Path) -> None:
     path = tmp_path / "new" / "orin.timings"
     trt = fake_tensorrt.module(name)
     assert built(trt, IMAGE, timing_cache=path)["known_timings"] == ""
-    text = EMBEDDED / "text_encoder.fp32.onnx"
+    text = GARMENTS / "text_encoder.fp32.onnx"
     assert built(trt, text, timing_cache=path)["known_timings"] == f"{IMAGE.name}\n"
     after = built(trt, IMAGE, timing_cache=path)["known_timings"]
     assert after == f"{IMAGE.name}\n{text.name}\n"
@@ -290,7 +290,7 @@ def test_unsupported_operators_are_one_line(trt: ModuleType, graph_of: ONNX) -> 
 
 def test_files_that_are_not_onnx(jetpack: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match=r"golden.npz: .*MODEL_DESERIALIZE_FAILED"):
-        build_engine(EMBEDDED / "golden.npz", jetpack, BuildOptions())
+        build_engine(GARMENTS / "golden.npz", jetpack, BuildOptions())
     with pytest.raises(DeviceError, match=r"none.onnx does not exist"):
         build_engine(tmp_path / "none.onnx", jetpack, BuildOptions())
 

@@ -25,7 +25,7 @@ from edgeclip.backends.trials import Trial, best
 from edgeclip.bundle import Bundle
 from edgeclip.cli.main import main
 from edgeclip.storage import sha256
-from tests.support.paths import EXAMPLES
+from tests.support.paths import EXAMPLES, GARMENTS
 
 BAG = str(EXAMPLES / "bag.png")
 
@@ -85,7 +85,7 @@ def spoil(bundle: Path, file: str) -> Path:
 @pytest.fixture
 def copy(tmp_path: Path, fresh: Callable[[], None]) -> Path:
     folder = tmp_path / "bundle"
-    shutil.copytree(Bundle().path, folder)
+    shutil.copytree(GARMENTS, folder)
     return folder
 
 
@@ -170,7 +170,7 @@ def test_auto_takes_the_fastest_by_a_margin(
     fresh: Callable[[], None], times: dict[str, float], fp32: float, int8: float, expected: str
 ) -> None:
     times.update(fp32=fp32, int8=int8)
-    assert Runtime().precision == expected
+    assert Runtime("garments").precision == expected
 
 
 def test_best_of_trials() -> None:
@@ -191,23 +191,23 @@ def test_a_trial_is_cached(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    Runtime(precision="fp32")
+    Runtime("garments", precision="fp32")
     assert runs == ["fp32"]
-    assert Runtime().precision == "int8"
+    assert Runtime("garments").precision == "int8"
     assert runs == ["fp32", "fp32", "int8"]  # fp32 again, now timed
     monkeypatch.setattr(trials, "_memory", {})
     for precision in ("auto", "fp32", "int8"):
-        Runtime(precision=precision)
+        Runtime("garments", precision=precision)
     assert len(runs) == 3  # as in another process, which reads the cache
     # Each part of the key requires a new trial.
     ort = trials.import_onnxruntime()
     monkeypatch.setattr(ort, "__version__", "9.9.9")
-    Runtime()
+    Runtime("garments")
     monkeypatch.setattr(host, "processor", lambda: "another")
-    Runtime()
-    Runtime(threads=1)
+    Runtime("garments")
+    Runtime("garments", threads=1)
     other = tmp_path / "other"
-    shutil.copytree(Bundle().path, other)
+    shutil.copytree(GARMENTS, other)
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"description": "another"}))
     Runtime(other)
@@ -221,17 +221,17 @@ def test_a_trial_is_cached(
 def test_a_damaged_file_is_replaced_by_a_new_trial(
     fresh: Callable[[], None], runs: list[str], cache: Path, content: bytes | None
 ) -> None:
-    Runtime(precision="fp32")
+    Runtime("garments", precision="fp32")
     (file,) = (cache / "trials").iterdir()
     if content is None:  # the key is valid, a value is not
         document = json.loads(file.read_text())
         content = json.dumps(document | {"trials": {"fp32": {"problem": 3, "ms": "x"}}}).encode()
     file.write_bytes(content)
     fresh()
-    Runtime(precision="fp32")
+    Runtime("garments", precision="fp32")
     assert len(runs) == 2
     fresh()
-    Runtime(precision="fp32")
+    Runtime("garments", precision="fp32")
     assert len(runs) == 2
 
 
@@ -243,7 +243,7 @@ def test_an_unwritable_cache_is_logged(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EDGECLIP_CACHE", str(tmp_path / "file" / "cache"))
-    Runtime(precision="fp32")
+    Runtime("garments", precision="fp32")
     assert "cannot cache the trials of precisions" in caplog.text
     assert "set EDGECLIP_CACHE" in caplog.text
 
@@ -264,12 +264,12 @@ def test_a_failure_is_not_cached(
         return embed(encoder, inputs)
 
     monkeypatch.setattr(OnnxEncoder, "embed", no_memory)
-    assert Runtime().precision == "fp32"
+    assert Runtime("garments").precision == "fp32"
     assert "not using int8 on this cpu: out of memory" in caplog.text
     (file,) = (cache / "trials").iterdir()
     assert json.loads(file.read_text())["trials"].keys() == {"fp32"}
     monkeypatch.setattr(OnnxEncoder, "embed", embed)
-    assert Runtime().precision == "int8"
+    assert Runtime("garments").precision == "int8"
     assert runs == ["fp32", "int8", "int8"]
 
 
@@ -290,13 +290,15 @@ def test_auto_rejects_a_precision_that_does_not_load(
 
 def test_threads_share_a_trial(fresh: Callable[[], None], runs: list[str]) -> None:
     with ThreadPoolExecutor(4) as pool:
-        opened = list(pool.map(lambda name: Runtime(precision=name), ["auto", "fp32"] * 4))
+        opened = list(
+            pool.map(lambda name: Runtime("garments", precision=name), ["auto", "fp32"] * 4)
+        )
     assert len({runtime.precision for runtime in opened[::2]}) == 1
     assert len(runs) <= 3
 
 
 def test_a_limit_follows_the_distance_measured_at_export() -> None:
-    manifest = Bundle().manifest
+    manifest = Bundle("garments").manifest
     parity = manifest.precisions["int8"].parity
     for kind, largest in (("image", 0.05), ("text", 0.142)):
         assert embedding_limit(manifest, "fp32", kind) == 1e-4
@@ -322,7 +324,7 @@ def test_a_first_trial_is_logged(
     fresh: Callable[[], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "edgeclip.backends.trials")
-    Runtime()
+    Runtime("garments")
     assert "trying fp32 and int8 on this machine, once" in caplog.text
 
 
@@ -332,9 +334,9 @@ def test_clearing_the_cache_deletes_trials(
     cache: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Runtime(precision="fp32")
+    Runtime("garments", precision="fp32")
     assert main(["cache", "--clear", "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["freed_bytes"] > 0
     assert not list((cache / "trials").iterdir())
-    Runtime(precision="fp32")
+    Runtime("garments", precision="fp32")
     assert len(runs) == 2

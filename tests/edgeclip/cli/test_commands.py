@@ -18,13 +18,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from edgeclip import Runtime
-from edgeclip.bundle import EMBEDDED
 from edgeclip.progress import text_progress
-from tests.support.commands import errors, run
-from tests.support.paths import EXAMPLES
+from tests.support.commands import BUNDLE, errors, run
+from tests.support.paths import EXAMPLES, GARMENTS
 
 BAG = str(EXAMPLES / "bag.png")
-LABELS = ["--labels", str(EXAMPLES / "labels.txt")]
+LABELS = [*BUNDLE, "--labels", str(EXAMPLES / "labels.txt")]
 
 
 def test_json_lines_when_piped(capsys: pytest.CaptureFixture[str], labels: list[str]) -> None:
@@ -66,7 +65,7 @@ def test_other_formats(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_labels_on_the_command_line_and_templates(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["classify", BAG, "--label", "handbag", "--label", "ankle boot"]
+    arguments = ["classify", BAG, *BUNDLE, "--label", "handbag", "--label", "ankle boot"]
     status, out, _ = run(capsys, *arguments, "--template", "my {}", "--template", "a {}.")
     assert status == 0
     assert json.loads(out)["predictions"][0]["label"] == "handbag"
@@ -98,18 +97,24 @@ def test_labels_on_the_command_line_and_templates(capsys: pytest.CaptureFixture[
         (["classify", BAG, *LABELS, "--threads", "5000"], "a whole number up to 1024"),
         (["classify", BAG, *LABELS, "--batch-size", "100000000"], "a whole number up to 4096"),
         (["classify", BAG, *LABELS, "--purify", "cos", "--steps", "10001"], "up to 10000"),
-        (["classify", BAG, "--label", "caf\udce9"], "is not valid text"),
+        (["classify", BAG, *BUNDLE, "--label", "caf\udce9"], "is not valid text"),
         (["classify", BAG, *LABELS, "--template", "x" * 5000], "has no {}"),
         (["embed"], "either images or --text"),
         (["embed", BAG, "--text", "x"], "either images or --text"),
-        (["embed", BAG, "-o", "/nowhere/x.npz"], "/nowhere/x.npz: No such file"),
-        (["embed", BAG, "-o", ""], "error: "),
+        (["embed", BAG, *BUNDLE, "-o", "/nowhere/x.npz"], "/nowhere/x.npz: No such file"),
+        (["embed", BAG, *BUNDLE, "-o", ""], "error: "),
         (["explain"], "required: IMAGE, --label, -o/--output"),
         (["explain", BAG, "--label", "x"], "required: -o/--output"),
         (["explain", BAG, "--label", "x", "-o", "x"], "cannot write images of the kind ''"),
         (["explain", BAG, "--label", "x", "-o", "x.psd"], "the kind '.psd'; try .png"),
-        (["explain", BAG, "--label", "x", "-o", "/nowhere/x.png"], "/nowhere/x.png: No such file"),
-        (["explain", BAG, "--label", "", "-o", "/tmp/x.png"], "a label, or one of its prompts"),
+        (
+            ["explain", BAG, *BUNDLE, "--label", "x", "-o", "/nowhere/x.png"],
+            "/nowhere/x.png: No such file",
+        ),
+        (
+            ["explain", BAG, *BUNDLE, "--label", "", "-o", "/tmp/x.png"],
+            "a label, or one of its prompts",
+        ),
         (["explain", BAG, "--label", "x", "--label", "y", "-o", "x.png"], "takes one --label"),
         (["explain", BAG, "--label", "x", "--template", "y", "-o", "x.png"], "has no {}"),
         (["explain", BAG, BAG, BAG, "--label", "x", "-o", "x.png"], "unrecognized arguments"),
@@ -129,7 +134,7 @@ def test_wrong_usage_is_one_line_and_status_2(
 
 
 def test_spoiled_bundles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bundle = Path(shutil.copytree(EMBEDDED, tmp_path / "bundle"))
+    bundle = Path(shutil.copytree(GARMENTS, tmp_path / "bundle"))
     manifest = bundle / "manifest.json"
     text = manifest.read_text()
     encoder = bundle / "image_encoder.int8.onnx"
@@ -154,7 +159,7 @@ def test_spoiled_bundles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_10_000_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "labels.txt"
     path.write_text("".join(f"thing {i}\n" for i in range(9_999)) + "bag\n")
-    arguments = ["classify", BAG, "--labels", str(path), "--template", "{}"]
+    arguments = ["classify", BAG, *BUNDLE, "--labels", str(path), "--template", "{}"]
     status, out, _ = run(capsys, *arguments, "--top-k", "10000")
     assert status == 0
     predictions = json.loads(out)["predictions"]
@@ -163,24 +168,24 @@ def test_10_000_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_one_label(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run(capsys, "classify", BAG, "--label", "anything")
+    status, out, err = run(capsys, "classify", BAG, *BUNDLE, "--label", "anything")
     assert status == 0
     assert json.loads(out)["predictions"] == [{"label": "anything", "score": 1.0, "index": 0}]
     note = "note: a single label always scores 100 %; add others to compare it with"
     assert [line.startswith(note) for line in err.splitlines()].count(True) == 1
-    two = run(capsys, "classify", BAG, "--label", "anything", "--label", "something else")
+    two = run(capsys, "classify", BAG, *BUNDLE, "--label", "anything", "--label", "else")
     assert note not in two[2]
 
 
-def test_a_note_names_the_embedded_bundle(
+def test_a_note_names_the_demonstration_bundle(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = shutil.copytree(EMBEDDED, tmp_path / "copy")
+    copy = shutil.copytree(GARMENTS, tmp_path / "copy")
     picture = str(tmp_path / "out.png")
     for command in (
         ["classify", BAG, *LABELS],
-        ["embed", BAG],
-        ["explain", BAG, "--label", "bag", "-o", picture],
+        ["embed", BAG, *BUNDLE],
+        ["explain", BAG, *BUNDLE, "--label", "bag", "-o", picture],
     ):
         status, out, err = run(capsys, *command, "--precision", "fp32")
         assert status == 0
@@ -191,7 +196,7 @@ def test_a_note_names_the_embedded_bundle(
 
 
 def test_nothing_is_said_of_one_label_in_code(capfd: pytest.CaptureFixture[str]) -> None:
-    assert Runtime(labels=["anything"]).classify(BAG)[0].score == 1
+    assert Runtime("garments", labels=["anything"]).classify(BAG)[0].score == 1
     assert "one label" not in "".join(capfd.readouterr())
 
 
@@ -210,7 +215,7 @@ def test_purification_options(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_embed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "e.npz"
-    status, _, _ = run(capsys, "embed", BAG, "missing.png", "-o", str(path))
+    status, _, _ = run(capsys, "embed", BAG, "missing.png", *BUNDLE, "-o", str(path))
     assert status == 1
     with np.load(path) as arrays:
         assert arrays["images"].tolist() == [BAG]
@@ -218,15 +223,25 @@ def test_embed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert [p.name for p in tmp_path.iterdir()] == ["e.npz"]
         np.testing.assert_allclose(np.linalg.norm(arrays["embeddings"], axis=1), 1, atol=1e-6)
         expected = arrays["embeddings"][0]
-    _, out, _ = run(capsys, "embed", BAG)
+    _, out, _ = run(capsys, "embed", BAG, *BUNDLE)
     np.testing.assert_allclose(json.loads(out)["embedding"], expected, atol=1e-6)
-    _, out, _ = run(capsys, "embed", "--text", "a coat", "--text", "ein Mantel")
+    _, out, _ = run(capsys, "embed", *BUNDLE, "--text", "a coat", "--text", "ein Mantel")
     assert [json.loads(line)["text"] for line in out.splitlines()] == ["a coat", "ein Mantel"]
 
 
 def test_explain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.PNG"
-    arguments = ["explain", BAG, "--label", " bag ", "--template", "my {}", "-o", str(path)]
+    arguments = [
+        "explain",
+        BAG,
+        *BUNDLE,
+        "--label",
+        " bag ",
+        "--template",
+        "my {}",
+        "-o",
+        str(path),
+    ]
     status, out, err = run(capsys, *arguments)
     assert status == 0
     assert errors(err) == []
@@ -245,7 +260,7 @@ def test_explain_a_pair(
 ) -> None:
     path = tmp_path / "pair.jpg"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(BAG).read_bytes())))
-    arguments = ["--label", "bag", "-o", str(path)]
+    arguments = [*BUNDLE, "--label", "bag", "-o", str(path)]
     status, out, _ = run(capsys, "explain", BAG, "-", *arguments)
     assert status == 0
     report = json.loads(out)
@@ -266,7 +281,7 @@ def test_explain_leaves_what_was_there_where_it_fails(
 ) -> None:
     path = tmp_path / "out.png"
     path.write_text("before")
-    bundle = Path(shutil.copytree(EMBEDDED, tmp_path / "bundle"))
+    bundle = Path(shutil.copytree(GARMENTS, tmp_path / "bundle"))
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"tokens": None}))
     for arguments, message in (
@@ -274,7 +289,9 @@ def test_explain_leaves_what_was_there_where_it_fails(
         ([str(EXAMPLES)], f"{EXAMPLES}: no images in this directory"),
         ([BAG, "--bundle", str(bundle)], "export a ViT, or a convolutional model from timm"),
     ):
-        status, out, err = run(capsys, "explain", *arguments, "--label", "bag", "-o", str(path))
+        status, out, err = run(
+            capsys, "explain", *BUNDLE, *arguments, "--label", "bag", "-o", str(path)
+        )
         assert status == 2
         assert out == ""
         (line,) = errors(err)

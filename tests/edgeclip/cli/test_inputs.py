@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.support.commands import errors, run
+from tests.support.commands import BUNDLE, errors, run
 from tests.support.paths import EXAMPLES
 
 BAG = str(EXAMPLES / "bag.png")
-LABELS = ["--labels", str(EXAMPLES / "labels.txt")]
+LABELS = [*BUNDLE, "--labels", str(EXAMPLES / "labels.txt")]
 
 
 def test_directories_globs_and_stdin(
@@ -152,12 +152,12 @@ def test_labels_that_cannot_be_told_apart(
 ) -> None:
     for labels in (["Trousers", "trousers"], ["caf\u00e9", "cafe\u0301"]):
         arguments = [word for label in labels for word in ("--label", label)]
-        status, out, err = run(capsys, "classify", BAG, *arguments)
+        status, out, err = run(capsys, "classify", BAG, *BUNDLE, *arguments)
         assert (status, out) == (2, "")
         (line,) = errors(err)
         assert line.startswith(f"error: labels {labels[0]!r} and {labels[1]!r} cannot be told")
     (tmp_path / "labels.txt").write_text("bag | a sketch of a {}\ndress | a sketch of a {}\n")
-    status, out, _ = run(capsys, "classify", BAG, "--labels", str(tmp_path / "labels.txt"))
+    status, out, _ = run(capsys, "classify", BAG, *BUNDLE, "--labels", str(tmp_path / "labels.txt"))
     assert status == 0
     assert len({p["score"] for p in json.loads(out)["predictions"]}) == 2
 
@@ -169,7 +169,7 @@ def test_labels_and_templates_from_stdin(
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
         return run(capsys, *arguments)
 
-    status, out, _ = said(b"dress\nbag\n", "classify", BAG, "--labels", "-")
+    status, out, _ = said(b"dress\nbag\n", "classify", BAG, *BUNDLE, "--labels", "-")
     assert status == 0
     assert json.loads(out)["predictions"][0]["label"] == "bag"
     templates = said(b"my {}\na {}.\n", "classify", BAG, *LABELS, "--template", "-")
@@ -194,7 +194,7 @@ def test_labels_and_templates_from_stdin(
 
 def test_labels_and_templates_of_another_process() -> None:
     command = (
-        f"{sys.executable} -m edgeclip classify {BAG} --labels <(printf 'dress\\nbag\\n') "
+        f"{sys.executable} -m edgeclip classify {BAG} --bundle garments --labels <(printf 'dress\\nbag\\n') "
         "--template <(echo 'a sketch of a {}')"
     )
     found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

@@ -10,19 +10,19 @@ import pytest
 
 from edgeclip import _core
 from edgeclip.text.cache import FILE
-from tests.support.commands import errors, run
+from tests.support.commands import BUNDLE, errors, run
 from tests.support.paths import EXAMPLES
 
 BAG = str(EXAMPLES / "bag.png")
-LABELS = ["--labels", str(EXAMPLES / "labels.txt")]
+LABELS = [*BUNDLE, "--labels", str(EXAMPLES / "labels.txt")]
 
 
 def test_info_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, "info", "--format", "table")
+    status, out, _ = run(capsys, "info", "garments", "--format", "table")
     assert status == 0
     assert "28 x 28" in out
-    assert json.loads(run(capsys, "info")[1])["embedding"] == 128
-    status, out, err = run(capsys, "doctor")
+    assert json.loads(run(capsys, "info", "garments")[1])["embedding"] == 128
+    status, out, err = run(capsys, "doctor", "garments")
     assert status == 0, err
     report = json.loads(out)
     assert report["problem"] == ""

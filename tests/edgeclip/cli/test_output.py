@@ -22,11 +22,11 @@ import pytest
 from PIL import Image
 
 import edgeclip
-from edgeclip.bundle import EMBEDDED
 from edgeclip.cli.main import main
 from edgeclip.json_output import show_json, to_json
 from edgeclip.tools import build_engine
-from tests.support.paths import EXAMPLES
+from tests.support.commands import BUNDLE
+from tests.support.paths import EXAMPLES, GARMENTS
 
 BAG = EXAMPLES / "bag.png"
 DRESS = EXAMPLES / "dress.png"
@@ -48,7 +48,7 @@ def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[b
 
 def outputs(command: str, given: Path) -> list[object]:
     """Return arguments of a command with -o that reads `given`."""
-    return [command, given, *(["--label", "bag"] if command == "explain" else []), "-o"]
+    return [command, given, *BUNDLE, *(["--label", "bag"] if command == "explain" else []), "-o"]
 
 
 @pytest.fixture
@@ -87,14 +87,14 @@ def test_no_other_input_is_overwritten(
 ) -> None:
     templates = tmp_path / "templates.png"
     templates.write_text("a {}\n")
-    bundle = Path(shutil.copytree(EMBEDDED, tmp_path / "bundle"))
+    bundle = Path(shutil.copytree(GARMENTS, tmp_path / "bundle"))
     for arguments, output in (
-        (["explain", BAG, picture, "--label", "bag"], picture),
-        (["explain", BAG, "--label", "bag", "--template", templates], templates),
-        (["embed", BAG, picture], picture),
-        (["embed", tmp_path], picture),
-        (["embed", BAG, "--bundle", bundle], bundle / "golden.npz"),
-        (["embed", "--text", "x", "--bundle", bundle], bundle / "manifest.json"),
+        (["explain", *BUNDLE, BAG, picture, "--label", "bag"], picture),
+        (["explain", *BUNDLE, BAG, "--label", "bag", "--template", templates], templates),
+        (["embed", *BUNDLE, BAG, picture], picture),
+        (["embed", *BUNDLE, tmp_path], picture),
+        (["embed", *BUNDLE, BAG, "--bundle", bundle], bundle / "golden.npz"),
+        (["embed", *BUNDLE, "--text", "x", "--bundle", bundle], bundle / "manifest.json"),
     ):
         before = output.read_bytes()
         status, _, (error,) = run(capsys, *arguments, "-o", output)
@@ -105,7 +105,7 @@ def test_no_other_input_is_overwritten(
 
 def test_standard_input_is_not_overwritten(picture: Path) -> None:
     with open(picture, "rb") as file:
-        found = process("explain", "-", "--label", "bag", "-o", picture, stdin=file)
+        found = process("explain", *BUNDLE, "-", "--label", "bag", "-o", picture, stdin=file)
     assert found.returncode == 2
     assert b"would destroy the input standard input" in found.stderr
     assert picture.read_bytes() == BAG.read_bytes()
@@ -115,7 +115,7 @@ def test_standard_input_is_not_overwritten(picture: Path) -> None:
 
 
 def test_embeddings_on_stdout() -> None:
-    found = process("embed", BAG, "missing.png", DRESS, "-o", "-")
+    found = process("embed", *BUNDLE, BAG, "missing.png", DRESS, "-o", "-")
     assert found.returncode == 1
     assert b"error: missing.png: no such file\n" in found.stderr
     with np.load(io.BytesIO(found.stdout)) as arrays:
@@ -125,7 +125,7 @@ def test_embeddings_on_stdout() -> None:
 
 @pytest.mark.parametrize("name", ["-", "/dev/stdout", "/proc/self/fd/1"])
 def test_a_picture_on_stdout_is_alone_there(name: str, tmp_path: Path) -> None:
-    command = ["explain", BAG, "--label", "bag", "--format", "json", "-o", name]
+    command = ["explain", *BUNDLE, BAG, "--label", "bag", "--format", "json", "-o", name]
     piped = process(*command)
     with open(tmp_path / "file", "w+b") as file:
         subprocess.run(
@@ -147,7 +147,7 @@ def test_a_fifo_gets_the_picture_and_stays(tmp_path: Path) -> None:
     """Write pictures to a pipe, also as TIFF, whose writer seeks."""
     reference, fifo = tmp_path / "picture.tif", tmp_path / "fifo.tif"
     os.mkfifo(fifo)
-    command = ["explain", str(BAG), "--label", "bag", "-o"]
+    command = ["explain", *BUNDLE, str(BAG), "--label", "bag", "-o"]
     assert main([*command, str(reference)]) == 0
     found: list[bytes] = []
     reader = threading.Thread(target=lambda: found.append(fifo.read_bytes()), daemon=True)
@@ -182,7 +182,7 @@ def test_a_terminal_gets_no_binary_data(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    status, out, (error,) = run(capsys, "embed", BAG, "-o", "-")
+    status, out, (error,) = run(capsys, "embed", *BUNDLE, BAG, "-o", "-")
     assert (status, out) == (2, "")
     assert error == "error: -o - would write binary data to the terminal: redirect it"
 
@@ -273,14 +273,14 @@ def raw_picture(tmp_path: Path) -> Path:
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     """Return a bundle whose folder and description are not ASCII."""
-    folder = Path(shutil.copytree(EMBEDDED, tmp_path / TEXT))
+    folder = Path(shutil.copytree(GARMENTS, tmp_path / TEXT))
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"description": TEXT}))
     return folder
 
 
 def test_classify(encoding: str, raw_picture: Path) -> None:
-    command = ["classify", raw_picture, "--label", TEXT, "--format"]
+    command = ["classify", *BUNDLE, raw_picture, "--label", TEXT, "--format"]
     (answer,) = parsed(written(encoding, [*command, "json"]))
     assert answer == parsed(written(encoding, [*command, "jsonl"]))
     assert os.fsencode(answer["image"]) == os.fsencode(raw_picture)
@@ -292,21 +292,23 @@ def test_classify(encoding: str, raw_picture: Path) -> None:
 
 
 def test_tables_stay_in_the_locales_encoding(raw_picture: Path) -> None:
-    command = ["classify", raw_picture, "--label", TEXT, "--format", "table"]
+    command = ["classify", *BUNDLE, raw_picture, "--label", TEXT, "--format", "table"]
     lines = written("latin-1", command).decode("latin-1").splitlines()
     assert lines[0].endswith("caf\\udce9 \\udcff.png")
     assert lines[1].endswith("café \\U0001f600")
 
 
 def test_embed(encoding: str, raw_picture: Path) -> None:
-    assert parsed(written(encoding, ["embed", "--text", TEXT]))["text"] == TEXT
-    record = parsed(written(encoding, ["embed", raw_picture]))
+    assert parsed(written(encoding, ["embed", *BUNDLE, "--text", TEXT]))["text"] == TEXT
+    record = parsed(written(encoding, ["embed", *BUNDLE, raw_picture]))
     assert os.fsencode(record["image"]) == os.fsencode(raw_picture)
 
 
 def test_explain(encoding: str, raw_picture: Path) -> None:
     output = raw_picture.with_name(f"out {raw_picture.name}")
-    report = parsed(written(encoding, ["explain", raw_picture, "--label", TEXT, "-o", output]))
+    report = parsed(
+        written(encoding, ["explain", *BUNDLE, raw_picture, "--label", TEXT, "-o", output])
+    )
     assert report["label"] == TEXT
     assert os.fsencode(report["images"][0]) == os.fsencode(raw_picture)
     assert os.fsencode(report["output"]) == os.fsencode(output)
@@ -316,7 +318,7 @@ def test_explain(encoding: str, raw_picture: Path) -> None:
 def test_explain_on_stderr(raw_picture: Path) -> None:
     """Write valid JSON to stderr beside a picture on stdout."""
     environment = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
-    command = ["explain", raw_picture, "--label", TEXT, "-o", "-"]
+    command = ["explain", *BUNDLE, raw_picture, "--label", TEXT, "-o", "-"]
     found = process(*command, env=environment)
     assert found.returncode == 0
     assert parsed(found.stderr[found.stderr.index(b"{\n") :])["label"] == TEXT
@@ -357,7 +359,7 @@ def test_whole_process_in_another_locale(locale: str, tmp_path: Path) -> None:
     picture = os.fsencode(tmp_path) + b"/" + RAW
     shutil.copy(BAG, picture)
     environment = os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, "-m", "edgeclip", "classify", picture, "--labels", labels]
+    command = [sys.executable, "-m", "edgeclip", "classify", *BUNDLE, picture, "--labels", labels]
     found = subprocess.run(command, capture_output=True, check=False, env=environment)
     assert found.returncode == 0, found.stderr
     assert parsed(found.stdout)["predictions"][0]["label"] == TEXT
@@ -366,7 +368,7 @@ def test_whole_process_in_another_locale(locale: str, tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.array([[np.nan, 1, -np.inf]], np.float32)
     monkeypatch.setattr(edgeclip.Runtime, "embed_texts", lambda *_: rows)
-    record = parsed(written("utf-8", ["embed", "--text", "x"]))
+    record = parsed(written("utf-8", ["embed", *BUNDLE, "--text", "x"]))
     assert record == {"text": "x", "embedding": [None, 1, None]}
 
 

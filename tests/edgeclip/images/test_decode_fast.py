@@ -15,6 +15,7 @@ from edgeclip import ImageError
 from edgeclip.cli.main import main
 from edgeclip.images.decoding import decode
 from edgeclip.manifest import ImageSpec
+from tests.support.commands import BUNDLE
 from tests.support.data.image_files import encoded
 from tests.support.paths import EXAMPLES
 
@@ -148,7 +149,9 @@ def photograph(name: str) -> Image.Image:
 def runtimes() -> Runtimes:
     """Return a Runtime with fast decoding and one with exact decoding."""
     kinds = ("fast", "exact")
-    fast, exact = (edgeclip.Runtime(purify="none", decode=kind, threads=1) for kind in kinds)
+    fast, exact = (
+        edgeclip.Runtime("garments", purify="none", decode=kind, threads=1) for kind in kinds
+    )
     return fast, exact
 
 
@@ -197,7 +200,7 @@ def test_embeddings_of_odd_sizes(runtimes: Runtimes, name: str, edge: int) -> No
 
 def test_wrong_usage() -> None:
     with pytest.raises(ValueError, match="decode must be fast or exact, got 'quick'"):
-        edgeclip.Runtime(decode="quick")
+        edgeclip.Runtime("garments", decode="quick")
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,14 +209,14 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     Image.fromarray(rng.integers(0, 256, (448, 448, 3), np.uint8)).save(path)
 
     def embedding(*options: str) -> list[float]:
-        assert main(["embed", str(path), *options]) == 0
+        assert main(["embed", str(path), *BUNDLE, *options]) == 0
         values: list[float] = json.loads(capsys.readouterr().out)["embedding"]
         return values
 
     exact = embedding("--decode", "exact")
     assert embedding("--decode", "fast") == embedding() != exact
     pixels = decode(path)
-    assert edgeclip.Runtime(purify="none").embed_images(pixels)[0].tolist() == exact
+    assert edgeclip.Runtime("garments", purify="none").embed_images(pixels)[0].tolist() == exact
     with pytest.raises(SystemExit, match="2"):
         main(["embed", str(path), "--decode", "quick"])
     assert "invalid choice: 'quick'" in capsys.readouterr().err

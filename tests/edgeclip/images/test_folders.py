@@ -13,6 +13,7 @@ from edgeclip import ImageError
 from edgeclip.images import folders, formats
 from edgeclip.images.decoding import decode
 from edgeclip.images.folders import Listing, expand
+from tests.support.commands import BUNDLE
 from tests.support.paths import EXAMPLES
 
 
@@ -284,6 +285,7 @@ def test_the_command_line_prints_the_line_on_stderr(tmp_path: Path) -> None:
     for name in ("1.png", "._1.png", "notes.txt"):
         (tmp_path / name).write_bytes((EXAMPLES / "bag.png").read_bytes())
     command = [sys.executable, "-m", "edgeclip", "classify", str(tmp_path), "--label", "a bag"]
+    command += BUNDLE
     process = subprocess.run(command, capture_output=True, text=True, check=True)
     assert len(process.stdout.splitlines()) == 1
     line = f"{tmp_path}: left out 2: 1 hidden or system, 1 not a picture (.txt)"

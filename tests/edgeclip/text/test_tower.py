@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from edgeclip import EdgeclipError, Label, LabelError, Runtime
-from edgeclip.bundle import EMBEDDED, Bundle
+from edgeclip.bundle import Bundle
 from edgeclip.text import tower
 from edgeclip.text.cache import FILE, LabelCache
-from tests.support.paths import EXAMPLES
+from tests.support.paths import EXAMPLES, GARMENTS
 
 TEMPLATES = ["a {}.", "a very long way to say that there is a {} in this picture.", "{}"]
 
@@ -53,7 +53,7 @@ def test_batches_do_not_change_embeddings(rt: Runtime, monkeypatch: pytest.Monke
 
 
 def test_runs_are_bounded_and_equal_prompts_encoded_once(run_sizes: list[int]) -> None:
-    rt = Runtime()
+    rt = Runtime("garments")
     texts = [f"thing {i}" for i in range(2000)]
     steps: list[tuple[int, int]] = []
     actual = rt.embed_texts([*texts, *texts, "THING 7"], progress=lambda *x: steps.append(x))
@@ -70,15 +70,15 @@ def test_runs_are_bounded_and_equal_prompts_encoded_once(run_sizes: list[int]) -
 def test_only_new_labels_are_encoded(
     labels: list[str], run_sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = Runtime().labels(labels, TEMPLATES)
+    first = Runtime("garments").labels(labels, TEMPLATES)
     assert sum(run_sizes) == len(labels) * len(TEMPLATES)
     run_sizes.clear()
-    second = Runtime()
+    second = Runtime("garments")
     actual = second.labels(labels, TEMPLATES)
     np.testing.assert_array_equal(actual.embeddings, first.embeddings)
     assert second.labels(labels, TEMPLATES) is actual
     assert run_sizes == []
-    more = Runtime().labels(["something new", *reversed(labels)], TEMPLATES)
+    more = Runtime("garments").labels(["something new", *reversed(labels)], TEMPLATES)
     assert sum(run_sizes) == len(TEMPLATES)
     assert more.names == ("something new", *reversed(labels))
     np.testing.assert_array_equal(more.embeddings[1:], first.embeddings[::-1])
@@ -86,10 +86,10 @@ def test_only_new_labels_are_encoded(
         more.null_scores, more.embeddings @ second.bundle.null_text, atol=1e-6
     )
     run_sizes.clear()
-    Runtime().labels([Label("bag", ("a bag.",))])
+    Runtime("garments").labels([Label("bag", ("a bag.",))])
     assert sum(run_sizes) == 1
     monkeypatch.setenv("EDGECLIP_CACHE_SIZE", "0")
-    Runtime().labels(["bag"], TEMPLATES)
+    Runtime("garments").labels(["bag"], TEMPLATES)
     assert sum(run_sizes) == 1 + len(TEMPLATES)
 
 
@@ -107,7 +107,7 @@ def test_labels_that_are_the_same_tokens(
     cache: Path, run_sizes: list[int], no_tokenizer: Callable[[], None]
 ) -> None:
     """Expect an error before any encoding, with none, one and both labels in the cache."""
-    rt = Runtime()
+    rt = Runtime("garments")
     pairs = (("Trousers", "trousers"), ("caf\u00e9", "cafe\u0301"), ("a  b", "a b"))
     for a, b in pairs:
         with pytest.raises(LabelError, match=f"{a!r} and {b!r} cannot be told apart"):
@@ -125,9 +125,9 @@ def test_labels_that_are_the_same_tokens(
     no_tokenizer()
     for a, b in pairs:
         with pytest.raises(LabelError, match=f"{a!r} and {b!r} cannot be told apart"):
-            Runtime().labels([a, b])
+            Runtime("garments").labels([a, b])
         with pytest.raises(LabelError, match="cannot be told apart"):
-            Runtime(labels=[a, b])
+            Runtime("garments", labels=[a, b])
 
 
 def test_prompts_of_a_label_may_contain_its_name(rt: Runtime) -> None:
@@ -139,13 +139,13 @@ def test_prompts_of_a_label_may_contain_its_name(rt: Runtime) -> None:
 def test_cut_prompts_are_logged_whether_cached_or_not(
     caplog: pytest.LogCaptureFixture, no_tokenizer: Callable[[], None]
 ) -> None:
-    length = Runtime().bundle.manifest.text.context_length
+    length = Runtime("garments").bundle.manifest.text.context_length
     long, template = "bag " * length, "a " * length + "{}"
     with pytest.raises(LabelError, match=f"it reads {length} tokens, and they differ only after"):
-        Runtime().labels(["dress", "bag"], [template])
+        Runtime("garments").labels(["dress", "bag"], [template])
     messages = []
     for _ in range(2):
-        rt = Runtime()
+        rt = Runtime("garments")
         caplog.clear()
         rt.labels(["dress", long], ["{}", "a {}."])
         rt.labels(["dress"], [template])
@@ -167,11 +167,11 @@ def test_labels_are_cached_for_each_processor_and_device(
     labels: list[str], run_sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check also that a LabelSet can be used with any Runtime that has the same encoder."""
-    first = Runtime()
+    first = Runtime("garments")
     label_set = first.labels(labels)
     run_sizes.clear()
     monkeypatch.setattr("edgeclip.text.cache.processor", lambda: "another processor")
-    other = Runtime()
+    other = Runtime("garments")
     np.testing.assert_allclose(other.labels(labels).embeddings, label_set.embeddings, atol=1e-6)
     assert sum(run_sizes) == len(labels) * len(first.bundle.manifest.templates)
     assert other.text_identity() == first.text_identity()
@@ -184,9 +184,9 @@ def test_labels_are_cached_for_each_processor_and_device(
 
 
 def test_another_encoder_has_other_labels(tmp_path: Path, labels: list[str]) -> None:
-    rt = Runtime()
+    rt = Runtime("garments")
     rt.labels(labels)
-    other = Path(shutil.copytree(EMBEDDED, tmp_path / "bundle"))
+    other = Path(shutil.copytree(GARMENTS, tmp_path / "bundle"))
     manifest = other / "manifest.json"
     changed = manifest.read_text().replace('"clean": "lower"', '"clean": "whitespace"')
     assert changed != manifest.read_text()
@@ -199,21 +199,23 @@ def test_another_encoder_has_other_labels(tmp_path: Path, labels: list[str]) -> 
 def test_damaged_label_is_encoded_again(
     cache: Path, labels: list[str], run_sizes: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = Runtime().labels(labels)
+    first = Runtime("garments").labels(labels)
     db = sqlite3.connect(cache / FILE)
     with db:
         db.execute("UPDATE labels SET vector = zeroblob(512) WHERE rowid = 3")
     db.close()
     run_sizes.clear()
     with caplog.at_level(logging.WARNING):
-        actual = Runtime().labels(labels)
+        actual = Runtime("garments").labels(labels)
     np.testing.assert_allclose(actual.embeddings, first.embeddings, atol=1e-6)
-    assert run_sizes == [len(Runtime().bundle.manifest.templates)]
+    assert run_sizes == [len(Runtime("garments").bundle.manifest.templates)]
     assert "1 labels in it are damaged; encoding them again" in caplog.text
     (cache / FILE).write_bytes(b"spoilt")
-    np.testing.assert_allclose(Runtime().labels(labels).embeddings, first.embeddings, atol=1e-6)
+    np.testing.assert_allclose(
+        Runtime("garments").labels(labels).embeddings, first.embeddings, atol=1e-6
+    )
     run_sizes.clear()
-    Runtime().labels(labels)
+    Runtime("garments").labels(labels)
     assert run_sizes == []
 
 
@@ -230,11 +232,13 @@ def test_interrupted_encoding_keeps_finished_labels(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Runtime().labels(names, ["{}"], progress=interrupt)
+        Runtime("garments").labels(names, ["{}"], progress=interrupt)
     assert steps == [(20, 100), (40, 100), (60, 100)]
     run_sizes.clear()
     steps.clear()
-    assert len(Runtime().labels(names, ["{}"], progress=lambda *x: steps.append(x))) == 100
+    assert (
+        len(Runtime("garments").labels(names, ["{}"], progress=lambda *x: steps.append(x))) == 100
+    )
     assert sum(run_sizes) == 60
     assert steps[-1] == (60, 60)
 
@@ -255,7 +259,7 @@ def encoders(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[object]]:
 
 
 def test_labels_release_the_encoder(encoders: list[weakref.ref[object]]) -> None:
-    rt = Runtime()
+    rt = Runtime("garments")
     rt.labels(["bag"])
     assert [ref() for ref in encoders] == [None]
     rt.labels(["bag", "coat"])
@@ -276,7 +280,7 @@ def test_labels_release_the_encoder(encoders: list[weakref.ref[object]]) -> None
 def test_memory_is_trimmed_after_the_encoder_is_freed(
     encoders: list[weakref.ref[object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rt = Runtime()
+    rt = Runtime("garments")
     living: list[object] = []
     monkeypatch.setattr(tower, "trim_memory", lambda: living.append(encoders[0]()))
     rt.labels(["bag"])
@@ -284,7 +288,7 @@ def test_memory_is_trimmed_after_the_encoder_is_freed(
 
 
 def test_encoder_is_released_after_a_failure(encoders: list[weakref.ref[object]]) -> None:
-    rt = Runtime()
+    rt = Runtime("garments")
 
     def fail(*_: int) -> None:
         raise RuntimeError("of the caller")
@@ -296,7 +300,7 @@ def test_encoder_is_released_after_a_failure(encoders: list[weakref.ref[object]]
 
 
 def test_release_waits_for_running_calls(encoders: list[weakref.ref[object]]) -> None:
-    rt = Runtime()
+    rt = Runtime("garments")
     encoding, go_on = threading.Event(), threading.Event()
 
     def wait(*_: int) -> None:
@@ -316,8 +320,8 @@ def test_release_waits_for_running_calls(encoders: list[weakref.ref[object]]) ->
 
 
 def test_text_from_many_threads(labels: list[str]) -> None:
-    expected = Runtime().embed_texts([f"a {name}." for name in labels])
-    rt = Runtime()
+    expected = Runtime("garments").embed_texts([f"a {name}." for name in labels])
+    rt = Runtime("garments")
 
     def turn(i: int) -> None:
         name = labels[i % len(labels)]
@@ -331,7 +335,7 @@ def test_text_from_many_threads(labels: list[str]) -> None:
 
 
 def test_labels_in_memory_do_not_wait_for_new_ones(labels: list[str]) -> None:
-    rt = Runtime(labels=labels)
+    rt = Runtime("garments", labels=labels)
     encoding, go_on = threading.Event(), threading.Event()
 
     def wait(*_: int) -> None:
@@ -352,4 +356,4 @@ def test_labels_in_memory_do_not_wait_for_new_ones(labels: list[str]) -> None:
 def test_invalid_cache_size_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGECLIP_CACHE_SIZE", "lots")
     with pytest.raises(EdgeclipError, match="EDGECLIP_CACHE_SIZE is 'lots'"):
-        Runtime()
+        Runtime("garments")

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 
 import edgeclip
-from edgeclip.bundle import EMBEDDED
 from edgeclip.tools import bench
 from tests.support.commands import errors, run
-from tests.support.paths import EXAMPLES
+from tests.support.paths import EXAMPLES, GARMENTS
 
-QUICK = ["--repeats", "2", "--batch-size", "2", "1", "2"]
+QUICK = ["garments", "--repeats", "2", "--batch-size", "2", "1", "2"]
 STAGES = [
     "decode",
     "preprocess",
@@ -51,13 +50,13 @@ def test_json_of_every_precision(capfd: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert err == ""  # no note about the embedded bundle, which each process would repeat
     report = json.loads(out)
-    assert report["bundle"] == str(EMBEDDED)
+    assert report["bundle"] == str(GARMENTS)
     assert report["image"].startswith("640x480, a file of ")
     assert report["labels"] == 1000
     assert report["failed"] == []
     assert 1 <= report["machine"]["cores"] <= len(os.sched_getaffinity(0))
     assert report["versions"]["numpy"] == np.__version__
-    manifest = edgeclip.Bundle().manifest
+    manifest = edgeclip.Bundle("garments").manifest
     assert [found["precision"] for found in report["measured"]] == list(manifest.precisions)
     for found in report["measured"]:
         assert found["device"] == "cpu"
@@ -86,7 +85,7 @@ def test_table_own_image_labels_and_purification(capfd: pytest.CaptureFixture[st
 def test_what_fails_is_named_and_the_rest_measured(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = list(edgeclip.Bundle().manifest.precisions)
+    known = list(edgeclip.Bundle("garments").manifest.precisions)
     missing = next(name for name in ("fp16", "int8") if name not in known)
     status, out, err = run(
         capfd, "bench", *QUICK, "--device", "cpu", "--precision", "fp32", missing
@@ -95,7 +94,7 @@ def test_what_fails_is_named_and_the_rest_measured(
     report = json.loads(out)
     assert [found["precision"] for found in report["measured"]] == ["fp32"]
     (failed,) = report["failed"]
-    expected = f"{EMBEDDED} has no {missing} encoders; it has {', '.join(known)}"
+    expected = f"{GARMENTS} has no {missing} encoders; it has {', '.join(known)}"
     assert failed == {"device": "cpu", "precision": missing, "error": expected}
     assert errors(err) == [f"error: cpu {missing}: {expected}"]
 
@@ -161,7 +160,7 @@ def test_percentiles() -> None:
 
 
 def test_classify_alone_does_what_a_runtime_does() -> None:
-    rt = edgeclip.Runtime(purify=edgeclip.CosPurifier(3, 0.5))
+    rt = edgeclip.Runtime("garments", purify=edgeclip.CosPurifier(3, 0.5))
     labels = rt.labels(["bag", "dress", "shirt"])
     image = EXAMPLES / "bag.png"
     embedding = rt.encode(rt.preprocess([image]))

@@ -17,7 +17,7 @@ import edgeclip
 from edgeclip.backends.base import unit
 from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.backends.select import preferred
-from edgeclip.bundle import EMBEDDED, Bundle
+from edgeclip.bundle import Bundle
 from edgeclip.manifest import Variant
 from edgeclip.tools import golden
 from export import ExportError
@@ -33,11 +33,11 @@ from tests.support.models.export_models import (
     reuse_encoders,
     run_graph,
 )
-from tests.support.paths import EXAMPLES, VECTORS
+from tests.support.paths import EXAMPLES, GARMENTS, VECTORS
 from train.models.wording import wording
 
 Array = NDArray[Any]
-FP32 = EMBEDDED / "image_encoder.fp32.onnx"
+FP32 = GARMENTS / "image_encoder.fp32.onnx"
 
 
 @cached
@@ -45,7 +45,7 @@ def encoder(folder: Path) -> Path:
     """Convert the embedded bundle's image encoder, with ranges of 64 Fashion-MNIST images."""
     with np.load(VECTORS / "fashion_200.npz") as arrays:
         images = list(np.repeat(arrays["images"][:64, ..., None], 3, axis=3))
-    pixels = edgeclip.Runtime(device="cpu", purify="none").preprocess(images)
+    pixels = edgeclip.Runtime("garments", device="cpu", purify="none").preprocess(images)
     path = folder / "image_encoder.int8-qdq.onnx"
     int8.to_qdq(FP32, path, [{"pixels": pixels[i : i + 16]} for i in range(0, 64, 16)])
     return path
@@ -87,7 +87,9 @@ def test_tensorrt_can_read_every_quantised_product() -> None:
 
 
 def test_embeddings_are_nearly_the_fp32_ones_in_any_batch(fashion: tuple[Array, Array]) -> None:
-    pixels = edgeclip.Runtime(device="cpu", purify="none").preprocess(list(fashion[0][100:]))
+    pixels = edgeclip.Runtime("garments", device="cpu", purify="none").preprocess(
+        list(fashion[0][100:])
+    )
     run = OnnxEncoder(encoder(), device="cpu")
     actual, expected = unit(run.embed(pixels)), unit(OnnxEncoder(FP32, device="cpu").embed(pixels))
     cosines = (actual * expected).sum(axis=1)
@@ -128,7 +130,7 @@ def test_a_product_equals_numpys(tmp_path: Path, gemm: bool) -> None:
 
 def test_calibration_images_come_from_a_whole_data_set(tmp_path: Path) -> None:
     data = fidelity.load(f"folder:{folder_of_images(tmp_path)}")
-    runtime = edgeclip.Runtime(device="cpu", purify="none")
+    runtime = edgeclip.Runtime("garments", device="cpu", purify="none")
     batches = precisions.calibration_images(data, runtime.bundle.manifest.image)
     actual = np.concatenate([batch["pixels"] for batch in batches])
     expected = runtime.preprocess([data[i][0] for i in range(len(data))])
@@ -187,7 +189,7 @@ def test_tensorrt_builds_an_engine_of_it(tmp_path: Path) -> None:
     from export.to_tensorrt import main as compile_for
 
     folder = tmp_path / "bundle"
-    shutil.copytree(EMBEDDED, folder)
+    shutil.copytree(GARMENTS, folder)
     shutil.copy(encoder(), folder)
     manifest = Bundle(folder).manifest
     qdq = Variant(encoder().name, "text_encoder.fp32.onnx", "image_tokens.fp32.onnx")

@@ -12,11 +12,12 @@ import onnxruntime
 from numpy.typing import NDArray
 
 import edgeclip
-from edgeclip.bundle import EMBEDDED, Bundle
+from edgeclip.bundle import Bundle
 from edgeclip.manifest import Variant
 from edgeclip.purify import CosPurifier
 from export.graphs import fp16
 from tests.support.models.export_models import cached
+from tests.support.paths import GARMENTS
 
 Array = NDArray[Any]
 
@@ -62,7 +63,7 @@ def runtime_of(bundle: Bundle, purifier: CosPurifier | None, precision: str = "f
 @cached
 def halved(folder: Path) -> Bundle:
     """Return the embedded bundle (fp32 and int8) with an image encoder in fp16."""
-    shutil.copytree(EMBEDDED, folder, dirs_exist_ok=True)
+    shutil.copytree(GARMENTS, folder, dirs_exist_ok=True)
     manifest = Bundle(folder).manifest
     fp16.to_fp16(folder / "image_encoder.fp32.onnx", folder / "image_encoder.fp16.onnx")
     half = Variant("image_encoder.fp16.onnx", "text_encoder.fp32.onnx", "image_tokens.fp32.onnx")
