@@ -29,7 +29,7 @@ from edgeclip.labels import check_templates
 from train.attacks import pgd
 from train.data import dataset
 from train.data.augment import AUGMENTATIONS
-from train.data.loader import Pictures, batches, draw, epoch_keys, generators, split
+from train.data.loader import Pictures, batches, draw, generators, split
 from train.data.mixture import mix
 from train.losses import divergence
 from train.models import alignment
@@ -37,7 +37,7 @@ from train.models.alignment import Classes, ImageClassifier
 from train.models.transformers_text import save as save_text_files
 from train.progress import say, step
 from train.run.folder import Metrics, check_same_run, open_folder, save_checkpoint, save_model
-from train.run.loop import check_finite, count_steps, progress_bar
+from train.run.loop import check_finite, count_steps, epoch_keys, progress_bar
 from train.run.optimizer import learning_rate, parameter_groups, set_learning_rate
 from train.run.processes import all_sum, choose_device, main_first, processes
 from train.run.settings import (
@@ -45,11 +45,11 @@ from train.run.settings import (
     check_ranges,
     fraction,
     parse_settings,
-    read_classes,
     run,
     setting,
     to_record,
 )
+from train.tgazsr_settings import read_classes
 
 EPILOG = """examples:
   python -m train.align --image tf_efficientnet_lite0 --text sentence-transformers/all-MiniLM-L6-v2 \\
@@ -93,6 +93,9 @@ class Settings:
     projection: str = setting("mlp", help="image projection", choices=("mlp", "linear"))
     pooling: str = setting("mean", help="pooling of the sentence encoder", choices=("mean", "cls"))
     context_length: int = setting(64, help="longest prompt, in tokens", low=3)
+    rank: int = setting(
+        6, help="rank of the logit, highest first, whose mean is the projection's threshold", low=1
+    )
     images: int = setting(1000, help="images that the projection's threshold is measured on", low=1)
     epochs: int = setting(0, help="passes over the images in which the classifier is tuned")
     eps: float = setting(0.0, help="perturbation in tuning, in units of [0, 1]", type=fraction)
@@ -134,7 +137,9 @@ def checked(settings: Settings) -> Settings:
     return replace(settings, out=settings.out.expanduser())
 
 
-def attack(settings: Settings, model: nn.Module, images: Tensor, target: Tensor, seeds: Tensor) -> Tensor:
+def attack(
+    settings: Settings, model: nn.Module, images: Tensor, target: Tensor, seeds: Tensor
+) -> Tensor:
     """Return images (B, 3, S, S) that raise the divergence from the clean logits `target` (B, K)."""
     if not settings.eps:
         return images
@@ -188,7 +193,10 @@ def tune(
         model.load_state_dict(previous["model"])
         optimizer.load_state_dict(previous["optimizer"])
         done = previous["step"]
-    with closing(Metrics(out, done, enabled=rank == 0)) as metrics, progress_bar(disable=rank > 0) as bar:
+    with (
+        closing(Metrics(out, done, enabled=rank == 0)) as metrics,
+        progress_bar(disable=rank > 0) as bar,
+    ):
         task = bar.add_task("tuning", total=total, completed=done)
         while done < total:
             epoch, start = divmod(done, steps)
@@ -237,15 +245,19 @@ def measure(
 
 
 def set_projections(
-    settings: Settings, model: Any, tokenizer: Any, classifier: ImageClassifier, classes: Classes, pictures: Pictures
+    settings: Settings,
+    model: Any,
+    tokenizer: Any,
+    classifier: ImageClassifier,
+    classes: Classes,
+    pictures: Pictures,
 ) -> None:
     """Set both projections and the logit scale from the classifier and the images."""
     with step("encoding the classes' names"):
         texts = alignment.set_text_projection(model, tokenizer, classes, settings.template)
     with step("measuring the classifier's logits"):
         logits, features = measure(settings, classifier, pictures)
-    rank = min(alignment.RANK, logits.shape[1])
-    threshold = logits.topk(rank, dim=1).values[:, -1].mean().item()
+    threshold = logits.topk(min(settings.rank, logits.shape[1]), dim=1).values[:, -1].mean().item()
     linear = classifier.trunk.get_classifier().cpu()
     alignment.set_trunk(model, classifier.trunk)
     alignment.set_image_projection(model, linear, texts, threshold, features)
@@ -263,7 +275,7 @@ def align(settings: Settings, rank: int, world: int, device: torch.device) -> No
     torch.manual_seed(settings.seed)
     classifier = alignment.load_classifier(settings.image, settings.image_weights)
     names = read_classes(settings.classes) if settings.classes else None
-    classes = alignment.read_classes(classifier.trunk, names, settings.hypernyms)
+    classes = alignment.choose_classes(classifier.trunk, names, settings.hypernyms)
     with step("building the model"):
         model, tokenizer, config = alignment.build_clip(
             classifier.trunk,
@@ -274,7 +286,9 @@ def align(settings: Settings, rank: int, world: int, device: torch.device) -> No
             projection=settings.projection,
         )
     with main_first(rank):
-        sets = [dataset.load(name, train=True, download=settings.download) for name in settings.data]
+        sets = [
+            dataset.load(name, train=True, download=settings.download) for name in settings.data
+        ]
     data = mix(sets, classes.names, labelled=False)
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
     if settings.epochs:
@@ -282,8 +296,13 @@ def align(settings: Settings, rank: int, world: int, device: torch.device) -> No
         tune(settings, classifier, Pictures(data, model.visual, augment, size), rank, world)
     if rank > 0:
         return
-    set_projections(settings, model, tokenizer, classifier.cpu(), classes, Pictures(data, model.visual))
-    wording = {"description": f"{settings.image} and {Path(settings.text).name}", "templates": list(settings.template)}
+    set_projections(
+        settings, model, tokenizer, classifier.cpu(), classes, Pictures(data, model.visual)
+    )
+    wording = {
+        "description": f"{settings.image} and {Path(settings.text).name}",
+        "templates": list(settings.template),
+    }
     config |= {"edgeclip": wording, "training": to_record(settings) | {"images": len(data)}}
     settings.out.mkdir(parents=True, exist_ok=True)
     save_text_files(settings.out, model.text.config, tokenizer)

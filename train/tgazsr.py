@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from train.data import dataset
 from train.data.augment import AUGMENTATIONS
-from train.data.loader import Key, Pictures, batches, draw, seed_of, split
+from train.data.loader import Pictures, batches, draw, split
 from train.data.mixture import mix
 from train.errors import DataError, SettingsError
 from train.models.checkpoints import Source, load
@@ -40,7 +40,7 @@ from train.run.folder import (
     save_checkpoint,
     save_model,
 )
-from train.run.loop import check_finite, count_steps, progress_bar
+from train.run.loop import check_finite, count_steps, epoch_keys, progress_bar
 from train.run.optimizer import learning_rate, parameter_groups, set_learning_rate
 from train.run.processes import all_sum, choose_device, main_first, processes
 from train.run.settings import parse_settings, run, to_record
@@ -70,21 +70,6 @@ def build_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=momentum)
     return torch.optim.AdamW(groups, lr=rate, betas=(momentum, 0.98))
-
-
-def epoch_keys(
-    count: int, epoch: int, settings: Settings, rank: int, world: int
-) -> list[list[Key]]:
-    """Return this process's part of each batch in an epoch, as the index and seed of each image."""
-    rng = torch.Generator().manual_seed(seed_of(settings.seed, epoch))
-    order = torch.randperm(count, generator=rng).tolist()
-    share = settings.batch_size // world
-    keys = []
-    for step in range(count_steps(count, settings.batch_size, settings.limit_batches)):
-        start = step * settings.batch_size + rank * share
-        indices = order[start : start + share]
-        keys.append([(index, seed_of(settings.seed, epoch, index)) for index in indices])
-    return keys
 
 
 def accumulate_gradients(

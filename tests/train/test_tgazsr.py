@@ -28,7 +28,7 @@ from train.data.loader import Pictures, draw, generators
 from train.models.checkpoints import load
 from train.models.classifier import Classifier, class_embeddings
 from train.models.weight_files import join_sha256
-from train.tgazsr import epoch_keys
+from train.run.loop import epoch_keys
 from train.tgazsr_settings import Settings, checked
 from train.variants import WEIGHTS, Batch, attack, loss_terms
 

@@ -5,9 +5,9 @@ An image is the mean of its classes' texts, weighted by the classifier (ConSE, N
 
     e = sum over k of GELU(l_k - threshold) T_k
 
-where the threshold is the tenth highest logit, the mean over images. GELU is smooth, so attacks see
-true gradients; the ten highest logits with weights 0 elsewhere would mask them. This is open_clip's MLP projection: the
-classifier is its hidden layer. All texts lose their component along the mean of the class names.
+where the threshold is a high logit, such as the sixth highest, the mean over images. GELU is smooth, so
+attacks see true gradients, which weights of the few highest logits alone would mask. This is open_clip's
+MLP projection: the classifier is its hidden layer. All texts lose their component along the mean of the class names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import HFTokenizer
-from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from train.data import class_names
@@ -35,8 +35,11 @@ from train.models.weight_files import read_weights
 from train.models.word_net import hypernyms, read_nouns
 from train.progress import brief, quiet, say
 
-RANK = 10  # the threshold is this highest logit
-HYPERNYMS, SHARE, DECAY = 4, 0.3, 0.8  # number, weight of the nearest, and factor of each further one
+HYPERNYMS, SHARE, DECAY = (
+    4,
+    0.3,
+    0.8,
+)  # number, weight of the nearest, and factor of each further one
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class ImageClassifier(nn.Module):
 
     def __init__(self, trunk: Any) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk: Any = trunk
         for name in ("mean", "std"):
             values = torch.tensor(trunk.pretrained_cfg[name]).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)
@@ -63,7 +66,8 @@ class ImageClassifier(nn.Module):
     def forward(self, images: Tensor) -> Output:
         features = self.trunk.forward_features((images - self.mean) / self.std)
         embedding = self.trunk.forward_head(features, pre_logits=True)
-        return Output(self.trunk.get_classifier()(embedding), embedding, None)
+        classifier: nn.Module = self.trunk.get_classifier()
+        return Output(classifier(embedding), embedding, None)
 
 
 def load_classifier(name: str, weights: str | None) -> ImageClassifier:
@@ -95,7 +99,9 @@ def _class_count(name: str, state: Mapping[str, Tensor]) -> int:
     return (state[bias] if bias in state else list(state.values())[-1]).numel()
 
 
-def _match(expected: dict[str, Tensor], state: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
+def _match(
+    expected: dict[str, Tensor], state: Mapping[str, Tensor], file: str
+) -> dict[str, Tensor]:
     """Return the state under the expected names. Raises ModelError."""
     if state.keys() == expected.keys():
         return dict(state)
@@ -105,7 +111,7 @@ def _match(expected: dict[str, Tensor], state: Mapping[str, Tensor], file: str) 
     return dict(zip(expected, state.values(), strict=True))
 
 
-def read_classes(trunk: Any, names: Sequence[str] | None, nouns: Path | None) -> Classes:
+def choose_classes(trunk: Any, names: Sequence[str] | None, nouns: Path | None) -> Classes:
     """Return the classes of a classifier: the given names, or those of its ImageNet subset.
 
     nouns: WordNet's data.noun, for the hypernyms of ImageNet's classes. Raises ModelError.
@@ -115,7 +121,8 @@ def read_classes(trunk: Any, names: Sequence[str] | None, nouns: Path | None) ->
     if names is None:
         if subset is None:
             raise ModelError(f"the classifier has {count} classes of unknown names: give --classes")
-        ids = list(ImageNetInfo(subset).label_names())
+        info: Any = ImageNetInfo(subset)  # type annotations are missing in timm
+        ids = list(info.label_names())
         names = class_names.imagenet(ids)
         if nouns is not None:
             table = read_nouns(nouns)
@@ -150,7 +157,9 @@ def build_clip(
     settings = trunk.pretrained_cfg
     config: dict[str, Any] = {
         "model_cfg": {
-            "embed_dim": max(width, -(-trunk.num_classes // 2)),  # open_clip's MLP has twice as many
+            "embed_dim": max(
+                width, -(-trunk.num_classes // 2)
+            ),  # open_clip's MLP has twice as many
             "vision_cfg": {
                 "timm_model_name": name,
                 "timm_model_pretrained": False,
@@ -162,7 +171,9 @@ def build_clip(
                 "hf_model_name": FOLDER,
                 "hf_model_pretrained": False,
                 "hf_tokenizer_name": FOLDER,
-                "hf_pooler_type": {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}[pooling],
+                "hf_pooler_type": {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}[
+                    pooling
+                ],
                 "hf_proj_type": "linear",
                 "context_length": context_length,
                 "tokenizer_kwargs": {"subfolder": FOLDER},
@@ -201,33 +212,40 @@ def set_text_projection(
 
     The text of a class is its name, and SHARE * DECAY^i of its hypernyms, normalised.
     """
-    projection = model.text.proj.weight  # (D, width)
-    width = projection.shape[1]
-    projection.copy_(torch.eye(*projection.shape))
-    names = encode(model, tokenizer, classes.names, templates)[:, :width]
-    mean = F.normalize(names.mean(0), dim=0)
-    projection[:width] -= torch.outer(mean, mean)
-    words = sorted({word for chain in classes.hypernyms for word in chain})
-    texts = encode(model, tokenizer, classes.names, templates)
-    if words:
-        rows = dict(zip(words, encode(model, tokenizer, words, templates), strict=True))
-        for row, chain in zip(texts, classes.hypernyms, strict=True):
-            for i, word in enumerate(chain):
-                row += SHARE * DECAY**i * rows[word]
+    weight = model.text.proj.weight  # (D, width)
+    width = weight.shape[1]
+    weight.copy_(torch.eye(*weight.shape))
+    words = list(dict.fromkeys(word for chain in classes.hypernyms for word in chain))
+    pooled = _pool(model, tokenizer, [*classes.names, *words], templates)
+    count = len(classes.names)
+    mean = F.normalize(_unit_means(pooled[:count]).mean(0), dim=0)
+    weight -= torch.outer(mean, mean[:width])
+    rows = _unit_means(pooled - (pooled @ mean)[..., None] * mean)
+    hypernyms = dict(zip(words, rows[count:], strict=True))
+    texts = rows[:count].clone()
+    for row, chain in zip(texts, classes.hypernyms, strict=True):
+        for i, word in enumerate(chain):
+            row += SHARE * DECAY**i * hypernyms[word]
     return F.normalize(texts, dim=1)
 
 
-@torch.no_grad()
-def encode(
+def _unit_means(pooled: Tensor) -> Tensor:
+    """Return the unit means (K, D) of the unit embeddings of (K, templates, D)."""
+    return F.normalize(F.normalize(pooled, dim=-1).mean(1), dim=-1)
+
+
+def _pool(
     model: Any, tokenizer: HFTokenizer, names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
-    """Return the unit embeddings (K, D) of names, each the mean over the templates."""
-    prompts = [template.replace("{}", name) for name in names for template in templates]
-    rows = [
-        model.encode_text(tokenizer(prompts[i : i + TEXT_BATCH]), normalize=True)
-        for i in range(0, len(prompts), TEXT_BATCH)
-    ]
-    return F.normalize(torch.cat(rows).view(len(names), len(templates), -1).mean(1), dim=1)
+    """Return the text embeddings (K, templates, D) of names, not normalised."""
+    ids = tokenizer([template.replace("{}", name) for name in names for template in templates])
+    lengths = (ids != model.text.config.pad_token_id).sum(1)
+    rows = torch.empty(len(ids), model.text.output_dim)
+    for batch in lengths.argsort().split(
+        TEXT_BATCH
+    ):  # of similar length: padding changes no embedding
+        rows[batch] = model.encode_text(ids[batch, : lengths[batch].max()])
+    return rows.view(len(names), len(templates), -1)
 
 
 @torch.no_grad()

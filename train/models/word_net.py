@@ -35,7 +35,8 @@ def hypernyms(nouns: dict[int, Noun], wnid: str, limit: int) -> list[str]:
     Raises ModelError for an id that is not among the nouns.
     """
     try:
-        chain, parent = [], nouns[int(wnid[1:])][1]
+        chain: list[str] = []
+        parent = nouns[int(wnid[1:])][1]
         while parent is not None and len(chain) < limit:
             word, parent = nouns[parent]
             chain.append(word)

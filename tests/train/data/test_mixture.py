@@ -14,7 +14,7 @@ from train.data.dataset import DataSet
 from train.data.mixture import mix
 from train.data.samples import GreyArrays
 from train.errors import DataError, SettingsError
-from train.tgazsr import epoch_keys
+from train.run.loop import epoch_keys
 from train.tgazsr_settings import Settings
 
 
