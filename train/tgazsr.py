@@ -54,7 +54,8 @@ EPILOG = """examples:
   python -m train.tgazsr --model runs/fashion --data folder:photos --out runs/try --variant tecoa
   torchrun --nproc-per-node 4 -m train.tgazsr --pretrained openai --data imagenet:FOLDER --out runs/tga
   python -m train.tgazsr --model runs/everyday --data tiny-imagenet --data folder:photos \\
-      --out runs/distilled --variant distil --classes names.txt --augment photographs --image-size 160
+      --out runs/distilled --variant distil --classes names.txt --augment photographs \\
+      --image-size 160 --eps 1.2/255 --step-size 1.5/255 --attack-steps 1
 
 variants: tga (TGA-ZSR), comp (Comp-TGA), tecoa (cross-entropy alone), at (cross-entropy with trained
 class weights: plain adversarial training), pmg (PMG-AFT), fare (unsupervised embedding matching),
@@ -145,7 +146,7 @@ def check_fit(settings: Settings, model: Classifier, name: str, steps: int) -> N
         raise SettingsError(
             f"--variant {settings.variant} needs a square of patch tokens in the embedding's space, "
             f"and {name} has none: choose a plain ViT, SigLIP or "
-            "a convolutional tower from timm, or --variant tecoa, pmg or fare"
+            "a convolutional tower from timm, or --variant tecoa, pmg, fare or distil"
         )
     if settings.warmup_steps >= steps:
         raise SettingsError(
@@ -182,7 +183,7 @@ def build_models(
     settings: Settings, source: Source, classes: Sequence[str]
 ) -> tuple[Classifier, Classifier, Tensor]:
     """Return the model to train, a copy with the original weights, and the negated text embeddings."""
-    prefer_channels_last(source.model.visual)
+    prefer_channels_last(source.model.visual)  # the copy below as well
     texts = class_embeddings(source, classes, [settings.template])
     negations = texts  # comp alone uses negated prompts
     if settings.variant == "comp":

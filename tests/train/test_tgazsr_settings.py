@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ from edgeclip.errors import LabelError
 from tests.support.models.export_models import write_folder
 from tests.support.robustness.tgazsr_runs import SMALL, command, run, short_settings, weights
 from train.errors import DataError, ModelError, SettingsError
-from train.run.settings import parse_settings, to_record
+from train.run.settings import fraction, parse_settings, to_record
 from train.run.settings import run as run_command
 from train.tgazsr_settings import Settings
 
@@ -157,6 +158,15 @@ def test_activation_on_the_command_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["tgazsr", "--data", "x", "--out", "y", *words])
     assert parse_settings(Settings, "tgazsr", "", "").quickgelu is expected
+
+
+def test_fractions_of_decimals() -> None:
+    assert [fraction(text) for text in ("0.03", "8/255", "1.2/255", "2")] == [
+        0.03, 8 / 255, pytest.approx(1.2 / 255, rel=1e-15), 2.0,
+    ]  # fmt: skip
+    for wrong in ("1/2/3", "8/", "/255", "8/0", "eight", "1/nan"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a number such as 8/255"):
+            fraction(wrong)
 
 
 def test_repeated_options_and_sizes(

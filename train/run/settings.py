@@ -195,9 +195,10 @@ def setting(
 
 
 def fraction(text: str) -> float:
-    """Parse a number written as a decimal or a fraction: 0.03, 8/255."""
+    """Parse a number written as a decimal or a fraction: 0.03, 8/255, 1.5/255."""
+    top, slash, bottom = text.partition("/")
     try:
-        return float(Fraction(text))
+        return float(Fraction(top) / Fraction(float(bottom) if slash else 1))
     except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"expected a number such as 8/255, got {text!r}") from None
 
