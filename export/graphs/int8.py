@@ -36,7 +36,9 @@ PRODUCTS = ("MatMul", "Gemm")
 MAX_PRODUCT_ERROR = 0.1
 CPU_WEIGHT_LEVELS, GPU_WEIGHT_LEVELS = 64, 127  # largest integer of a weight
 ERROR_ROWS = 1024  # rows of activations that a product's error is measured on
-LARGE_TABLE = 1 << 20  # elements
+LARGE_TABLE = 1 << 17  # elements
+MAX_TABLE_ERROR = 0.02  # as MAX_PRODUCT_ERROR; normally distributed rows give 0.008
+TINY = np.float32(1e-30)  # scale of rows of zeros
 CONSTANT = {"MatMulConstBOnly": True}  # extra options of ONNX Runtime's quantisers
 STATIC = {**CONSTANT, "OpTypesToExcludeOutputQuantization": list(PRODUCTS)}
 
@@ -56,7 +58,7 @@ def to_int8(source: Path, target: Path, examples: Sequence[Inputs], *, static: b
     model = onnx.load(source)
     if not static:
         _fix_batch(model.graph)
-    _halve_tables(model.graph)
+    _shrink_tables(model.graph)
     options = _quantiser_options(model, sensitive) | {"reduce_range": True}
     with quiet(), tempfile.TemporaryDirectory(dir=target.parent) as folder:
         quantised = Path(folder) / target.name
@@ -157,8 +159,13 @@ def _error(
     x = x[:: -(-len(x) // ERROR_ROWS)]
     rounded = step * np.rint(x / step) if step else x
     columns = column_steps * np.rint(weight / np.where(column_steps > 0, column_steps, 1))
-    exact = np.asarray(x @ weight, np.float64)
-    squared_error = np.square(rounded @ columns - exact).sum(axis=1)
+    return _row_error(rounded @ columns, x @ weight)
+
+
+def _row_error(actual: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Return the root mean square over the rows of each row's relative error."""
+    exact = np.asarray(expected, np.float64)
+    squared_error = np.square(actual - exact).sum(axis=1)
     squared_norm = np.square(exact).sum(axis=1)
     nonzero = squared_norm > 0
     if not nonzero.any():
@@ -173,10 +180,11 @@ def _fix_batch(graph: onnx.GraphProto) -> None:
         value.type.tensor_type.shape.dim[0].dim_value = 1
 
 
-def _halve_tables(graph: onnx.GraphProto) -> None:
-    """Store large lookup tables, such as token embeddings, in fp16.
+def _shrink_tables(graph: onnx.GraphProto) -> None:
+    """Store large lookup tables, such as token embeddings, in int8 with a scale for each row.
 
-    This halves a text encoder, with an error far below that of int8 in any product.
+    A table with too large an error is stored in fp16. The rows are converted after the lookup, so
+    that ONNX Runtime cannot expand the table when it loads.
     """
     weights = {tensor.name: tensor for tensor in graph.initializer}
     for node in list(graph.node):
@@ -186,9 +194,22 @@ def _halve_tables(graph: onnx.GraphProto) -> None:
         array = numpy_helper.to_array(table)
         if array.size < LARGE_TABLE or sum(table.name in n.input for n in graph.node) > 1:
             continue
-        table.CopyFrom(numpy_helper.from_array(array.astype(np.float16), table.name))
+        if array.ndim != 2 or any(x.name == "axis" and x.i for x in node.attribute):
+            continue
+        scales = np.maximum(np.abs(array).max(axis=1, keepdims=True), TINY) / 127
+        rounded = np.rint(array / scales)
+        is_int8 = _row_error(rounded * scales, array) <= MAX_TABLE_ERROR
+        stored = rounded.astype(np.int8) if is_int8 else array.astype(np.float16)
+        table.CopyFrom(numpy_helper.from_array(stored, table.name))
         for value in [v for v in graph.value_info if v.name == table.name]:  # says float32
             graph.value_info.remove(value)
-        rows, node.output[0] = node.output[0], f"{node.output[0]}.fp16"
-        cast = helper.make_node("Cast", [node.output[0]], [rows], to=TensorProto.FLOAT)
-        graph.node.insert(list(graph.node).index(node) + 1, cast)
+        rows, node.output[0] = node.output[0], f"{node.output[0]}.stored"
+        floats = f"{rows}.float" if is_int8 else rows
+        added = [helper.make_node("Cast", [node.output[0]], [floats], to=TensorProto.FLOAT)]
+        if is_int8:
+            names = f"{table.name}.scales", f"{rows}.scales"
+            graph.initializer.append(numpy_helper.from_array(scales, names[0]))
+            added.append(helper.make_node("Gather", [names[0], node.input[1]], [names[1]]))
+            added.append(helper.make_node("Mul", [floats, names[1]], [rows]))
+        for new in reversed(added):
+            graph.node.insert(list(graph.node).index(node) + 1, new)

@@ -134,29 +134,38 @@ def test_large_weights_are_saved_in_a_second_file(
     np.testing.assert_array_equal(run_graph(large, "y", x), run_graph(single, "y", x))
 
 
-def test_only_large_tables_are_halved(tmp_path: Path) -> None:
+def test_large_tables_are_stored_in_a_quarter_or_in_half(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    tables = {"large": (5000, 256), "small": (50, 8)}
+    tables = {"large": (5000, 256), "spiked": (5000, 256), "small": (50, 8)}
     arrays = {name: rng.standard_normal(size, np.float32) for name, size in tables.items()}
+    arrays["large"] *= rng.lognormal(size=(5000, 1)).astype(np.float32)  # each row its scale
+    arrays["large"][7] = 0
+    arrays["spiked"][:, 3] = 50  # leaves few of the 127 levels to the other columns
     graph = helper.make_graph(
         [helper.make_node("Gather", [name, "ids"], [f"{name} rows"]) for name in tables],
         "g",
-        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])],
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", "m"])],
         [
-            helper.make_tensor_value_info(f"{name} rows", TensorProto.FLOAT, ["n", size[1]])
+            helper.make_tensor_value_info(f"{name} rows", TensorProto.FLOAT, ["n", "m", size[1]])
             for name, size in tables.items()
         ],
         [numpy_helper.from_array(array, name) for name, array in arrays.items()],
     )
-    int8._halve_tables(graph)
+    int8._shrink_tables(graph)
+    path = tmp_path / "m.onnx"
     onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10),
-        tmp_path / "m.onnx",
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path
     )
-    path, ids = tmp_path / "m.onnx", np.arange(20)
-    np.testing.assert_array_equal(run_graph(path, "small rows", ids), arrays["small"][:20])
-    halved = arrays["large"][:20].astype(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(run_graph(path, "large rows", ids), halved)
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    assert types["large"] == TensorProto.INT8
+    assert types["spiked"] == TensorProto.FLOAT16
+    ids = np.arange(20).reshape(4, 5)
+    np.testing.assert_array_equal(run_graph(path, "small rows", ids), arrays["small"][ids])
+    halved = arrays["spiked"][ids].astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(run_graph(path, "spiked rows", ids), halved)
+    exact = arrays["large"][ids]
+    step = np.abs(exact).max(axis=-1, keepdims=True) / 127
+    assert (np.abs(run_graph(path, "large rows", ids) - exact) <= 0.501 * step).all()
 
 
 def test_a_bundle_of_int8_alone_and_a_missed_limit(
