@@ -94,7 +94,7 @@ class Settings:
     pooling: str = setting("mean", help="pooling of the sentence encoder", choices=("mean", "cls"))
     context_length: int = setting(64, help="longest prompt, in tokens", low=3)
     rank: int = setting(
-        6, help="rank of the logit, highest first, whose mean is the projection's threshold", low=1
+        8, help="rank of the logit, highest first, whose mean is the projection's threshold", low=1
     )
     images: int = setting(1000, help="images that the projection's threshold is measured on", low=1)
     epochs: int = setting(0, help="passes over the images in which the classifier is tuned")

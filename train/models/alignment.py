@@ -12,6 +12,7 @@ MLP projection: the classifier is its hidden layer. All texts lose their compone
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,10 +45,15 @@ HYPERNYMS, SHARE, DECAY = (
 
 @dataclass(frozen=True)
 class Classes:
-    """Names of a classifier's classes, and their hypernyms, nearest first."""
+    """Synonyms of each class of a classifier, and its hypernyms, nearest first."""
 
-    names: tuple[str, ...]
+    synonyms: tuple[tuple[str, ...], ...]
     hypernyms: tuple[tuple[str, ...], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the first synonym of each class."""
+        return tuple(words[0] for words in self.synonyms)
 
 
 class ImageClassifier(nn.Module):
@@ -114,25 +120,29 @@ def _match(
 def choose_classes(trunk: Any, names: Sequence[str] | None, nouns: Path | None) -> Classes:
     """Return the classes of a classifier: the given names, or those of its ImageNet subset.
 
-    nouns: WordNet's data.noun, for the hypernyms of ImageNet's classes. Raises ModelError.
+    ImageNet's classes have open_clip's names and the first words of WordNet. nouns: WordNet's data.noun,
+    for the hypernyms. Raises ModelError.
     """
     count = trunk.num_classes
-    subset = infer_imagenet_subset(trunk)
-    if names is None:
-        if subset is None:
-            raise ModelError(f"the classifier has {count} classes of unknown names: give --classes")
-        info: Any = ImageNetInfo(subset)  # type annotations are missing in timm
-        ids = list(info.label_names())
-        names = class_names.imagenet(ids)
+    if names is not None:
         if nouns is not None:
-            table = read_nouns(nouns)
-            chains = tuple(tuple(hypernyms(table, wnid, HYPERNYMS)) for wnid in ids)
-            return Classes(tuple(names), chains)
-    elif nouns is not None:
-        raise ModelError("--hypernyms needs ImageNet's own classes: leave out --classes")
-    if len(names) != count:
-        raise ModelError(f"the classifier has {count} classes, --classes {len(names)}")
-    return Classes(tuple(names), ((),) * count)
+            raise ModelError("--hypernyms needs ImageNet's own classes: leave out --classes")
+        if len(names) != count:
+            raise ModelError(f"the classifier has {count} classes, --classes {len(names)}")
+        return Classes(tuple((name,) for name in names), ((),) * count)
+    subset = infer_imagenet_subset(trunk)
+    if subset is None:
+        raise ModelError(f"the classifier has {count} classes of unknown names: give --classes")
+    info: Any = ImageNetInfo(subset)  # type annotations are missing in timm
+    ids = list(info.label_names())
+    first = [info.label_name_to_description(wnid).partition(",")[0] for wnid in ids]
+    pairs = zip(class_names.imagenet(ids), first, strict=True)
+    synonyms = tuple(
+        tuple({class_names.fold(name): name for name in pair}.values()) for pair in pairs
+    )
+    table = read_nouns(nouns) if nouns else None
+    chains = (tuple(hypernyms(table, wnid, HYPERNYMS)) if table else () for wnid in ids)
+    return Classes(synonyms, tuple(chains))
 
 
 def build_clip(
@@ -210,23 +220,28 @@ def set_text_projection(
 ) -> Tensor:
     """Set the text projection, which removes the classes' mean; return the class texts (K, D).
 
-    The text of a class is its name, and SHARE * DECAY^i of its hypernyms, normalised.
+    The text of a class is the mean of its synonyms, and SHARE * DECAY^i of its hypernyms, normalised.
     """
     weight = model.text.proj.weight  # (D, width)
     width = weight.shape[1]
     weight.copy_(torch.eye(*weight.shape))
-    words = list(dict.fromkeys(word for chain in classes.hypernyms for word in chain))
-    pooled = _pool(model, tokenizer, [*classes.names, *words], templates)
-    count = len(classes.names)
-    mean = F.normalize(_unit_means(pooled[:count]).mean(0), dim=0)
+    words = list(dict.fromkeys(itertools.chain(*classes.synonyms, *classes.hypernyms)))
+    pooled = _pool(model, tokenizer, words, templates)
+    plain = dict(zip(words, _unit_means(pooled), strict=True))
+    mean = F.normalize(_mean_rows(classes.synonyms, plain).mean(0), dim=0)
     weight -= torch.outer(mean, mean[:width])
-    rows = _unit_means(pooled - (pooled @ mean)[..., None] * mean)
-    hypernyms = dict(zip(words, rows[count:], strict=True))
-    texts = rows[:count].clone()
+    rows = dict(zip(words, _unit_means(pooled - (pooled @ mean)[..., None] * mean), strict=True))
+    texts = _mean_rows(classes.synonyms, rows)
     for row, chain in zip(texts, classes.hypernyms, strict=True):
         for i, word in enumerate(chain):
-            row += SHARE * DECAY**i * hypernyms[word]
+            row += SHARE * DECAY**i * rows[word]
     return F.normalize(texts, dim=1)
+
+
+def _mean_rows(synonyms: Sequence[Sequence[str]], rows: Mapping[str, Tensor]) -> Tensor:
+    """Return the unit means (K, D) of each class's synonyms."""
+    means = [torch.stack([rows[word] for word in words]).mean(0) for words in synonyms]
+    return F.normalize(torch.stack(means), dim=1)
 
 
 def _unit_means(pooled: Tensor) -> Tensor:

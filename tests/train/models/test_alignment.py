@@ -19,6 +19,7 @@ from train.models.word_net import hypernyms, read_nouns
 
 TOWER = "test_efficientnet"
 NAMES = ("dog", "cats", "the photo", "two", "red", "quick")
+CLASSES = Classes(tuple((name,) for name in NAMES), ((),) * 6)
 TEMPLATES = ["a photo of a {}.", "{}"]
 
 
@@ -61,7 +62,7 @@ def images(count, size=160):
 @torch.no_grad()
 def test_embedding_is_sum_of_class_texts_weighted_by_gelu(classifier, text):
     loaded, model, tokenizer, config = build(classifier, text)
-    texts = alignment.set_text_projection(model, tokenizer, Classes(NAMES, ((),) * 6), TEMPLATES)
+    texts = alignment.set_text_projection(model, tokenizer, CLASSES, TEMPLATES)
     alignment.set_image_projection(model, loaded.trunk.get_classifier(), texts, 0.3, torch.empty(0))
     pixels = images(3)
     logits = loaded(pixels).logits.double().numpy() - 0.3
@@ -97,20 +98,23 @@ def test_text_projection_removes_the_mean_of_the_class_names(classifier, text):
     without = reference(NAMES)
     without = without - (without @ direction)[..., None] * direction
     expected = unit(unit(without).mean(1))
-    texts = alignment.set_text_projection(model, tokenizer, Classes(NAMES, ((),) * 6), TEMPLATES)
+    texts = alignment.set_text_projection(model, tokenizer, CLASSES, TEMPLATES)
     np.testing.assert_allclose(texts[:, :32], expected, atol=1e-5)
     assert not texts[:, 32:].any()
 
 
 @torch.no_grad()
-def test_hypernyms_are_added_with_falling_weights(classifier, text):
+def test_class_text_is_mean_of_synonyms_with_falling_weights_of_hypernyms(classifier, text):
     _, model, tokenizer, _ = build(classifier, text)
+    synonyms = (("dog", "cats"), *CLASSES.synonyms[1:])
     chains = (("red", "two"), (), (), (), (), ())
-    texts = alignment.set_text_projection(model, tokenizer, Classes(NAMES, chains), TEMPLATES)
-    prompts = tokenizer([t.replace("{}", w) for w in ("dog", "red", "two") for t in TEMPLATES])
+    texts = alignment.set_text_projection(model, tokenizer, Classes(synonyms, chains), TEMPLATES)
+    words = ("dog", "cats", "red", "two")
+    prompts = tokenizer([t.replace("{}", word) for word in words for t in TEMPLATES])
     unit = torch.nn.functional.normalize
-    rows = unit(model.encode_text(prompts, normalize=True).view(3, 2, -1).mean(1), dim=1)
-    expected = rows[0] + 0.3 * rows[1] + 0.24 * rows[2]
+    rows = unit(model.encode_text(prompts, normalize=True).view(4, 2, -1).mean(1), dim=1)
+    expected = unit(rows[0] + rows[1], dim=0)
+    expected = expected + 0.22 * rows[2] + 0.22 * 0.8 * rows[3]
     torch.testing.assert_close(texts[0], expected / expected.norm(), atol=1e-5, rtol=0)
 
 
@@ -121,9 +125,7 @@ def test_linear_projection_follows_the_mlp(classifier, text):
     pixels = images(60, 96)
     features = loaded(pixels).embedding
     for model in (mlp, linear):
-        texts = alignment.set_text_projection(
-            model, tokenizer, Classes(NAMES, ((),) * 6), TEMPLATES
-        )
+        texts = alignment.set_text_projection(model, tokenizer, CLASSES, TEMPLATES)
         alignment.set_image_projection(model, loaded.trunk.get_classifier(), texts, 0.0, features)
     pair = [model.visual.head(features) for model in (mlp, linear)]
     assert torch.cosine_similarity(*pair).mean() > 0.9
@@ -167,6 +169,7 @@ def test_imagenet_classes_have_open_clips_names():
     classes = alignment.choose_classes(timm.create_model(TOWER), None, None)
     assert len(set(classes.names)) == 1000
     assert classes.names[1] == open_clip.IMAGENET_CLASSNAMES[1]
+    assert classes.synonyms[15] == ("American robin", "robin")
 
 
 # Offsets, words and pointers as in WordNet 3.0's data.noun; the rest is invented.
