@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+NO_TOWERS, CONVOLUTIONAL_TOWERS, ALL_TOWERS = "none", "convolutional", "all"
 REFERENCE = "fp32"  # exported first; other precisions are converted from it and compared with it
 
 
@@ -27,8 +28,7 @@ class Precision:
     max_difference: float | None  # of unit embeddings, and tokens by their norm; None: any
     tolerance: float  # largest distance of a unit embedding from its golden value, on any device
     fused_limit: float  # largest difference of a probability, between fused graph and Runtime
-    single_image: bool = False  # the image encoder's batch size is fixed at 1
-    needs_images: bool = False  # activation ranges come from a data set at export
+    images: str = NO_TOWERS  # towers whose activation ranges come from a data set at export
 
 
 # Converted precisions: tolerance is sqrt(2 - 2c) for the minimum cosine c. CPUs compute fp16 in fp32,
@@ -69,7 +69,7 @@ _ROWS = (
         max_difference=None,
         tolerance=0.142,
         fused_limit=1e-2,
-        single_image=True,
+        images=CONVOLUTIONAL_TOWERS,
     ),
     Precision(
         name="int8-qdq",
@@ -82,7 +82,7 @@ _ROWS = (
         max_difference=None,
         tolerance=0.142,
         fused_limit=1e-2,
-        needs_images=True,
+        images=ALL_TOWERS,
     ),
 )
 PRECISIONS = {row.name: row for row in _ROWS}

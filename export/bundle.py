@@ -24,7 +24,7 @@ from export.golden import golden_values
 from export.graphs import encoders
 from export.graphs.fused import Head
 from export.graphs.int8 import Inputs
-from export.graphs.precisions import calibration_images, convert_encoders
+from export.graphs.precisions import calibration_images, convert_encoders, needs_images
 from export.graphs.prior import write_prior
 from export.graphs.save import split_outputs
 from export.output import publish, staging_directory
@@ -56,7 +56,8 @@ def export_bundle(
 
     precisions: any of fp32, fp16, int8 and int8-qdq; each is verified.
     data: test images on which each precision must answer as the model does, clean and under attack;
-    without them, only embeddings are compared. int8-qdq takes its ranges from them.
+    without them, only embeddings are compared. int8-qdq, and int8 of a convolutional tower, take
+    their ranges from them.
     robustness, purification: measurements, and the purification they recommend; see
     `evidence.read`.
     prior, prior_gradient: diffusion prior for CLIPure-Diff, and its gradient, exact or forward; see
@@ -69,7 +70,7 @@ def export_bundle(
     out = out.resolve()  # a link stays, and its target is replaced
     check_target(out, force)
     for name in precisions:
-        if PRECISIONS[name].needs_images and data is None:
+        if data is None and needs_images(name, source):
             raise ExportError(f"{name} takes its ranges from images: name a data set with --data")
     image = image_spec(source.model)
     with staging_directory(out) as staging:
@@ -153,7 +154,7 @@ def _write_precisions(
         if precision != REFERENCE:
             with step(f"converting the encoders to {precision}"):
                 images: Sequence[Inputs] = ()
-                if data is not None and PRECISIONS[precision].needs_images:
+                if data is not None and needs_images(precision, source):
                     images = calibration_images(data, manifest.image)
                 convert_encoders(staging, original, variant, precision, manifest, source, images)
     # Only now: the other precisions are converted from the fp32 graph with both outputs.

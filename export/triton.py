@@ -19,11 +19,13 @@ import re
 import sys
 from pathlib import Path
 
-from edgeclip import storage
+import onnx
+
+from edgeclip import Runtime, storage
 from edgeclip.backends.onnx_runtime import open_session
 from edgeclip.cli.command import run_command
 from edgeclip.cli.options import Parser, up_to
-from edgeclip.precisions import PRECISIONS, REFERENCE
+from edgeclip.precisions import REFERENCE
 from export import ExportError
 from export.fused import add_options, encode_labels, open_runtime, write_fused
 from export.graphs.fused import Head
@@ -82,15 +84,21 @@ def _check(options: argparse.Namespace) -> None:
     """Raise ExportError for options that Triton or its backend cannot serve."""
     if not re.fullmatch(r"\w[\w.-]*", options.name, re.ASCII):
         raise ExportError(f"--name {options.name!r}: use letters, digits, and . _ - between them")
-    if PRECISIONS[options.precision].single_image:
-        raise ExportError(
-            f"an {options.precision} image encoder takes one image at a time, and Triton makes batches: "
-            "--precision fp32 or fp16"
-        )
     if options.accelerator == "tensorrt" and options.precision != REFERENCE:
         raise ExportError(
             "--accelerator tensorrt needs --precision fp32: with fp16, TensorRT also computes layer "
             "norms and softmax in fp16, where some models lose their accuracy"
+        )
+
+
+def _check_batch(runtime: Runtime) -> None:
+    """Raise ExportError if the image encoder's batch size is fixed, as a transformer's is in int8."""
+    path = runtime.bundle.encoder("image_encoder", runtime.precision)
+    (pixels,) = onnx.load(path, load_external_data=False).graph.input
+    if pixels.type.tensor_type.shape.dim[0].HasField("dim_value"):
+        raise ExportError(
+            f"this {runtime.precision} image encoder takes one image at a time, and Triton makes "
+            "batches: --precision fp32 or fp16"
         )
 
 
@@ -99,6 +107,7 @@ def run(options: argparse.Namespace) -> None:
     out = (options.out / options.name).resolve()
     check_target(out, CONFIG, "Triton model", options.force)
     runtime, purifier = open_runtime(options)
+    _check_batch(runtime)
     inputs = [options.labels, *options.template, *runtime.bundle.paths()]
     storage.check_output(out, inputs)
     labels = encode_labels(runtime, options.labels, options.template)

@@ -142,7 +142,7 @@ class OnnxEncoder:
         self._path, self._device, self._output = path, device, output
         (node, *_) = self._session.get_inputs()
         self._input = node.name
-        # An int8 image encoder has batch size 1: it quantises by the range of its whole input.
+        # A transformer's int8 image encoder has batch size 1: it quantises by its whole input's range.
         self._batch = node.shape[0] if isinstance(node.shape[0], int) else None
 
     def check_shapes(self, inputs: tuple[int, ...], embed_dim: int) -> None:

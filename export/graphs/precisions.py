@@ -1,9 +1,10 @@
 """Conversion of a bundle's fp32 encoders to another precision.
 
-fp16: both encoders. int8: both encoders; the image encoder's activation ranges are dynamic, because
-no set of images represents all images, and the text encoder's are static, from prompts, so that a
-prompt's embedding does not depend on the rest of its batch. int8-qdq: the image encoder, with
-static ranges from images of a data set; the text encoder stays fp32.
+fp16: both encoders. int8: both encoders; a transformer's activation ranges are dynamic, because no set
+of images represents all images, and a convolutional tower's are static, from images of a data set,
+because ONNX Runtime has no fast convolution of dynamic ranges. The text encoder's are static, from
+prompts, so that a prompt's embedding does not depend on the rest of its batch. int8-qdq: the image
+encoder, with static ranges from images of a data set; the text encoder stays fp32.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 from torchvision.models import ResNet18_Weights
 
 from edgeclip import _core
 from edgeclip.bundle import GOLDEN
 from edgeclip.manifest import ImageSpec, Manifest, Variant
+from edgeclip.precisions import ALL_TOWERS, CONVOLUTIONAL_TOWERS, PRECISIONS
 from export import ExportError
 from export.golden import GOLDEN_PROMPTS
 from export.graphs.fp16 import to_fp16
@@ -77,7 +80,10 @@ def _convert_fp16(image: Files, text: Files, calibration: Calibration) -> None:
 
 
 def _convert_int8(image: Files, text: Files, calibration: Calibration) -> None:
-    to_int8(*image, [{"pixels": calibration.golden}], static=False)
+    if calibration.images:
+        to_int8(*image, calibration.images, static=True)
+    else:
+        to_int8(*image, [{"pixels": calibration.golden}], static=False)
     to_int8(*text, calibration.prompts, static=True)
 
 
@@ -93,6 +99,17 @@ CONVERTERS: dict[str, Callable[[Files, Files, Calibration], None]] = {
 }
 
 
+def needs_images(precision: str, source: Source) -> bool:
+    """Return whether the activation ranges of the image tower come from images of a data set.
+
+    The one convolution of a transformer, its patch embedding, needs none.
+    """
+    towers = PRECISIONS[precision].images
+    layers = source.model.visual.modules()
+    convolutional = sum(isinstance(layer, nn.Conv2d) for layer in layers) > 1
+    return towers == ALL_TOWERS or (towers == CONVOLUTIONAL_TOWERS and convolutional)
+
+
 def calibration_prompts(source: Source, manifest: Manifest) -> list[Inputs]:
     """Return batches of prompts: the templates with names of ImageNet's classes."""
     words = ResNet18_Weights.IMAGENET1K_V1.meta["categories"][:: 1000 // CALIBRATION_WORDS]
@@ -106,12 +123,12 @@ def calibration_prompts(source: Source, manifest: Manifest) -> list[Inputs]:
 
 
 def calibration_images(data: DataSet, spec: ImageSpec) -> list[Inputs]:
-    """Return batches of preprocessed images spread evenly over a data set, sorted or not."""
+    """Return batches of preprocessed images, each spread evenly over a data set, sorted or not."""
     count = min(CALIBRATION_IMAGES, len(data))
     pixels = np.empty((count, 3, *spec.size), np.float32)
     options = {name: value for name, value in vars(spec).items() if name != "size"}
     for i, out in enumerate(pixels):
         # The middles of equal parts: a large set's answers are compared on other images.
         _core.preprocess(data[(2 * i + 1) * len(data) // (2 * count)][0], out, **options)
-    step = CALIBRATION_BATCH
-    return [{"pixels": pixels[i : i + step]} for i in range(0, count, step)]
+    batches = -(-count // CALIBRATION_BATCH)
+    return [{"pixels": pixels[i::batches]} for i in range(batches)]

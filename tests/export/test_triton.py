@@ -181,7 +181,7 @@ def test_inputs_are_not_destroyed_and_links_and_modes_stay(
     [
         (["--name", "../up"], "--name '../up': use letters, digits, and . _ - between them"),
         (["--name", ""], "--name '': use letters"),
-        (["--precision", "int8"], "an int8 image encoder takes one image at a time"),
+        (["--precision", "int8"], "this int8 image encoder takes one image at a time"),
         (["--precision", "fp16"], "has no fp16 encoders; it has fp32"),
         (["--precision", "fp16", "--accelerator", "tensorrt"], "needs --precision fp32"),
         (["--labels", "none.txt"], "none.txt: No such file or directory"),
