@@ -165,7 +165,7 @@ def test_grid_that_is_not_square() -> None:
 
 
 def changed(folder: Path, tokens: dict[str, object] | None) -> Path:
-    """Copy the embedded bundle with another entry for its tokens."""
+    """Copy the bundle garments with another entry for its tokens."""
     bundle = Path(shutil.copytree(GARMENTS, folder / "bundle"))
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"tokens": tokens}))
