@@ -41,7 +41,7 @@ def _interruptible() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def embedded_trials(_no_user_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the embedded bundle's trials on this processor and no others."""
+    """Return a folder with the trials of garments on this processor and no others."""
     edgeclip.Runtime("garments", device="cpu", purify="none")
     trials = Path(os.environ["EDGECLIP_CACHE"]) / "trials"
     return Path(shutil.copytree(trials, tmp_path_factory.mktemp("embedded") / "trials"))
@@ -53,7 +53,7 @@ def cache(
     monkeypatch: pytest.MonkeyPatch,
     embedded_trials: Path,
 ) -> Path:
-    """Set a new cache that holds only the embedded bundle's trials."""
+    """Set a new cache that holds only the trials of garments."""
     folder = tmp_path_factory.mktemp("cache")
     shutil.copytree(embedded_trials, folder / "trials")
     monkeypatch.setenv("EDGECLIP_CACHE", str(folder))
@@ -82,7 +82,7 @@ def labels() -> list[str]:
 
 @pytest.fixture(scope="session")
 def rt() -> edgeclip.Runtime:
-    """Return the embedded bundle in fp32, without purification."""
+    """Return the bundle garments in fp32, without purification."""
     return edgeclip.Runtime("garments", purify="none", precision="fp32")
 
 

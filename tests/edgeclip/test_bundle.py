@@ -22,7 +22,7 @@ from tests.support.paths import GARMENTS
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """Copy an embedded bundle, for a test to modify."""
+    """Copy the bundle garments, for a test to modify."""
     return Path(shutil.copytree(GARMENTS, tmp_path / "bundle"))
 
 

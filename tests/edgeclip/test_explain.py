@@ -183,7 +183,7 @@ def test_feature_map_of_a_convolutional_tower() -> None:
 
 
 def changed(folder: Path, tokens: dict[str, object] | None) -> Path:
-    """Copy the embedded bundle with another entry for its tokens."""
+    """Copy the bundle garments with another entry for its tokens."""
     bundle = Path(shutil.copytree(GARMENTS, folder / "bundle"))
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"tokens": tokens}))

@@ -28,7 +28,7 @@ def trt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """Copy the embedded bundle, with a fused graph whose weights are in the image encoder's file."""
+    """Copy the bundle garments, with a fused graph whose weights are in the image encoder's file."""
     path = tmp_path / "bundle"
     shutil.copytree(GARMENTS, path)
     shutil.copy(path / "image_encoder.fp32.onnx", path / "fused.fp32.onnx")

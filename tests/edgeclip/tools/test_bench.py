@@ -48,7 +48,7 @@ def check_measured(found: dict[str, Any], runs: int) -> None:
 def test_json_of_every_precision(capfd: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capfd, "bench", *QUICK, "--device", "cpu")
     assert status == 0
-    assert err == ""  # no note about the embedded bundle, which each process would repeat
+    assert err == ""  # no note about the demonstration, which each process would repeat
     report = json.loads(out)
     assert report["bundle"] == str(GARMENTS)
     assert report["image"].startswith("640x480, a file of ")

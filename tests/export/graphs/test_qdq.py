@@ -42,7 +42,7 @@ FP32 = GARMENTS / "image_encoder.fp32.onnx"
 
 @cached
 def encoder(folder: Path) -> Path:
-    """Convert the embedded bundle's image encoder, with ranges of 64 Fashion-MNIST images."""
+    """Convert the image encoder of garments, with ranges of 64 Fashion-MNIST images."""
     with np.load(VECTORS / "fashion_200.npz") as arrays:
         images = list(np.repeat(arrays["images"][:64, ..., None], 3, axis=3))
     pixels = edgeclip.Runtime("garments", device="cpu", purify="none").preprocess(images)

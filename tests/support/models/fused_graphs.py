@@ -62,7 +62,7 @@ def runtime_of(bundle: Bundle, purifier: CosPurifier | None, precision: str = "f
 
 @cached
 def halved(folder: Path) -> Bundle:
-    """Return the embedded bundle (fp32 and int8) with an image encoder in fp16."""
+    """Return the bundle garments (fp32 and int8) with an image encoder in fp16."""
     shutil.copytree(GARMENTS, folder, dirs_exist_ok=True)
     manifest = Bundle(folder).manifest
     fp16.to_fp16(folder / "image_encoder.fp32.onnx", folder / "image_encoder.fp16.onnx")
