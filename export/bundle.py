@@ -150,20 +150,22 @@ def _write_precisions(
     has_tokens = manifest.tokens is not None
     variants = {precision: _variant(precision, has_tokens) for precision in precisions}
     manifest = dataclasses.replace(manifest, precisions=variants)
+    checks: dict[str, Sequence[Inputs]] = {}
     for precision, variant in variants.items():
         if precision != REFERENCE:
             with step(f"converting the encoders to {precision}"):
-                images: Sequence[Inputs] = ()
+                ranges: Sequence[Inputs] = ()
                 if data is not None and needs_images(precision, source):
-                    images = calibration_images(data, manifest.image)
-                convert_encoders(staging, original, variant, precision, manifest, source, images)
+                    *ranges, last = calibration_images(data, manifest.image)
+                    checks[precision] = [last]
+                convert_encoders(staging, original, variant, precision, manifest, source, ranges)
     # Only now: the other precisions are converted from the fp32 graph with both outputs.
     for precision, variant in variants.items():
         if variant.image_tokens is not None:
             path, tokens = staging / variant.image_encoder, staging / variant.image_tokens
             split_outputs(path, {EMBEDDING: path, TOKENS: tokens})
         with step(f"comparing {precision} with PyTorch"):
-            parity = verify(staging, source, manifest, precision)
+            parity = verify(staging, source, manifest, precision, checks.get(precision, ()))
         variants[precision] = dataclasses.replace(variant, parity=parity)
     used = {name for v in variants.values() for name in (v.image_encoder, v.text_encoder)}
     for name in {original.image_encoder, original.text_encoder} - used:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from edgeclip.manifest import Manifest
 from edgeclip.precisions import PRECISIONS
 from export import ExportError
 from export.golden import tokenize
+from export.graphs.product_errors import Inputs
 from train.models.checkpoints import Source
 from train.models.towers import image_encoder
 
@@ -34,10 +36,17 @@ PROBES = (
 Array = NDArray[np.float32]
 
 
-def verify(directory: Path, source: Source, manifest: Manifest, precision: str) -> dict[str, float]:
+def verify(
+    directory: Path,
+    source: Source,
+    manifest: Manifest,
+    precision: str,
+    images: Sequence[Inputs] = (),
+) -> dict[str, float]:
     """Compare the exported encoders, run by ONNX Runtime, with PyTorch.
 
-    Returns the differences, for `Variant.parity`. Raises ExportError if one is above its limit (or
+    images: batches of preprocessed images, for a precision whose ranges come from images; without them,
+    the image encoders get random numbers, which such ranges would cut off. Returns the differences, for `Variant.parity`. Raises ExportError if one is above its limit (or
     not a number), or if tokenizer.json gives other ids than open_clip.
     """
     row, variant = PRECISIONS[precision], manifest.precisions[precision]
@@ -47,7 +56,7 @@ def verify(directory: Path, source: Source, manifest: Manifest, precision: str) 
     if variant.image_tokens is not None:
         tokens = OnnxEncoder(directory / variant.image_tokens, device="cpu", output=TOKENS)
     parity = {
-        **_image_parity(image, tokens, source, manifest),
+        **_image_parity(image, tokens, source, images or _random_images(manifest)),
         **_text_parity(text, directory, source, manifest),
         **_golden_parity(image, text, directory),
     }
@@ -66,15 +75,20 @@ def verify(directory: Path, source: Source, manifest: Manifest, precision: str) 
     return parity
 
 
+def _random_images(manifest: Manifest) -> list[Inputs]:
+    rng = torch.Generator().manual_seed(0)
+    shape = (3, *manifest.image.size)
+    return [{"pixels": torch.randn(size, *shape, generator=rng).numpy()} for size in BATCHES]
+
+
 @torch.no_grad()
 def _image_parity(
-    encoder: Encoder, token_encoder: Encoder | None, source: Source, manifest: Manifest
+    encoder: Encoder, token_encoder: Encoder | None, source: Source, images: Sequence[Inputs]
 ) -> dict[str, float]:
     reference, _ = image_encoder(source.model)
-    generator = torch.Generator().manual_seed(0)
     expected, actual, expected_tokens, actual_tokens = [], [], [], []
-    for size in BATCHES:
-        pixels = torch.randn(size, 3, *manifest.image.size, generator=generator)
+    for batch in images:
+        pixels = torch.from_numpy(batch["pixels"])
         expected.append(source.model.encode_image(pixels, normalize=True).numpy())
         actual.append(encoder.embed(pixels.numpy()))
         if token_encoder:

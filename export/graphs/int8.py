@@ -15,6 +15,7 @@ float.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ ABSORBED = ("Clip", "Relu")  # activations that become the range of the convolut
 MAX_ERROR = dict.fromkeys(PRODUCTS, 0.1) | {CONVOLUTION: 0.03}
 LARGE_TABLE = 1 << 17  # elements
 MAX_TABLE_ERROR = 0.02  # relative, of a row; normally distributed rows give 0.008
+WEIGHT_BLOCK = 32  # inputs that share a scale, where activations stay in float
 TINY = np.float32(1e-30)  # scale of rows of zeros
 CONSTANT = {"MatMulConstBOnly": True}  # extra options of ONNX Runtime's quantisers
 STATIC = {**CONSTANT, "OpTypesToExcludeOutputQuantization": list(PRODUCTS)}
@@ -80,6 +82,52 @@ def to_int8(source: Path, target: Path, examples: Sequence[Inputs], *, static: b
             quantize_dynamic(model, quantised, extra_options=CONSTANT, **options)
         save(onnx_ir.load(quantised), target)
     return sensitive
+
+
+def to_int8_weights(source: Path, target: Path) -> None:
+    """Write `source` with the weights of its products and its tables in int8; it computes in float.
+
+    ONNX Runtime converts the weights of products to float when it loads. (A DequantizeLinear would
+    make it round the activations to int8 too.)
+    """
+    model = onnx.load(source)
+    graph = model.graph
+    _shrink_tables(graph)
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in list(graph.node):
+        name = node.input[1] if node.op_type in PRODUCTS else ""
+        if name in tensors and tensors[name].data_type == TensorProto.FLOAT:
+            nodes = _store_in_blocks(graph, tensors[name], 1 - weight_axis(node))
+            for user in graph.node:
+                user.input[:] = [nodes[-1].output[0] if x == name else x for x in user.input]
+            for new in reversed(nodes):
+                graph.node.insert(0, new)
+    del graph.value_info[:]  # says float32 of the weights
+    save(onnx_ir.from_proto(model), target)
+
+
+def _store_in_blocks(
+    graph: onnx.GraphProto, tensor: onnx.TensorProto, axis: int
+) -> list[onnx.NodeProto]:
+    """Store a matrix in int8; return the nodes that make it float again.
+
+    Each block of up to WEIGHT_BLOCK inputs, along `axis`, of each output channel has a scale.
+    """
+    array, name = numpy_helper.to_array(tensor), tensor.name
+    size = math.gcd(array.shape[axis], WEIGHT_BLOCK)
+    blocks = [*array.shape[:axis], array.shape[axis] // size, size, *array.shape[axis + 1 :]]
+    values = array.reshape(blocks)
+    scales = np.maximum(np.abs(values).max(axis=axis + 1, keepdims=True), TINY) / 127
+    stored = np.rint(values / scales).astype(np.int8)
+    tensor.CopyFrom(numpy_helper.from_array(stored, name))
+    graph.initializer.append(numpy_helper.from_array(scales, f"{name}.scales"))
+    shape = np.array(array.shape, np.int64)
+    graph.initializer.append(numpy_helper.from_array(shape, f"{name}.shape"))
+    return [
+        helper.make_node("Cast", [name], [f"{name}.cast"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{name}.cast", f"{name}.scales"], [f"{name}.blocks"]),
+        helper.make_node("Reshape", [f"{name}.blocks", f"{name}.shape"], [f"{name}.float"]),
+    ]
 
 
 def to_qdq(source: Path, target: Path, examples: Sequence[Inputs]) -> list[str]:

@@ -20,13 +20,14 @@ from torch import nn
 from torchvision.models import ResNet18_Weights
 
 from edgeclip import _core
+from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.bundle import GOLDEN
 from edgeclip.manifest import ImageSpec, Manifest, Variant
 from edgeclip.precisions import ALL_TOWERS, CONVOLUTIONAL_TOWERS, PRECISIONS
 from export import ExportError
 from export.golden import GOLDEN_PROMPTS
 from export.graphs.fp16 import to_fp16
-from export.graphs.int8 import Inputs, to_int8, to_qdq
+from export.graphs.int8 import Inputs, to_int8, to_int8_weights, to_qdq
 from train.models.checkpoints import Source
 from train.progress import brief
 
@@ -85,6 +86,19 @@ def _convert_int8(image: Files, text: Files, calibration: Calibration) -> None:
     else:
         to_int8(*image, [{"pixels": calibration.golden}], static=False)
     to_int8(*text, calibration.prompts, static=True)
+    if _worst_cosine(text, calibration.prompts) < PRECISIONS["int8"].min_cosine:
+        to_int8_weights(*text)  # a sentence encoder's activations are too uneven for int8
+
+
+def _worst_cosine(files: Files, examples: Sequence[Inputs]) -> float:
+    """Return the smallest cosine between the embeddings of a converted text encoder and its source."""
+    source, target = (OnnxEncoder(path, device="cpu") for path in files)
+    cosines = []
+    for example in examples:
+        a, b = (encoder.embed(example["ids"]).astype(np.float64) for encoder in (source, target))
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        cosines.append(((a * b).sum(axis=1) / norms).min())
+    return float(min(cosines))
 
 
 def _convert_int8_qdq(image: Files, text: Files, calibration: Calibration) -> None:
