@@ -103,6 +103,9 @@ class Settings:
         1.5 / 255, help="attack step size in tuning, in units of [0, 1]", type=fraction
     )
     attack_steps: int = setting(1, help="steps of the attack in tuning", low=1)
+    eps_warmup: float = setting(
+        0.35, help="share of the steps in which the perturbation grows, from a fifth of eps", high=1
+    )
     norm: str = setting("linf", help="norm of the perturbation", choices=("linf", "l2"))
     beta: float = setting(1.0, help="weight of the cross-entropy against labels of known classes")
     image_size: int = setting(0, help="input size in tuning, in pixels; 0 for the model's")
@@ -111,7 +114,7 @@ class Settings:
     momentum: float = setting(0.9, help="momentum of SGD", high=0.9999)
     weight_decay: float = setting(0.0, help="weight decay of matrices")
     warmup_steps: int = setting(100, help="steps of linear warm-up")
-    gradient_clip: float = setting(20.0, help="largest norm of the gradient; 0 for no limit")
+    gradient_clip: float = setting(1.0, help="largest norm of the gradient; 0 for no limit")
     precision: str = setting(
         "fp32", help="precision of the classifier's products", choices=("fp32", "bf16")
     )
@@ -138,17 +141,22 @@ def checked(settings: Settings) -> Settings:
 
 
 def attack(
-    settings: Settings, model: nn.Module, images: Tensor, target: Tensor, seeds: Tensor
+    settings: Settings, model: nn.Module, images: Tensor, target: Tensor, seeds: Tensor, done: float
 ) -> Tensor:
-    """Return images (B, 3, S, S) that raise the divergence from the clean logits `target` (B, K)."""
+    """Return images (B, 3, S, S) that raise the divergence from the clean logits `target` (B, K).
+
+    done: share of the steps that are done. The attack grows with it: at full size from the start, it
+    makes the classifier answer the same for all images.
+    """
     if not settings.eps:
         return images
+    share = min(1.0, 0.2 + 0.8 * done / settings.eps_warmup) if settings.eps_warmup else 1.0
     return pgd(
         lambda x: model(x).logits,
         images,
         target,
-        eps=settings.eps,
-        step_size=settings.step_size,
+        eps=share * settings.eps,
+        step_size=share * settings.step_size,
         steps=settings.attack_steps,
         norm=settings.norm,
         loss=divergence,
@@ -193,6 +201,8 @@ def tune(
         model.load_state_dict(previous["model"])
         optimizer.load_state_dict(previous["optimizer"])
         done = previous["step"]
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
     with (
         closing(Metrics(out, done, enabled=rank == 0)) as metrics,
         progress_bar(disable=rank > 0) as bar,
@@ -209,7 +219,7 @@ def tune(
                 images = images.contiguous(memory_format=torch.channels_last)
                 with torch.no_grad():
                     target = original(images).logits
-                attacked = attack(settings, model, images, target, seeds)
+                attacked = attack(settings, model, images, target, seeds, done / total)
                 optimizer.zero_grad()
                 terms = loss_terms(settings, parallel, target, attacked, labels)
                 torch.autograd.backward(sum(terms.values(), torch.zeros((), device=device)))
