@@ -14,13 +14,11 @@ COMMA := ,
 
 PRECISIONS := --precision fp32 int8 --data fashion-mnist
 
-.PHONY: classify test check format build bundle diff-bundles robustness accuracy bench \
+.PHONY: classify test check format build everyday bundle diff-bundles robustness accuracy bench \
   cuda-check gpu-test gpu-bench clean
 
-# In fp32, whose answers README shows: by itself a machine may find int8 faster.
 classify: $(VENV)/.runtime
-	$(BIN)/edgeclip classify examples/ankle-boot.png examples/dress.png examples/coloured-trousers.jpg \
-	  --labels examples/labels.txt --top-k 2 --format table --precision fp32 --bundle garments
+	$(BIN)/edgeclip classify examples/photos --labels examples/everyday.txt --top-k 2 --format table
 
 # Two processes with one thread each of PyTorch's take two thirds of the time of one with two.
 test: check

@@ -44,7 +44,7 @@ EMBEDDED = {
     NAMES.get(path.parent.name, path.parent.name): path.parent
     for path in sorted((Path(__file__).parent / "bundles").glob(f"*/{MANIFEST}"))
 }
-DEFAULT = "garments"  # name of the embedded bundle that is opened where none is named
+DEFAULT = "everyday"  # name of the embedded bundle that is opened where none is named
 
 
 def is_text(name: str) -> bool:

@@ -72,6 +72,18 @@ _ROWS = (
         images=CONVOLUTIONAL_TOWERS,
     ),
     Precision(
+        name="int8-weights",
+        hardware="little storage",
+        auto_devices=("cpu", "cuda"),
+        preference=5,
+        tensorrt=False,
+        text="int8-weights",
+        min_cosine=0.99,
+        max_difference=None,
+        tolerance=0.142,
+        fused_limit=1e-2,
+    ),
+    Precision(
         name="int8-qdq",
         hardware="TensorRT",
         auto_devices=(),

@@ -23,9 +23,9 @@ from export.fused import check_purifier, write_fused
 from export.golden import golden_values
 from export.graphs import encoders
 from export.graphs.fused import Head
-from export.graphs.int8 import Inputs
 from export.graphs.precisions import calibration_images, convert_encoders, needs_images
 from export.graphs.prior import write_prior
+from export.graphs.product_errors import Inputs
 from export.graphs.save import split_outputs
 from export.output import publish, staging_directory
 from export.tokenizer import clean_kind, convert, pad_id

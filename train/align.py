@@ -94,7 +94,7 @@ class Settings:
     pooling: str = setting("mean", help="pooling of the sentence encoder", choices=("mean", "cls"))
     context_length: int = setting(64, help="longest prompt, in tokens", low=3)
     rank: int = setting(
-        8, help="rank of the logit, highest first, whose mean is the projection's threshold", low=1
+        6, help="rank of the logit, highest first, whose mean is the projection's threshold", low=1
     )
     images: int = setting(1000, help="images that the projection's threshold is measured on", low=1)
     epochs: int = setting(0, help="passes over the images in which the classifier is tuned")
@@ -108,6 +108,11 @@ class Settings:
     )
     norm: str = setting("linf", help="norm of the perturbation", choices=("linf", "l2"))
     beta: float = setting(1.0, help="weight of the cross-entropy against labels of known classes")
+    alpha: float = setting(
+        1.0,
+        help="share of the tuned weights in the classifier; the rest are the original's",
+        high=1,
+    )
     image_size: int = setting(0, help="input size in tuning, in pixels; 0 for the model's")
     batch_size: int = setting(32, help="images per step, over all processes", low=1)
     learning_rate: float = setting(0.01, help="highest learning rate of SGD; cosine to zero")
@@ -238,6 +243,9 @@ def tune(
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                     save_checkpoint(out, state | {"step": done, "training": training})
     model.requires_grad_(False)
+    with torch.no_grad():
+        for tuned, plain in zip(model.parameters(), original.parameters(), strict=True):
+            tuned.copy_(torch.lerp(plain, tuned, settings.alpha))
 
 
 @torch.no_grad()

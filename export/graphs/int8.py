@@ -47,7 +47,8 @@ ABSORBED = ("Clip", "Relu")  # activations that become the range of the convolut
 MAX_ERROR = dict.fromkeys(PRODUCTS, 0.1) | {CONVOLUTION: 0.03}
 LARGE_TABLE = 1 << 17  # elements
 MAX_TABLE_ERROR = 0.02  # relative, of a row; normally distributed rows give 0.008
-WEIGHT_BLOCK = 32  # inputs that share a scale, where activations stay in float
+FEW_INPUTS = 64  # weights of convolutions with fewer inputs are few and sensitive
+WEIGHT_BLOCK = 16  # inputs that share a scale, where activations stay in float
 TINY = np.float32(1e-30)  # scale of rows of zeros
 CONSTANT = {"MatMulConstBOnly": True}  # extra options of ONNX Runtime's quantisers
 STATIC = {**CONSTANT, "OpTypesToExcludeOutputQuantization": list(PRODUCTS)}
@@ -85,19 +86,22 @@ def to_int8(source: Path, target: Path, examples: Sequence[Inputs], *, static: b
 
 
 def to_int8_weights(source: Path, target: Path) -> None:
-    """Write `source` with the weights of its products and its tables in int8; it computes in float.
+    """Write `source` with the weights of products, convolutions and tables in int8; it computes in float.
 
-    ONNX Runtime converts the weights of products to float when it loads. (A DequantizeLinear would
-    make it round the activations to int8 too.)
+    ONNX Runtime converts the weights to float when it loads. (A DequantizeLinear would make it round
+    the activations to int8 too.)
     """
     model = onnx.load(source)
     graph = model.graph
     _shrink_tables(graph)
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     for node in list(graph.node):
-        name = node.input[1] if node.op_type in PRODUCTS else ""
-        if name in tensors and tensors[name].data_type == TensorProto.FLOAT:
-            nodes = _store_in_blocks(graph, tensors[name], 1 - weight_axis(node))
+        name = node.input[1] if node.op_type in (*PRODUCTS, CONVOLUTION) else ""
+        tensor = tensors.get(name)
+        if tensor is None or tensor.data_type != TensorProto.FLOAT:
+            continue
+        if tensor.dims[1 - weight_axis(node)] >= FEW_INPUTS:
+            nodes = _store_in_blocks(graph, tensor, 1 - weight_axis(node))
             for user in graph.node:
                 user.input[:] = [nodes[-1].output[0] if x == name else x for x in user.input]
             for new in reversed(nodes):
@@ -109,20 +113,20 @@ def to_int8_weights(source: Path, target: Path) -> None:
 def _store_in_blocks(
     graph: onnx.GraphProto, tensor: onnx.TensorProto, axis: int
 ) -> list[onnx.NodeProto]:
-    """Store a matrix in int8; return the nodes that make it float again.
+    """Store weights in int8; return the nodes that make them float again.
 
     Each block of up to WEIGHT_BLOCK inputs, along `axis`, of each output channel has a scale.
     """
     array, name = numpy_helper.to_array(tensor), tensor.name
     size = math.gcd(array.shape[axis], WEIGHT_BLOCK)
-    blocks = [*array.shape[:axis], array.shape[axis] // size, size, *array.shape[axis + 1 :]]
-    values = array.reshape(blocks)
-    scales = np.maximum(np.abs(values).max(axis=axis + 1, keepdims=True), TINY) / 127
+    values = array.reshape(*array.shape[:axis], -1, size, *array.shape[axis + 1 :])
+    within = (axis + 1, *range(3, values.ndim))  # of a convolution also its places
+    scales = np.maximum(np.abs(values).max(axis=within, keepdims=True), TINY) / 127
     stored = np.rint(values / scales).astype(np.int8)
     tensor.CopyFrom(numpy_helper.from_array(stored, name))
-    graph.initializer.append(numpy_helper.from_array(scales, f"{name}.scales"))
     shape = np.array(array.shape, np.int64)
-    graph.initializer.append(numpy_helper.from_array(shape, f"{name}.shape"))
+    for value, suffix in ((scales, "scales"), (shape, "shape")):
+        graph.initializer.append(numpy_helper.from_array(value, f"{name}.{suffix}"))
     return [
         helper.make_node("Cast", [name], [f"{name}.cast"], to=TensorProto.FLOAT),
         helper.make_node("Mul", [f"{name}.cast", f"{name}.scales"], [f"{name}.blocks"]),

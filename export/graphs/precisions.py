@@ -3,8 +3,9 @@
 fp16: both encoders. int8: both encoders; a transformer's activation ranges are dynamic, because no set
 of images represents all images, and a convolutional tower's are static, from images of a data set,
 because ONNX Runtime has no fast convolution of dynamic ranges. The text encoder's are static, from
-prompts, so that a prompt's embedding does not depend on the rest of its batch. int8-qdq: the image
-encoder, with static ranges from images of a data set; the text encoder stays fp32.
+prompts, so that a prompt's embedding does not depend on the rest of its batch. int8-weights: both
+encoders, which compute in float. int8-qdq: the image encoder, with static ranges from images of a data
+set; the text encoder stays fp32.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from edgeclip.precisions import ALL_TOWERS, CONVOLUTIONAL_TOWERS, PRECISIONS
 from export import ExportError
 from export.golden import GOLDEN_PROMPTS
 from export.graphs.fp16 import to_fp16
-from export.graphs.int8 import Inputs, to_int8, to_int8_weights, to_qdq
+from export.graphs.int8 import to_int8, to_int8_weights, to_qdq
+from export.graphs.product_errors import Inputs
 from train.models.checkpoints import Source
 from train.progress import brief
 
@@ -105,10 +107,16 @@ def _convert_int8_qdq(image: Files, text: Files, calibration: Calibration) -> No
     to_qdq(*image, calibration.images)  # its text encoder is the fp32 one
 
 
+def _convert_int8_weights(image: Files, text: Files, calibration: Calibration) -> None:
+    to_int8_weights(*image)
+    to_int8_weights(*text)
+
+
 # One converter for each precision of edgeclip.precisions except the reference.
 CONVERTERS: dict[str, Callable[[Files, Files, Calibration], None]] = {
     "fp16": _convert_fp16,
     "int8": _convert_int8,
+    "int8-weights": _convert_int8_weights,
     "int8-qdq": _convert_int8_qdq,
 }
 

@@ -15,7 +15,7 @@ CONVERTED = [row for row in PRECISIONS.values() if row.name != REFERENCE]
 
 
 def test_names_and_their_order() -> None:
-    assert list(PRECISIONS) == ["fp32", "fp16", "int8", "int8-qdq"]
+    assert list(PRECISIONS) == ["fp32", "fp16", "int8", "int8-weights", "int8-qdq"]
     assert engine_precisions() == ["fp16", "fp32", "int8-qdq"]
     assert ("auto", *engine_precisions()) == PRECISIONS_OF_ENGINES
 
@@ -23,9 +23,9 @@ def test_names_and_their_order() -> None:
 @pytest.mark.parametrize(
     ("device", "considered", "others"),
     [
-        ("cpu", ["fp32", "int8"], ["fp16", "int8-qdq"]),
-        ("cuda", ["fp16", "fp32"], ["int8-qdq", "int8"]),
-        ("tensorrt", ["fp16", "fp32"], ["int8-qdq", "int8"]),
+        ("cpu", ["fp32", "int8", "int8-weights"], ["fp16", "int8-qdq"]),
+        ("cuda", ["fp16", "fp32", "int8-weights"], ["int8-qdq", "int8"]),
+        ("tensorrt", ["fp16", "fp32"], ["int8-qdq", "int8", "int8-weights"]),
     ],
 )
 def test_auto_prefers_the_precisions_of_a_device(

@@ -61,10 +61,11 @@ class ImageClassifier(nn.Module):
 
     mean: Tensor
     std: Tensor
+    trunk: Any
 
     def __init__(self, trunk: Any) -> None:
         super().__init__()
-        self.trunk: Any = trunk
+        self.trunk = trunk
         for name in ("mean", "std"):
             values = torch.tensor(trunk.pretrained_cfg[name]).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)
@@ -83,6 +84,7 @@ def load_classifier(name: str, weights: str | None) -> ImageClassifier:
     downloads timm's. Raises ModelError.
     """
     state = None if weights is None else read_weights(weights).state
+    trunk: Any  # timm's own type lacks the methods of its models
     try:
         with quiet():
             if state is None:

@@ -40,7 +40,7 @@ def test_every_precision_except_the_reference_has_a_converter() -> None:
     assert {REFERENCE, *CONVERTERS} == set(PRECISIONS)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-weights"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_are_nearly_open_clips(family: str, precision: str) -> None:
     tiny, bundle = exported(family), quantized(family)
@@ -94,6 +94,26 @@ def test_fp16_keeps_norms_softmax_and_the_outside_in_float(family: str) -> None:
         assert {types[node.input[0]] for node in products} == {TensorProto.FLOAT16}
         large = [t for t in graph.initializer if np.prod(t.dims) > 1000]
         assert {tensor.data_type for tensor in large} == {TensorProto.FLOAT16}
+
+
+@pytest.mark.parametrize("family", ["resnet", "siglip"])
+def test_weights_in_int8_are_within_half_a_step_of_their_block(family: str) -> None:
+    bundle = quantized(family)
+    exact, stored = (
+        {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+        for path in (
+            bundle.encoder("image_encoder", precision) for precision in ("fp32", "int8-weights")
+        )
+    )
+    names = [name for name, array in stored.items() if array.dtype == np.int8]
+    assert names
+    for name in names:
+        scales = stored[f"{name}.scales"]
+        blocks = stored[name] * scales
+        np.testing.assert_array_less(
+            abs(blocks - exact[name].reshape(blocks.shape)),
+            np.broadcast_to(0.501 * scales, blocks.shape),
+        )
 
 
 @pytest.mark.parametrize("gemm", [False, True])

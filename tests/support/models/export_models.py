@@ -307,11 +307,11 @@ def exported(root: Path, family: str) -> Exported:
 
 @cached
 def quantized(folder: Path, family: str) -> Bundle:
-    """Return a bundle of a tiny model in fp32, fp16 and int8."""
+    """Return a bundle of a tiny model in fp32, fp16, int8 and int8-weights."""
     tiny = exported(family)
     for path in (tiny.bundle.path, tiny.encoders):
         shutil.copytree(path, folder, dirs_exist_ok=True)
-    precisions = ["fp32", "fp16", "int8"]
+    precisions = ["fp32", "fp16", "int8", "int8-weights"]
     manifest = bundle._write_precisions(folder, tiny.source, tiny.bundle.manifest, precisions)
     Bundle.write_manifest(folder, manifest)
     return Bundle(folder)
