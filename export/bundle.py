@@ -156,8 +156,8 @@ def _write_precisions(
             with step(f"converting the encoders to {precision}"):
                 ranges: Sequence[Inputs] = ()
                 if data is not None and needs_images(precision, source):
-                    *ranges, last = calibration_images(data, manifest.image)
-                    checks[precision] = [last]
+                    batches = calibration_images(data, manifest.image)
+                    ranges, checks[precision] = batches[:-1] or batches, batches[-1:]
                 convert_encoders(staging, original, variant, precision, manifest, source, ranges)
     # Only now: the other precisions are converted from the fp32 graph with both outputs.
     for precision, variant in variants.items():

@@ -36,11 +36,8 @@ from train.models.weight_files import read_weights
 from train.models.word_net import hypernyms, read_nouns
 from train.progress import brief, quiet, say
 
-HYPERNYMS, SHARE, DECAY = (
-    4,
-    0.3,
-    0.8,
-)  # number, weight of the nearest, and factor of each further one
+# Number of hypernyms, weight of the nearest, and factor of each further one.
+HYPERNYMS, SHARE, DECAY = 4, 0.3, 0.8
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def test_tensorrt_without_cuda_is_a_line(
 
 @pytest.mark.skipif(_core.cuda_built(), reason="needs an extension without CUDA")
 def test_build_without_cuda_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["build", "--precision", "fp32"]) == 2
+    assert main(["build", "garments", "--precision", "fp32"]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert re.match("error: (device 'tensorrt' needs edgeclip's CUDA|TensorRT is not)", error)
     for arguments, message in (

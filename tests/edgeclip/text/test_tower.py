@@ -176,7 +176,7 @@ def test_labels_are_cached_for_each_processor_and_device(
     assert sum(run_sizes) == len(labels) * len(first.bundle.manifest.templates)
     assert other.text_identity() == first.text_identity()
     assert other.labels(label_set) is label_set
-    towers = [tower.TextTower(Bundle(None), "int8", device=name) for name in ("cpu", "cuda")]
+    towers = [tower.TextTower(Bundle("garments"), "int8", device=name) for name in ("cpu", "cuda")]
     assert towers[0].identity == towers[1].identity
     towers[0].labels(labels)
     with pytest.raises(EdgeclipError, match="cuda"):  # no device of these tests

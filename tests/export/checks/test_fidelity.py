@@ -18,7 +18,7 @@ def test_answers_are_compared_on_a_data_set(tmp_path: Path) -> None:
     tiny, bundle = exported("vit"), quantized("vit")
     spec = f"folder:{folder_of_images(tmp_path / 'set')}"
     measured = fidelity.measure(bundle, tiny.source, fidelity.load(spec))
-    assert measured.keys() == {"fp32", "fp16", "int8"}
+    assert measured.keys() == {"fp32", "fp16", "int8", "int8-weights"}
     assert measured["fp32"]["top1_agreement"] == 1
     assert measured["fp32"]["attacked_accuracy_change"] == 0
     model, image = tiny.source.model, bundle.manifest.image

@@ -74,7 +74,8 @@ def test_convolutions_have_seven_bits_and_a_scale_for_each_channel(name: str) ->
         assert {pixels.op_type, weight.op_type} == {"DequantizeLinear"}
         values, scales = (arrays[name] for name in weight.input[:2])
         assert values.dtype == np.int8
-        assert np.abs(values.astype(int)).max() == 64  # two products fit into 16 bits
+        # Two products fit into 16 bits. The last convolutions of a new ResNet's blocks are zero.
+        assert np.abs(values.astype(int)).max() in (0, 64)
         assert scales.shape == (len(values),)
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param
 

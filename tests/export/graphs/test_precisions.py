@@ -226,7 +226,7 @@ def test_int8_weights_leave_room_for_two_products_in_16_bits(family: str) -> Non
 def test_precisions_that_auto_considers(tmp_path: Path) -> None:
     bundle = quantized("vit")
     for measured, on_cpu, on_gpu in (
-        ({"top1_agreement": 0.99}, ["fp32", "int8"], ["fp16", "fp32"]),
+        ({"top1_agreement": 0.99}, ["fp32", "int8", "int8-weights"], ["fp16", "fp32"]),
         ({}, ["fp32"], ["fp32"]),  # not verified on a data set
     ):
         variants = {
@@ -237,4 +237,6 @@ def test_precisions_that_auto_considers(tmp_path: Path) -> None:
         shutil.copytree(bundle.path, folder)
         Bundle.write_manifest(folder, dataclasses.replace(bundle.manifest, precisions=variants))
         assert preferred(Bundle(folder), "cpu") == on_cpu
-        assert preferred(Bundle(folder), "cuda") == preferred(Bundle(folder), "tensorrt") == on_gpu
+        assert preferred(Bundle(folder), "tensorrt") == on_gpu
+        on_cuda = [*on_gpu, "int8-weights"] if measured else on_gpu
+        assert preferred(Bundle(folder), "cuda") == on_cuda
