@@ -31,6 +31,7 @@ from train.data import dataset
 from train.data.augment import AUGMENTATIONS
 from train.data.loader import Pictures, batches, draw, generators, split
 from train.data.mixture import mix
+from train.errors import SettingsError
 from train.losses import divergence
 from train.models import alignment
 from train.models.alignment import Classes, ImageClassifier
@@ -136,9 +137,13 @@ class Settings:
     download: bool = setting(False, help="fetch the data set where it is missing")
 
 
-def checked(settings: Settings) -> Settings:
+def checked(settings: Settings, world: int) -> Settings:
     """Return the settings with the user's folder resolved. Raises SettingsError or LabelError."""
     check_ranges(settings)
+    if settings.batch_size % world:
+        raise SettingsError(
+            f"--batch-size {settings.batch_size} cannot be split over {world} processes"
+        )
     check_eps("eps", settings.eps, settings.norm)
     check_eps("step_size", settings.step_size, settings.norm)
     check_templates(settings.template)
@@ -331,9 +336,9 @@ def align(settings: Settings, rank: int, world: int, device: torch.device) -> No
 def main() -> None:
     """Run the command line, in each process of torchrun."""
     description = (__doc__ or "").split("\n\n")[0]
-    settings = checked(parse_settings(Settings, "python -m train.align", description, EPILOG))
-    with processes(choose_device(settings.device)) as (rank, world, device):
-        align(settings, rank, world, device)
+    chosen = parse_settings(Settings, "python -m train.align", description, EPILOG)
+    with processes(choose_device(chosen.device)) as (rank, world, device):
+        align(checked(chosen, world), rank, world, device)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,10 @@ def verify(
     """Compare the exported encoders, run by ONNX Runtime, with PyTorch.
 
     images: batches of preprocessed images, for a precision whose ranges come from images; without them,
-    the image encoders get random numbers, which such ranges would cut off. Returns the differences, for `Variant.parity`. Raises ExportError if one is above its limit (or
-    not a number), or if tokenizer.json gives other ids than open_clip.
+    the image encoders get random numbers, which such ranges would cut off.
+
+    Returns the differences, for `Variant.parity`. Raises ExportError if one is above its limit (or not
+    a number), or if tokenizer.json gives other ids than open_clip.
     """
     row, variant = PRECISIONS[precision], manifest.precisions[precision]
     image = OnnxEncoder(directory / variant.image_encoder, device="cpu")

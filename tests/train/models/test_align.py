@@ -157,7 +157,9 @@ def test_images_of_other_classes_have_no_label(settings):
 
 def test_wrong_settings_are_one_line(settings, tmp_path, monkeypatch, capsys):
     with pytest.raises(SettingsError, match="give --eps 4/255"):
-        align.checked(replace(settings, eps=4.0))
+        align.checked(replace(settings, eps=4.0), 1)
+    with pytest.raises(SettingsError, match="--batch-size 4 cannot be split over 3 processes"):
+        align.checked(settings, 3)
     names = tmp_path / "two.txt"
     names.write_text("dog\ncats\n")
     with pytest.raises(ModelError, match="3 classes, --classes 2"):
