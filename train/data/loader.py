@@ -23,9 +23,8 @@ class Pictures(Dataset[tuple[torch.Tensor, int, int]]):
     """Images of a data set at the encoder's input size, or `size` pixels square.
 
     Each is float32 (3, H, W) in [0, 1]. The core that runs on the device resizes them, so that
-    training, evaluation and device see the
-    same pixels. All random numbers of an image come from the seed in its key: they do not depend on
-    the batch, on the number of processes or on earlier draws.
+    training, evaluation and device see the same pixels. All random numbers of an image come from the
+    seed in its key: they do not depend on the batch, on the number of processes or on earlier draws.
     """
 
     def __init__(
