@@ -198,6 +198,7 @@ def tune(
     device = model.mean.device
     previous = open_folder(out, setting="projection", resume=settings.resume)
     training = to_record(settings) | {"images": len(pictures.data)}
+    del training["alpha"]  # a finished run is resumed with others, and trains no more
     steps = count_steps(len(pictures.data), settings.batch_size, settings.limit_batches)
     total, done = steps * settings.epochs, 0
     original = copy.deepcopy(model).requires_grad_(False)

@@ -98,6 +98,19 @@ def test_tuning_moves_weights_and_leaves_statistics(settings, tmp_path):
     assert all(row["divergence"] > 0 and row["ce"] > 0 for row in rows)
 
 
+def test_alpha_mixes_the_weights_of_a_finished_run(settings, tmp_path):
+    plain, tuned = (replace(settings, out=tmp_path / name) for name in ("plain", "tuned"))
+    align.align(plain, 0, 1, CPU)
+    tuned = replace(tuned, epochs=1)
+    align.align(tuned, 0, 1, CPU)
+    name = "visual.trunk.conv_stem.weight"
+    ends = tower(plain.out)[name], tower(tuned.out)[name]
+    rows = (tuned.out / "metrics.jsonl").read_text()
+    align.align(replace(tuned, resume=True, alpha=0.25), 0, 1, CPU)
+    torch.testing.assert_close(tower(tuned.out)[name], 0.75 * ends[0] + 0.25 * ends[1])
+    assert (tuned.out / "metrics.jsonl").read_text() == rows
+
+
 def test_interrupted_tuning_ends_with_the_same_weights(settings, tmp_path, monkeypatch):
     whole, killed = (
         replace(settings, out=tmp_path / name, epochs=2, checkpoint_every=2) for name in "ab"
