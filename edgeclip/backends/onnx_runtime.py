@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +81,8 @@ class Session:
     Arguments and errors: see `open_session`.
     """
 
+    _all: ClassVar[weakref.WeakSet[Session]] = weakref.WeakSet()
+
     def __init__(
         self,
         path: Path,
@@ -92,17 +96,23 @@ class Session:
     def _open(self) -> None:
         self._session = open_session(*self._arguments)
         self._process = os.getpid()
+        self._all.add(self)
 
     def get(self) -> ort.InferenceSession:
         """Return the session of this process."""
         if self._process != os.getpid():
-            _forked.append(self._session)
             self._open()
         return self._session
 
+    @classmethod
+    def keep(cls) -> None:
+        """Keep the parent process's sessions to the end: their destructor would wait for its threads."""
+        for session in cls._all:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session._session))
 
-# Sessions of the parent process, kept: their destructor would wait for the parent's threads.
-_forked: list[ort.InferenceSession] = []
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=Session.keep)
 
 
 def run_session(
