@@ -16,6 +16,7 @@ import math
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from train.data.mixture import mix
 from train.errors import SettingsError
 from train.losses import divergence
 from train.models import alignment
-from train.models.alignment import Classes, ImageClassifier
+from train.models.alignment import ImageClassifier
+from train.models.folding import folded
 from train.models.transformers_text import save as save_text_files
 from train.progress import say, step
 from train.run.folder import Metrics, check_same_run, open_folder, save_checkpoint, save_model
@@ -94,6 +96,9 @@ class Settings:
     projection: str = setting("mlp", help="image projection", choices=("mlp", "linear"))
     pooling: str = setting("mean", help="pooling of the sentence encoder", choices=("mean", "cls"))
     context_length: int = setting(64, help="longest prompt, in tokens", low=3)
+    input_size: int = setting(
+        0, help="input size of the model, in pixels; 0 for the classifier's own"
+    )
     rank: int = setting(
         6, help="rank of the logit, highest first, whose mean is the projection's threshold", low=1
     )
@@ -114,13 +119,20 @@ class Settings:
         help="share of the tuned weights in the classifier; the rest are the original's",
         high=1,
     )
+    similarity: float = setting(
+        10.0,
+        help="factor of the cosines between class texts, by which the divergence counts similar classes "
+        "as partly equal; 0 counts every class alone",
+    )
     image_size: int = setting(0, help="input size in tuning, in pixels; 0 for the model's")
+    target_size: int = setting(
+        0, help="size of the images whose clean logits are the target; 0 for that of tuning"
+    )
     batch_size: int = setting(32, help="images per step, over all processes", low=1)
-    learning_rate: float = setting(0.01, help="highest learning rate of SGD; cosine to zero")
-    momentum: float = setting(0.9, help="momentum of SGD", high=0.9999)
+    learning_rate: float = setting(2e-4, help="highest learning rate of AdamW; cosine to zero")
     weight_decay: float = setting(0.0, help="weight decay of matrices")
     warmup_steps: int = setting(100, help="steps of linear warm-up")
-    gradient_clip: float = setting(1.0, help="largest norm of the gradient; 0 for no limit")
+    gradient_clip: float = setting(50.0, help="largest norm of the gradient; 0 for no limit")
     precision: str = setting(
         "fp32", help="precision of the classifier's products", choices=("fp32", "bf16")
     )
@@ -151,11 +163,17 @@ def checked(settings: Settings, world: int) -> Settings:
 
 
 def attack(
-    settings: Settings, model: nn.Module, images: Tensor, target: Tensor, seeds: Tensor, done: float
+    settings: Settings,
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor,
+    similar: Tensor | None,
+    seeds: Tensor,
+    done: float,
 ) -> Tensor:
     """Return images (B, 3, S, S) that raise the divergence from the clean logits `target` (B, K).
 
-    done: share of the steps that are done. The attack grows with it: at full size from the start, it
+    similar: see `losses.divergence`. done: share of the steps that are done. The attack grows with it: at full size from the start, it
     makes the classifier answer the same for all images.
     """
     if not settings.eps:
@@ -169,13 +187,18 @@ def attack(
         step_size=share * settings.step_size,
         steps=settings.attack_steps,
         norm=settings.norm,
-        loss=divergence,
+        loss=partial(divergence, similar=similar),
         generator=generators(seeds, images.device),
     )
 
 
 def loss_terms(
-    settings: Settings, model: nn.Module, target: Tensor, attacked: Tensor, labels: Tensor
+    settings: Settings,
+    model: nn.Module,
+    target: Tensor,
+    similar: Tensor | None,
+    attacked: Tensor,
+    labels: Tensor,
 ) -> dict[str, Tensor]:
     """Return the terms of the loss: the divergence from the clean logits, and the labels' cross-entropy.
 
@@ -183,29 +206,50 @@ def loss_terms(
     """
     with torch.autocast(attacked.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         logits = model(attacked).logits.float()
-    terms = {"divergence": divergence(logits, target).mean()}
+    terms = {"divergence": divergence(logits, target, similar).mean()}
     if settings.beta:
         cross_entropy = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
         terms["ce"] = settings.beta * cross_entropy / len(labels)
     return terms
 
 
+def shrink(images: Tensor, size: int) -> Tensor:
+    """Return images (B, 3, S, S) at a smaller size, by a bicubic filter with antialiasing."""
+    if images.shape[-1] == size:
+        return images
+    small = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    return small.contiguous(memory_format=torch.channels_last)
+
+
 def tune(
-    settings: Settings, model: ImageClassifier, pictures: Pictures, rank: int, world: int
+    settings: Settings,
+    model: ImageClassifier,
+    pictures: Pictures,
+    texts: Tensor,
+    rank: int,
+    world: int,
 ) -> None:
-    """Tune the classifier, or resume; batch-norm statistics stay as they are."""
+    """Tune the classifier, or resume; it is folded (train.models.folding). texts: of its classes, (K, D)."""
     out = settings.out
     device = model.mean.device
     previous = open_folder(out, setting="projection", resume=settings.resume)
     training = to_record(settings) | {"images": len(pictures.data)}
-    del training["alpha"]  # a finished run is resumed with others, and trains no more
+    for name in (
+        "alpha",
+        "input_size",
+    ):  # a finished run is resumed with others, and trains no more
+        del training[name]
     steps = count_steps(len(pictures.data), settings.batch_size, settings.limit_batches)
     total, done = steps * settings.epochs, 0
+    size = settings.image_size or pictures.size[0]
+    similar = None
+    if settings.similarity:
+        similar = F.softmax(settings.similarity * texts @ texts.T, 1).to(device)
     original = copy.deepcopy(model).requires_grad_(False)
     model.requires_grad_(True)
     parameters = list(model.parameters())
     groups = parameter_groups(parameters, settings.weight_decay)
-    optimizer = torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     if previous is not None:
         check_same_run(out, training, previous["training"])
@@ -230,9 +274,10 @@ def tune(
                 images = images.contiguous(memory_format=torch.channels_last)
                 with torch.no_grad():
                     target = original(images).logits
-                attacked = attack(settings, model, images, target, seeds, done / total)
+                    images = shrink(images, size)
+                attacked = attack(settings, model, images, target, similar, seeds, done / total)
                 optimizer.zero_grad()
-                terms = loss_terms(settings, parallel, target, attacked, labels)
+                terms = loss_terms(settings, parallel, target, similar, attacked, labels)
                 torch.autograd.backward(sum(terms.values(), torch.zeros((), device=device)))
                 norm = clip_grad_norm_(parameters, settings.gradient_clip or math.inf).item()
                 means = (all_sum(torch.tensor([t.item() for t in terms.values()])) / world).tolist()
@@ -271,14 +316,11 @@ def measure(
 def set_projections(
     settings: Settings,
     model: Any,
-    tokenizer: Any,
     classifier: ImageClassifier,
-    classes: Classes,
+    texts: Tensor,
     pictures: Pictures,
 ) -> None:
-    """Set both projections and the logit scale from the classifier and the images."""
-    with step("encoding the classes' names"):
-        texts = alignment.set_text_projection(model, tokenizer, classes, settings.template)
+    """Set the image projection and the logit scale from the classifier, class texts (K, D) and images."""
     with step("measuring the classifier's logits"):
         logits, features = measure(settings, classifier, pictures)
     threshold = logits.topk(min(settings.rank, logits.shape[1]), dim=1).values[:, -1].mean().item()
@@ -308,6 +350,7 @@ def align(settings: Settings, rank: int, world: int, device: torch.device) -> No
             pooling=settings.pooling,
             context_length=settings.context_length,
             projection=settings.projection,
+            size=settings.input_size or None,
         )
     with main_first(rank):
         sets = [
@@ -315,14 +358,18 @@ def align(settings: Settings, rank: int, world: int, device: torch.device) -> No
         ]
     data = mix(sets, classes.names, labelled=False)
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
+    with step("encoding the classes' names"):
+        texts = alignment.set_text_projection(model, tokenizer, classes, settings.template)
     if settings.epochs:
-        augment, size = AUGMENTATIONS[settings.augment], settings.image_size or None
-        tune(settings, classifier, Pictures(data, model.visual, augment, size), rank, world)
+        augment = AUGMENTATIONS[settings.augment]
+        size = settings.target_size or settings.image_size or None
+        pictures = Pictures(data, model.visual, augment, size)
+        example = torch.zeros(1, 3, *pictures.size, device=device)
+        with folded(classifier, example):
+            tune(settings, classifier, pictures, texts, rank, world)
     if rank > 0:
         return
-    set_projections(
-        settings, model, tokenizer, classifier.cpu(), classes, Pictures(data, model.visual)
-    )
+    set_projections(settings, model, classifier.cpu(), texts, Pictures(data, model.visual))
     wording = {
         "description": f"{settings.image} and {Path(settings.text).name}",
         "templates": list(settings.template),

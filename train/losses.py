@@ -70,14 +70,21 @@ def pmg_terms(
     )
 
 
-def divergence(logits: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+def divergence(
+    logits: torch.Tensor, original: torch.Tensor, similar: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return KL(softmax(original) || softmax(logits)) of each image, (B,), summed over classes.
+
+    similar: stochastic matrix (K, K) that both distributions are multiplied by. It spreads each class
+    over those like it, so that a change between like classes counts less.
 
     Distillation under attack raises it in the attack and lowers it in training, with `original` the
     logits (B, K) of the clean images (ARD, Goldblum et al., AAAI 2020, arXiv 1905.09747; the
     divergence of TRADES, Zhang et al., ICML 2019, arXiv 1901.08573).
     """
     target, trained = F.log_softmax(original, 1), F.log_softmax(logits, 1)
+    if similar is not None:
+        target, trained = ((x.exp() @ similar).log() for x in (target, trained))
     return F.kl_div(trained, target, log_target=True, reduction="none").sum(1)
 
 

@@ -132,6 +132,20 @@ def test_divergence_and_its_gradient_equal_plain_sums() -> None:
     assert divergence(logits, logits).tolist() == [0.0] * 4
 
 
+def test_divergence_over_similar_classes_equals_plain_sums() -> None:
+    """Check that both distributions are multiplied, and that a change between equal classes is none."""
+    rng = np.random.default_rng(0)
+    trained, original = (rng.normal(size=(4, 7)) * 3 for _ in range(2))
+    similar = rng.dirichlet(np.ones(7), 7)
+    p, q = (np.exp(x - np.logaddexp.reduce(x, 1)[:, None]) @ similar for x in (original, trained))
+    actual = divergence(*(torch.tensor(x) for x in (trained, original, similar)))
+    np.testing.assert_allclose(actual, (p * np.log(p / q)).sum(1), rtol=1e-10)
+    same = torch.full((2, 2), 0.5)
+    one, other = torch.tensor([[3.0, -1.0]]), torch.tensor([[-1.0, 3.0]])
+    assert divergence(one, other, same).item() == pytest.approx(0, abs=1e-6)
+    assert divergence(one, other).item() > 1
+
+
 def test_squared_distance_of_each_image() -> None:
     a, b = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0], [3.0, 4.0]])
     assert squared_distance(a, b).tolist() == [4.0, 25.0]

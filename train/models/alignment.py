@@ -145,12 +145,20 @@ def choose_classes(trunk: Any, names: Sequence[str] | None, nouns: Path | None) 
 
 
 def build_clip(
-    trunk: Any, name: str, text: str, *, pooling: str, context_length: int, projection: str
+    trunk: Any,
+    name: str,
+    text: str,
+    *,
+    pooling: str,
+    context_length: int,
+    projection: str,
+    size: int | None = None,
 ) -> tuple[Any, HFTokenizer, dict[str, Any]]:
     """Build a CLIP of both towers with their weights, its tokenizer and its configuration.
 
     trunk: image tower from timm of the given name. text: folder or hub name of a sentence encoder of
     transformers. pooling: mean or cls. projection: mlp or linear; its weights are still random.
+    size: of input images, in pixels; None for the trunk's own.
     Raises ModelError.
     """
     from transformers import AutoModel, AutoTokenizer
@@ -174,7 +182,7 @@ def build_clip(
                 "timm_model_pretrained": False,
                 "timm_pool": "avg",
                 "timm_proj": projection,
-                "image_size": settings["input_size"][-1],
+                "image_size": size or settings["input_size"][-1],
             },
             "text_cfg": {
                 "hf_model_name": FOLDER,
