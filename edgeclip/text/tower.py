@@ -224,7 +224,7 @@ class TextTower:
                 self._bundle.file(TOKENIZER), context_length=spec.context_length, clean=spec.clean
             )
             path = self._bundle.encoder("text_encoder", self._precision)
-            encoder = OnnxEncoder(path, device=self._device, threads=self._threads)
+            encoder = OnnxEncoder(path, device=self._device, threads=self._threads, expand=False)
             encoder.check_shapes((spec.context_length,), self._bundle.manifest.embed_dim)
             self._loaded = tokenizer, encoder
         return self._loaded

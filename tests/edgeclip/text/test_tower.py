@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from edgeclip import EdgeclipError, Label, LabelError, Runtime
+from edgeclip.backends.golden_values import GoldenValues
+from edgeclip.backends.onnx_runtime import OnnxEncoder
 from edgeclip.bundle import Bundle
 from edgeclip.text import tower
 from edgeclip.text.cache import FILE, LabelCache
@@ -351,6 +353,16 @@ def test_labels_in_memory_do_not_wait_for_new_ones(labels: list[str]) -> None:
         assert not new.done()
         go_on.set()
         assert len(new.result()) == 1
+
+
+@pytest.mark.parametrize("name", ["everyday", "garments"])
+def test_weights_that_stay_int8_give_the_same_embeddings(name: str) -> None:
+    bundle = Bundle(name)
+    ids = GoldenValues(bundle).ids
+    for precision in bundle.manifest.precisions:
+        path = bundle.encoder("text_encoder", precision)
+        both = [OnnxEncoder(path, device="cpu", expand=x).embed(ids) for x in (True, False)]
+        np.testing.assert_allclose(both[1], both[0], rtol=1e-4, atol=1e-5 * abs(both[0]).max())
 
 
 def test_invalid_cache_size_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
