@@ -100,7 +100,7 @@ class Settings:
         0, help="input size of the model, in pixels; 0 for the classifier's own"
     )
     rank: int = setting(
-        6, help="rank of the logit, highest first, whose mean is the projection's threshold", low=1
+        4, help="rank of the logit, highest first, whose mean is the projection's threshold", low=1
     )
     images: int = setting(1000, help="images that the projection's threshold is measured on", low=1)
     epochs: int = setting(0, help="passes over the images in which the classifier is tuned")
@@ -234,10 +234,7 @@ def tune(
     device = model.mean.device
     previous = open_folder(out, setting="projection", resume=settings.resume)
     training = to_record(settings) | {"images": len(pictures.data)}
-    for name in (
-        "alpha",
-        "input_size",
-    ):  # a finished run is resumed with others, and trains no more
+    for name in ("alpha", "input_size", "rank", "images"):  # of what comes after the training
         del training[name]
     steps = count_steps(len(pictures.data), settings.batch_size, settings.limit_batches)
     total, done = steps * settings.epochs, 0

@@ -3,9 +3,9 @@
 An image is the mean of its classes' texts, weighted by the classifier (ConSE, Norouzi et al., ICLR
 2014, arXiv 1312.5650). With logits l (K,) and class texts T (K, D), the embedding is
 
-    e = sum over k of GELU(l_k - threshold) T_k
+    e = sum over k of GELU(SHARPNESS (l_k - threshold)) T_k
 
-where the threshold is a high logit, such as the sixth highest, the mean over images. GELU is smooth, so
+where the threshold is a high logit, such as the fourth highest, the mean over images. GELU is smooth, so
 attacks see true gradients, which weights of the few highest logits alone would mask. This is open_clip's
 MLP projection: the classifier is its hidden layer. All texts lose their component along the mean of the class names.
 """
@@ -36,6 +36,8 @@ from train.models.weight_files import read_weights
 from train.models.word_net import hypernyms, read_nouns
 from train.progress import brief, quiet, say
 
+# Factor of the logits in GELU: with 1, the many classes below the threshold weigh too much.
+SHARPNESS = 3.0
 # Number of hypernyms, weight of the nearest, and factor of each further one.
 HYPERNYMS, SHARE, DECAY = 4, 0.3, 0.8
 
@@ -279,7 +281,7 @@ def set_image_projection(
     An MLP has the embedding of the module's equation. A linear projection is fitted to it on
     features (N, F) of images, by least squares with the features' variance as a ridge.
     """
-    hidden = linear.weight, linear.bias - threshold
+    hidden = SHARPNESS * linear.weight, SHARPNESS * (linear.bias - threshold)
     head = model.visual.head
     if hasattr(head, "mlp"):
         first, second = head.mlp.fc1, head.mlp.fc2

@@ -117,7 +117,7 @@ def test_alpha_mixes_the_weights_of_a_finished_run(settings, tmp_path):
     align.align(tuned, 0, 1, CPU)
     rows = (tuned.out / "metrics.jsonl").read_text()
     first, last = _stem(tower(plain.out)), _stem(tower(tuned.out))
-    align.align(replace(tuned, resume=True, alpha=0.25, input_size=96), 0, 1, CPU)
+    align.align(replace(tuned, resume=True, alpha=0.25, input_size=96, rank=2), 0, 1, CPU)
     torch.testing.assert_close(_stem(tower(tuned.out)), 0.75 * first + 0.25 * last)
     assert (tuned.out / "metrics.jsonl").read_text() == rows
     assert load(str(tuned.out), None).model.visual.image_size == (96, 96)

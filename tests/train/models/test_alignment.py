@@ -65,7 +65,7 @@ def test_embedding_is_sum_of_class_texts_weighted_by_gelu(classifier, text):
     texts = alignment.set_text_projection(model, tokenizer, CLASSES, TEMPLATES)
     alignment.set_image_projection(model, loaded.trunk.get_classifier(), texts, 0.3, torch.empty(0))
     pixels = images(3)
-    logits = loaded(pixels).logits.double().numpy() - 0.3
+    logits = 3 * (loaded(pixels).logits.double().numpy() - 0.3)
     weights = 0.5 * logits * (1 + erf(logits / np.sqrt(2)))
     settings = config["preprocess_cfg"]
     mean, std = (torch.tensor(settings[name]).view(3, 1, 1) for name in ("mean", "std"))
