@@ -3,9 +3,10 @@
 An image is the mean of its classes' texts, weighted by the classifier (ConSE, Norouzi et al., ICLR
 2014, arXiv 1312.5650). With logits l (K,) and class texts T (K, D), the embedding is
 
-    e = sum over k of GELU(SHARPNESS (l_k - threshold)) T_k
+    e = GELU(FLOOR) m + sum over k of GELU(SHARPNESS (l_k - threshold)) T_k
 
-where the threshold is a high logit, such as the fourth highest, the mean over images. GELU is smooth, so
+where m is the mean class text, and the threshold a high logit, such as the fourth highest, the mean over
+images. A picture of nothing has no class above the threshold: its embedding is m, where it would be zero. GELU is smooth, so
 attacks see true gradients, which weights of the few highest logits alone would mask. This is open_clip's
 MLP projection: the classifier is its hidden layer. All texts lose their component along the mean of the class names.
 """
@@ -38,6 +39,7 @@ from train.progress import brief, quiet, say
 
 # Factor of the logits in GELU: with 1, the many classes below the threshold weigh too much.
 SHARPNESS = 3.0
+FLOOR = 0.02  # against about 10 for the sum
 # Number of hypernyms, weight of the nearest, and factor of each further one.
 HYPERNYMS, SHARE, DECAY = 4, 0.3, 0.8
 
@@ -176,9 +178,8 @@ def build_clip(
     settings = trunk.pretrained_cfg
     config: dict[str, Any] = {
         "model_cfg": {
-            "embed_dim": max(
-                width, -(-trunk.num_classes // 2)
-            ),  # open_clip's MLP has twice as many
+            # open_clip's MLP has twice as many hidden units: one for each class, and the floor's.
+            "embed_dim": max(width, 8 * -(-(trunk.num_classes + 1) // 16)),
             "vision_cfg": {
                 "timm_model_name": name,
                 "timm_model_pretrained": False,
@@ -289,6 +290,8 @@ def set_image_projection(
             parameter.zero_()
         first.weight[: len(texts)], first.bias[: len(texts)] = hidden
         second.weight[:, : len(texts)] = texts.T
+        first.bias[len(texts)] = FLOOR
+        second.weight[:, len(texts)] = F.normalize(texts.mean(0), dim=0)
         return
     target = F.normalize(F.gelu(F.linear(features, *hidden)) @ texts, dim=1)
     gram = features.T @ features / len(features)
