@@ -82,6 +82,38 @@ def test_bundle_whose_runtime_disagrees_is_refused(
     assert "cw/exact" not in json.loads(Path(bundled[-1]).read_text())["samples"]
 
 
+def test_bundle_alone_is_attacked_by_its_own_graph_as_its_checkpoint(
+    bundled: list[str], tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone" / "bundle"
+    shutil.copytree(bundled[0], alone)
+    with_checkpoint = run(bundled)
+    Path(bundled[-1]).unlink()
+    own = run([str(alone), *bundled[3:]])
+    assert own["settings"]["weights_sha256"] != with_checkpoint["settings"]["weights_sha256"]
+    assert own["samples"] == with_checkpoint["samples"]
+    assert own["agreement"] < 1e-5
+
+
+def test_embedded_bundle_is_a_subject_by_its_name() -> None:
+    opened = open_subject("everyday")
+    assert opened.bundle is not None
+    assert opened.source.pretrained == "the bundle's int8-weights"
+    assert opened.templates == opened.bundle.manifest.templates
+
+
+def test_bundle_without_a_float_graph_needs_its_checkpoint(
+    bundled: list[str], tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone" / "bundle"
+    shutil.copytree(bundled[0], alone)
+    manifest = json.loads((alone / "manifest.json").read_text())
+    manifest["precisions"] = {"int8": manifest["precisions"].pop("fp32")}
+    (alone / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SettingsError, match=r"no precision of fp32, int8-weights.*--checkpoint"):
+        open_subject(str(alone))
+
+
 def test_bundle_needs_its_weights(bundled: list[str], subject: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="exported from other weights"):
         run([bundled[0], "--checkpoint", str(subject), *bundled[3:]])
@@ -89,8 +121,6 @@ def test_bundle_needs_its_weights(bundled: list[str], subject: Path, tmp_path: P
         run([str(subject), *bundled[1:]])
     alone = tmp_path / "alone" / "bundle"
     shutil.copytree(bundled[0], alone)
-    with pytest.raises(SettingsError, match="are not beside it"):
-        open_subject(str(alone))
     export = exported("vit")  # in the folder of its run, or beside it
     assert (
         open_subject(str(export.bundle.path)).source.weights_sha256 == export.source.weights_sha256

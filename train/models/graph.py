@@ -150,7 +150,8 @@ def _reshape(x: Inputs, a: Attributes) -> Tensor:
     shape = _ints(x[1])
     if not a.get("allowzero", 0):
         shape = [x[0].shape[i] if size == 0 else size for i, size in enumerate(shape)]
-    return x[0].reshape(shape)
+    result: Tensor = x[0].reshape(shape)
+    return result
 
 
 def _reduce(function: Callable[..., Tensor]) -> Operation:

@@ -1,4 +1,4 @@
-"""Subjects of a measurement: a model in PyTorch, or a bundle with the weights it was exported from."""
+"""Subjects of a measurement: a model in PyTorch, or a bundle, by its own files or by its checkpoint."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgeclip.bundle import MANIFEST, Bundle
+from edgeclip.bundle import EMBEDDED, MANIFEST, Bundle
 from edgeclip.labels import check_templates
 from edgeclip.purify import DiffPurifier, Purifier, check_prior
 from edgeclip.runtime import Runtime
-from train.errors import ModelError, SettingsError
+from train.errors import SettingsError
 from train.models.architectures import is_model_folder
+from train.models.bundle_source import bundle_source
 from train.models.checkpoints import Source, load
 from train.models.classifier import Classifier, class_embeddings
 from train.models.trained_prior import TrainedPrior, load_prior, null_context
@@ -22,6 +23,7 @@ from train.models.wording import null_text, wording
 from train.robustness.defence import Defence
 from train.robustness.purification import NullPrior
 
+FLOAT_PRECISIONS = ("fp32", "int8-weights")
 AGREEMENT = 1e-2  # difference in probability between a bundle's runtime and its checkpoint
 
 
@@ -70,32 +72,39 @@ def open_subject(
     visual: str | None = None,
     quick_gelu: bool | None = None,
 ) -> Subject:
-    """Open a bundle's folder, a run's folder, or a model by open_clip's name with `pretrained` weights.
+    """Open a bundle by folder or name, a run's folder, or a model of open_clip with `pretrained` weights.
 
-    checkpoint: weights of a bundle, as a run's folder or a file; None searches beside the bundle.
+    checkpoint: weights of a bundle, as a run's folder or a file; None searches beside the bundle, and
+    else attacks the bundle's own graph.
     templates: replace the model's own. prior: a run of train.diffusion_prior, or a file. visual,
     quick_gelu: as for `load`. Raises ModelError, BundleError and LabelError, and SettingsError for
     weights that are not the bundle's.
     """
     folder = Path(subject)
     trained = load_prior(Path(prior)) if prior else None
-    if not (folder / MANIFEST).is_file():
+    if subject not in EMBEDDED and not (folder / MANIFEST).is_file():
         if checkpoint:
             raise SettingsError(f"--checkpoint goes with a bundle, and {subject} is not one")
         source = load(subject, pretrained, visual=visual, quick_gelu=quick_gelu)
         words = wording(source, templates=templates)
         return Subject(source, words.templates, words.null_templates, prior=trained)
-    bundle = Bundle(folder)
+    bundle = Bundle(subject)
     manifest = bundle.manifest
     tower = manifest.source.get("visual")
-    if tower and not visual:
-        raise SettingsError(f"{subject} has the image tower {tower}: name its file with --visual")
-    source = _weights(bundle, checkpoint, visual, quick_gelu)
-    if source.weights_sha256 != manifest.source.get("weights_sha256"):
-        raise SettingsError(
-            f"{subject} was exported from other weights than those of {source.name}: name its weights "
-            "with --checkpoint"
-        )
+    checkpoint = checkpoint or _beside(bundle)
+    if checkpoint is None:
+        source = bundle_source(bundle, _float_precision(bundle))
+    else:
+        if tower and not visual:
+            raise SettingsError(
+                f"{subject} has the image tower {tower}: name its file with --visual"
+            )
+        source = _weights(bundle, checkpoint, visual, quick_gelu)
+        if source.weights_sha256 != manifest.source.get("weights_sha256"):
+            raise SettingsError(
+                f"{subject} was exported from other weights than those of {source.name}: name its "
+                "weights with --checkpoint"
+            )
     chosen = tuple(templates or manifest.templates)
     check_templates(chosen)
     spec = manifest.prior
@@ -106,26 +115,32 @@ def open_subject(
     return Subject(source, chosen, manifest.null_templates, bundle, trained)
 
 
-def _weights(
-    bundle: Bundle, checkpoint: str | None, visual: str | None, quick_gelu: bool | None
-) -> Source:
-    def load_with(model: str, pretrained: str | None = None) -> Source:
-        return load(model, pretrained, visual=visual, quick_gelu=quick_gelu)
-
-    name = bundle.manifest.source.get("model", "")
-    if checkpoint:
-        return load_with(checkpoint) if Path(checkpoint).is_dir() else load_with(name, checkpoint)
+def _beside(bundle: Bundle) -> str | None:
+    """Return the folder of a model that a bundle lies in, or beside."""
     parent = bundle.path.resolve().parent
-    for folder in (parent, parent / name):
-        if is_model_folder(folder):
-            return load_with(str(folder))
-    try:
-        return load_with(name, bundle.manifest.source.get("pretrained"))
-    except ModelError as err:
+    folders = (parent, parent / bundle.manifest.source.get("model", ""))
+    return next((str(folder) for folder in folders if is_model_folder(folder)), None)
+
+
+def _weights(
+    bundle: Bundle, checkpoint: str, visual: str | None, quick_gelu: bool | None
+) -> Source:
+    """Load a bundle's checkpoint: a folder, or a file for the architecture that the bundle names."""
+    model, file = checkpoint, None
+    if not Path(checkpoint).is_dir():
+        model, file = bundle.manifest.source.get("model", ""), checkpoint
+    return load(model, file, visual=visual, quick_gelu=quick_gelu)
+
+
+def _float_precision(bundle: Bundle) -> str:
+    """Return the precision whose graph is attacked: one that computes in float32."""
+    names = [name for name in FLOAT_PRECISIONS if name in bundle.manifest.precisions]
+    if not names:
         raise SettingsError(
-            f"the weights of {bundle.path} are not beside it: white-box attacks need them, name "
-            "the run or the file with --checkpoint"
-        ) from err
+            f"{bundle.path} has no precision of {', '.join(FLOAT_PRECISIONS)}, whose graph has a "
+            "gradient: name its weights with --checkpoint"
+        )
+    return names[0]
 
 
 class BundleClassifier:
