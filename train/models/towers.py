@@ -156,18 +156,18 @@ def _channel_axis(visual: TimmModel, features: Any) -> int | None:
     """Return the axis of channels of a feature map, 1 or 3; None if its head pools in another way.
 
     The head applies to each place if all it sees is the mean over places: a random map and a map with
-    that mean everywhere have the same embedding. Other poolings (attention, maximum) change it.
+    that mean everywhere are pooled alike. Other poolings (attention, maximum) change the result.
     """
     if not isinstance(features, Tensor) or features.ndim != 4:
         return None
     rng = torch.Generator().manual_seed(0)
     maps = torch.randn(2, *features.shape[1:], generator=rng).to(features)
-    if visual.trunk.forward_head(maps).ndim != 2:
+    pooled = visual.trunk.forward_head(maps)
+    if pooled.ndim != 2:
         return None  # the pooling is in open_clip's head: attention
-    embeddings = _head(visual, maps)
-    variation = (embeddings[0] - embeddings[1]).norm()
+    variation = (pooled[0] - pooled[1]).norm()
     for channels, places in ((1, (2, 3)), (3, (1, 2))):
         even = maps.mean(places, keepdim=True).expand_as(maps)
-        if (_head(visual, even) - embeddings).norm() < POOLING_ERROR * variation:
+        if (visual.trunk.forward_head(even) - pooled).norm() < POOLING_ERROR * variation:
             return channels
     return None

@@ -100,6 +100,12 @@ def test_other_poolings_give_no_tokens(visual: Any) -> None:
         assert torch.equal(embedding, model.visual(pixels))
 
 
+def test_a_head_that_ignores_random_maps_still_gives_tokens() -> None:
+    visual = tower("test_efficientnet", proj="mlp")
+    visual.head.mlp.fc1.bias.fill_(-1e3)  # as in an aligned classifier, far below its threshold
+    assert image_encoder(Model(visual))[1] == TokenSpec((2, 3), 0)
+
+
 def test_the_search_for_a_feature_map_leaves_weights_and_random_numbers() -> None:
     visual = tower("test_efficientnet")
     before = {key: value.clone() for key, value in visual.state_dict().items()}
