@@ -32,6 +32,7 @@ from train.run.settings import Parser, check_eps, check_number, fraction, run
 
 EPILOG = """examples:
   python -m train.evaluate runs/fashion --data fashion-mnist --eps 8/255 --out plain.json
+  python -m train.evaluate everyday --data folder:photos --eps 1/255 --out everyday.json
   python -m train.evaluate ViT-B-32 --pretrained openai --data cifar10 --attack autoattack \\
       --eps 1/255 -n 1000 --out openai.json
   python -m train.evaluate bundles/vit --checkpoint runs/vit --data cifar10 --eps 4/255 \\
@@ -66,10 +67,14 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "subject",
         metavar="SUBJECT",
-        help="bundle, folder of a run or of a CLIP of transformers, or model name of open_clip",
+        help="bundle or its name, folder of a run or of a CLIP of transformers, or model name of open_clip",
     )
     add_weight_options(parser)
-    add("--checkpoint", metavar="RUN", help="weights of a bundle (default: beside it)")
+    add(
+        "--checkpoint",
+        metavar="RUN",
+        help="weights of a bundle (default: beside it, else its own graph)",
+    )
     add("--template", action="append", metavar="TEXT", help="prompt (default: as exported)")
     add("--attack", nargs="+", metavar="NAME", choices=("autoattack", *ATTACKS),
         help=f"attacks, listed below (default: {' '.join(ATTACK)})")  # fmt: skip
