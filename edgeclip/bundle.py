@@ -11,13 +11,14 @@ prior.onnx                        only for CLIPure-Diff: z, timestep, noise -> l
 fused.<precision>.onnx            only for other runtimes: image to answer, with the encoder's weights
 
 Bundles with the same text tower may share it: where the manifest says `text_from`, the tokenizer and the
-text encoders are those of the bundle of that name in the same directory.
+text encoders are those of the bundle of that name in the same directory, or else of the embedded one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import threading
 import zipfile
 from functools import cached_property
@@ -103,9 +104,8 @@ class Bundle:
             advice = (
                 f"{self.path} takes its text tower from the bundle {sibling} beside it: copy both"
             )
-            folder = self.path.resolve().parent / sibling
-            if folder.is_symlink():
-                raise BundleError(f"{folder} is a link: {advice}")
+            if self._text_folder(sibling).is_symlink():
+                raise BundleError(f"{self._text_folder(sibling)} is a link: {advice}")
         for name in self.manifest.files:
             if not self.locate(name).is_file():
                 raise BundleError(f"{self.locate(name)} is missing: {advice}")
@@ -114,8 +114,13 @@ class Bundle:
         """Return the path of a file, unchecked: in this directory, or in the bundle of `text_from`."""
         sibling = self.manifest.text_from
         if sibling is not None and is_text(name):
-            return self.path.resolve().parent / sibling / name
+            return self._text_folder(sibling) / name
         return self.path / name
+
+    def _text_folder(self, name: str) -> Path:
+        """Return the directory of the bundle with the text tower: beside this one, or embedded."""
+        beside = self.path.resolve().parent / name
+        return EMBEDDED.get(name, beside) if not os.path.lexists(beside) else beside
 
     def file(self, name: str) -> Path:
         """Return the path of a file after checking its sha256. Raises BundleError."""

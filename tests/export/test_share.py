@@ -57,6 +57,21 @@ def test_answers_and_properties_stay(bundle: Path, owner: Path) -> None:
         golden.check(ours)
 
 
+def test_an_embedded_text_tower_serves_a_bundle_anywhere(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GARMENTS, tmp_path / "far" / "bundle"))
+    assert main([str(folder), "garments"]) == 0
+    shared = Bundle(folder)
+    assert shared.manifest.text_from == "garments"
+    assert {p.parent for p in shared.paths() if p.name in TEXT_FILES} == {GARMENTS}
+    runtime, whole = (Runtime(b, precision="fp32", labels=LABELS) for b in (shared, "garments"))
+    assert runtime.classify(BAG) == whole.classify(BAG)
+    golden.check(runtime)
+    # A bundle of that name beside it comes first, and a damaged one is not passed over.
+    (tmp_path / "far" / "garments").mkdir()
+    with pytest.raises(BundleError, match=r"far/garments/.* is missing: .*copy both"):
+        Bundle(folder)
+
+
 def test_a_link_to_the_bundle_works_from_anywhere(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "link").symlink_to(bundle)
