@@ -15,11 +15,11 @@ from edgeclip.purify import DiffPurifier, Purifier, check_prior
 from edgeclip.runtime import Runtime
 from train.errors import SettingsError
 from train.models.architectures import is_model_folder
-from train.models.bundle_source import bundle_source
 from train.models.checkpoints import Source, load
 from train.models.classifier import Classifier, class_embeddings
 from train.models.trained_prior import TrainedPrior, load_prior, null_context
 from train.models.wording import null_text, wording
+from train.robustness.bundle_source import bundle_source
 from train.robustness.defence import Defence
 from train.robustness.purification import NullPrior
 

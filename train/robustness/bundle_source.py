@@ -19,7 +19,7 @@ from edgeclip.bundle import Bundle
 from edgeclip.text.tower import TextTower
 from train.errors import ModelError
 from train.models.checkpoints import Source
-from train.models.graph import Graph
+from train.robustness.graph import Graph
 
 GRAPH_ERROR = 1e-4  # distance of unit embeddings between the graph in PyTorch and in ONNX Runtime
 

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper
 from edgeclip.bundle import Bundle
 from tests.support.models.export_models import exported
 from train.errors import ModelError
-from train.models.bundle_source import bundle_source
-from train.models.graph import Graph
+from train.robustness.bundle_source import bundle_source
+from train.robustness.graph import Graph
 
 FAMILIES = [
     "vit",
