@@ -233,9 +233,10 @@ def tune(
     out = settings.out
     device = model.mean.device
     previous = open_folder(out, setting="projection", resume=settings.resume)
-    training = to_record(settings) | {"images": len(pictures.data)}
+    training = to_record(settings)
     for name in ("alpha", "input_size", "rank", "images"):  # of what comes after the training
         del training[name]
+    training["images"] = len(pictures.data)
     steps = count_steps(len(pictures.data), settings.batch_size, settings.limit_batches)
     total, done = steps * settings.epochs, 0
     size = settings.image_size or pictures.size[0]
