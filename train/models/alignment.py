@@ -39,7 +39,7 @@ from train.progress import brief, quiet, say
 
 # Factor of the logits in GELU: with 1, the many classes below the threshold weigh too much.
 SHARPNESS = 3.0
-FLOOR = 0.02  # against about 10 for the sum
+FLOOR = 1.0  # against ten and more for the sum
 # Number of hypernyms, weight of the nearest, and factor of each further one.
 HYPERNYMS, SHARE, DECAY = 4, 0.3, 0.8
 
