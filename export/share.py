@@ -28,7 +28,8 @@ EPILOG = """examples:
 def share(folder: Path, owner: str | Path) -> int:
     """Delete the text tower of the bundle in `folder` in favour of the owner's; return the bytes saved.
 
-    owner: a directory, or the name of an embedded bundle. Both bundles are verified first. Raises BundleError, and ExportError if they cannot share.
+    owner: a directory, or the name of an embedded bundle. Both bundles are verified first. Raises
+    BundleError, and ExportError if they cannot share.
     """
     embedded = isinstance(owner, str) and owner in EMBEDDED
     bundle = Bundle(folder.resolve())

@@ -6,9 +6,10 @@ An image is the mean of its classes' texts, weighted by the classifier (ConSE, N
     e = GELU(FLOOR) m + sum over k of GELU(SHARPNESS (l_k - threshold)) T_k
 
 where m is the mean class text, and the threshold a high logit, such as the fourth highest, the mean over
-images. A picture of nothing has no class above the threshold: its embedding is m, where it would be zero. GELU is smooth, so
-attacks see true gradients, which weights of the few highest logits alone would mask. This is open_clip's
-MLP projection: the classifier is its hidden layer. All texts lose their component along the mean of the class names.
+images. A picture of nothing has no class above the threshold: its embedding is m, where it would be zero.
+GELU is smooth, yet so sharp here that it hides gradients: attack along smoother heads too. This is
+open_clip's MLP projection: the classifier is its hidden layer. All texts lose their component along the
+mean of the class names.
 """
 
 from __future__ import annotations
